@@ -1,0 +1,20 @@
+"""Where the packages lie: `models/` and `bench/` install as skiparse.models and skiparse.bench."""
+
+from setuptools import setup
+
+setup(
+    packages=[
+        "skiparse",
+        "skiparse.backends",
+        "skiparse.backends.triton",
+        "skiparse.models",
+        "skiparse.models.data",
+        "skiparse.bench",
+    ],
+    package_dir={
+        "skiparse": "skiparse",
+        "skiparse.models": "models",
+        "skiparse.bench": "bench",
+    },
+    package_data={"skiparse": ["py.typed"]},
+)

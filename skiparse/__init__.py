@@ -1,0 +1,24 @@
+"""Skiparse attention: sparse attention for video transformers, forward and backward.
+
+::
+
+    import skiparse
+    from skiparse import SkipPattern
+
+    out = skiparse.attention(q, k, v, SkipPattern.group(4))      # [batch, tokens, heads, dim]
+"""
+
+from skiparse._version import __version__
+from skiparse.functional import attention, attention_with_lse, joint_attention
+from skiparse.pattern import SkipPattern
+from skiparse.registry import list_backends
+
+
+__all__ = [
+    "SkipPattern",
+    "__version__",
+    "attention",
+    "attention_with_lse",
+    "joint_attention",
+    "list_backends",
+]

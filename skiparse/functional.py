@@ -1,0 +1,219 @@
+"""The public calls: arguments checked and named, then the operator.
+
+Shapes throughout: ``B`` batch, ``N`` video tokens, ``T`` text tokens, ``H`` heads, ``D`` head
+dimension, ``n`` sub-sequences. Tensors may have any strides; a last stride other than 1 costs a
+copy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from skiparse import ops, registry
+from skiparse.pattern import SkipPattern
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: SkipPattern,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Skiparse attention over video tokens: each attends within its own sub-sequence.
+
+    Args:
+        q, k, v: ``[B, N, H, D]``, fp64, fp32, bf16 or fp16, on one device. Any ``N``.
+        pattern: who attends to whom; ``SkipPattern.single(k)`` or ``.group(k)``.
+        mask: ``[B, N]`` bool key mask, True = attend. Masked tokens still query, and their values
+            must be finite. A query whose keys are all masked gets 0, and passes no gradient.
+        scale: factor on the scores; ``1 / sqrt(D)`` if None.
+        backend: ``"auto"`` or a name from ``skiparse.list_backends()``.
+
+    Returns:
+        ``[B, N, H, D]``, contiguous, in the dtype of ``q``.
+
+    Raises:
+        ValueError: for arguments that do not fit together, before any work.
+        RuntimeError: if the backend cannot do this, with its reason.
+
+    Source: Open-Sora Plan v1.3 report, "Skiparse attention".
+    """
+    return attention_with_lse(q, k, v, pattern, mask=mask, scale=scale, backend=backend)[0]
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: SkipPattern,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention`, and the log-sum-exp of each query's scores.
+
+    Two attentions of the same queries over different keys can be merged by it.
+
+    Returns:
+        ``out [B, N, H, D]`` and ``lse [B, H, N]``: natural logarithm, fp32 (fp64 for fp64
+        inputs), -inf where every key is masked. ``lse`` is not differentiable.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`attention`.
+    """
+    named = {"q": q, "k": k, "v": v}
+    scale = _check(named, {}, pattern, mask, None, scale, backend)
+    empty = q.new_empty(q.shape[0], 0, *q.shape[2:])
+    out, _, lse, _ = _call(q, k, v, empty, empty, empty, mask, None, pattern, scale, backend)
+    return out, lse
+
+
+def joint_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_q: Tensor | None,
+    text_k: Tensor | None,
+    text_v: Tensor | None,
+    pattern: SkipPattern,
+    *,
+    mask: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Skiparse attention of video and text together, as in an MMDiT block.
+
+    Every sub-sequence of the video also sees all the text. A text token attends once in every
+    sub-sequence (over its video and all the text), and its output is the mean of those.
+
+    Args:
+        q, k, v: ``[B, N, H, D]``, the video; as for :func:`attention`.
+        text_q, text_k, text_v: ``[B, T, H, D]``, any ``T``, 0 included; dtype and device of ``q``.
+        pattern: as for :func:`attention`.
+        mask: ``[B, N]`` bool key mask of the video, True = attend.
+        text_mask: ``[B, T]`` bool key mask of the text, True = attend.
+        scale, backend: as for :func:`attention`.
+
+    Returns:
+        ``out [B, N, H, D]`` and ``text_out [B, T, H, D]``.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`attention`; also if the text is given in part.
+
+    Source: Open-Sora Plan v1.5 report, "SUV".
+    """
+    named = {"q": q, "k": k, "v": v}
+    if text_q is None or text_k is None or text_v is None:
+        texts = {"text_q": text_q, "text_k": text_k, "text_v": text_v}
+        missing = [name for name, x in texts.items() if x is None]
+        raise ValueError(
+            f"{', '.join(missing)} is None; give text_q, text_k and text_v together, "
+            "or call skiparse.attention for video alone"
+        )
+    texts = {"text_q": text_q, "text_k": text_k, "text_v": text_v}
+    scale = _check(named, texts, pattern, mask, text_mask, scale, backend)
+    out, text_out, _, _ = _call(
+        q, k, v, text_q, text_k, text_v, mask, text_mask, pattern, scale, backend
+    )
+    return out, text_out.mean(1)
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    mask: Tensor | None,
+    text_mask: Tensor | None,
+    pattern: SkipPattern,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run = 1 if pattern.sparsity == 1 else pattern.run  # one sub-sequence: runs mean nothing
+    return ops.attention(
+        q, k, v, text_q, text_k, text_v, mask, text_mask, pattern.sparsity, run, scale, backend
+    )
+
+
+def _check(
+    video: dict[str, Tensor],
+    text: dict[str, Tensor],
+    pattern: SkipPattern,
+    mask: Tensor | None,
+    text_mask: Tensor | None,
+    scale: float | None,
+    backend: str,
+) -> float:
+    """Raise ValueError for what does not fit together; else the scale to use."""
+    for name, x in (*video.items(), *text.items()):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor [batch, tokens, heads, dim], got {x!r}")
+        if x.ndim != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions [batch, tokens, heads, dim], got {list(x.shape)}"
+            )
+    if not isinstance(pattern, SkipPattern):
+        raise ValueError(f"pattern must be a SkipPattern, got {pattern!r}; try SkipPattern.single(4)")
+    q = video["q"]
+    dtype = ops.autocast_dtype(q)
+    if dtype not in _DTYPES:
+        raise ValueError(f"q must be fp64, fp32, bf16 or fp16, got {q.dtype}; convert it")
+    for name, x in (*video.items(), *text.items()):
+        if ops.autocast_dtype(x) != dtype:
+            raise ValueError(f"{name} is {x.dtype} but q is {q.dtype}; convert one to the other")
+        _check_device(name, x, q)
+    for name, x in video.items():
+        if x.shape != q.shape:
+            raise ValueError(
+                f"{name} has shape {list(x.shape)} but q has {list(q.shape)}; they must be equal"
+            )
+    B, N, H, D = q.shape
+    if D < 1:
+        raise ValueError(f"q has head dimension {D}; it must be at least 1")
+    for name, x in text.items():
+        T = text["text_q"].shape[1]
+        if x.shape != (B, T, H, D):
+            raise ValueError(
+                f"{name} has shape {list(x.shape)}, expected {[B, T, H, D]}: the batch, heads and "
+                "dim of q and the length of text_q"
+            )
+    _check_mask("mask", mask, (B, N), q)
+    if text:
+        _check_mask("text_mask", text_mask, (B, text["text_q"].shape[1]), q)
+    registry.check_name(backend)
+    if scale is None:
+        return D**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}; None means 1/sqrt(dim)")
+    return float(scale)
+
+
+def _check_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move one to the other")
+
+
+def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, int], q: Tensor) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else repr(mask)
+        raise ValueError(f"{name} must be a bool tensor, True = attend, got {got}; try {name}.bool()")
+    if mask.shape != shape:
+        raise ValueError(
+            f"{name} has shape {list(mask.shape)}, expected {list(shape)}: one flag per key token"
+        )
+    _check_device(name, mask, q)

@@ -1,0 +1,275 @@
+"""Which tokens attend to each other: the index maths of Skiparse attention, and what it saves.
+
+One family of patterns: ``n`` interleaved sub-sequences dealt out in runs of ``w`` consecutive
+tokens. ``w = 1`` is single-skip, ``w = n`` group-skip, ``n = 1`` dense attention, and
+``w = N / n`` cuts the sequence into ``n`` contiguous blocks::
+
+    token    0 1 2 3 4 5 6 7 8 9 ...
+    n=2 w=1  0 1 0 1 0 1 0 1 0 1        the sub-sequence that owns each token
+    n=2 w=2  0 0 1 1 0 0 1 1 0 0
+
+Everything is exact for every ``N >= 0``: a sequence that does not divide evenly leaves
+sub-sequences of different lengths, never padding. No other file contains an index formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+Index = TypeVar("Index")  # a Python int, or any array or tensor of integers
+
+# The four formulas. All arithmetic is on non-negative integers, so they mean the same for Python
+# ints, numpy, torch and Triton (`triton.jit(token_of)`).
+
+
+def sub_of(t: Index, n: int, w: int) -> Index:
+    """The sub-sequence, in ``[0, n)``, that owns token ``t``."""
+    return t // w % n  # type: ignore[operator]  # Index is whatever integer type the caller brings
+
+
+def pos_of(t: Index, n: int, w: int) -> Index:
+    """The position of token ``t`` inside its sub-sequence."""
+    return t // (w * n) * w + t % w  # type: ignore[operator]  # see sub_of
+
+
+def token_of(s: Index, j: Index, n: int, w: int) -> Index:
+    """The token at position ``j`` of sub-sequence ``s``; inverse of (``sub_of``, ``pos_of``)."""
+    return j // w * (w * n) + s * w + j % w  # type: ignore[operator]  # see sub_of
+
+
+def length_of(s: int, N: int, n: int, w: int) -> int:
+    """How many of ``N`` tokens sub-sequence ``s`` owns."""
+    return N // (n * w) * w + min(max(N % (n * w) - s * w, 0), w)
+
+
+class Box(NamedTuple):
+    """Tokens ``start + s*strides[0] + r*strides[1] + i*strides[2]``: what a strided view can address.
+
+    ``shape`` counts (sub-sequences, runs, tokens in a run). The tokens of one sub-sequence lie in
+    order of (r, i), beginning at position ``first`` of the sub-sequence.
+    """
+
+    first: int
+    start: int
+    shape: tuple[int, int, int]
+    strides: tuple[int, int, int]
+
+
+class Segment(NamedTuple):
+    """Neighbouring sub-sequences ``[first, first + count)`` that have the same ``length``.
+
+    ``boxes`` cover their tokens: one box, or two where the last run is cut short by the end of
+    the sequence, or none if ``length`` is 0.
+    """
+
+    first: int
+    count: int
+    length: int
+    boxes: tuple[Box, ...]
+
+
+@dataclass(frozen=True)
+class SkipPattern:
+    """``sparsity`` interleaved sub-sequences of tokens, dealt out in runs of ``run`` tokens.
+
+    Args:
+        sparsity: number of sub-sequences, an int >= 1 (``k`` or ``sparse_n`` in the reports).
+        run: consecutive tokens that stay together, an int >= 1.
+
+    Raises:
+        ValueError: if either is not an int, or is less than 1.
+
+    Source: Open-Sora Plan v1.3 report, "Skiparse attention"; v1.5 report, "SUV".
+    """
+
+    sparsity: int
+    run: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in (("sparsity", self.sparsity), ("run", self.run)):
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise ValueError(f"{name} must be an int >= 1, got {value!r}; 1 means dense")
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}; 1 means dense")
+
+    @classmethod
+    def single(cls, k: int) -> SkipPattern:
+        """Single-skip: token ``t`` attends to every ``k``-th token, those congruent to it."""
+        return cls(k, 1)
+
+    @classmethod
+    def group(cls, k: int) -> SkipPattern:
+        """Group-skip: runs of ``k`` tokens; a run attends to every ``k``-th run."""
+        return cls(k, k)
+
+    @classmethod
+    def dense(cls) -> SkipPattern:
+        """Every token attends to every token."""
+        return cls(1, 1)
+
+    @classmethod
+    def block(cls, k: int, N: int) -> SkipPattern:
+        """``k`` contiguous blocks of ``N / k`` tokens: group-skip, for tokens in skip order.
+
+        Raises:
+            ValueError: if ``k`` does not divide ``N``.
+        """
+        cls(k)
+        if N % k:
+            raise ValueError(f"block(k={k}, N={N}): k must divide N; use group(k) for any N")
+        return cls(k, max(N // k, 1))
+
+    def lengths(self, N: int) -> list[int]:
+        """The length of every sub-sequence of ``N`` tokens."""
+        return [length_of(s, N, self.sparsity, self.run) for s in range(self.sparsity)]
+
+    def pairs(self, N: int, T: int = 0) -> int:
+        """Query-key pairs of joint attention over ``N`` video and ``T`` text tokens.
+
+        Each sub-sequence attends over itself and all the text, text queries included, so this is
+        the sum of ``(length + T)**2``; ``sparsity * (N / sparsity + T)**2`` if it divides ``N``.
+        """
+        return sum(s.count * (s.length + T) ** 2 for s in self.segments(N))
+
+    def segments(self, N: int) -> list[Segment]:
+        """All sub-sequences of ``N`` tokens, as at most three groups of equal length.
+
+        Source: ``length_of``; of the last, incomplete period of ``sparsity * run`` tokens the
+        first sub-sequences own a full run, at most one a part of a run, the others none.
+        """
+        n, w = self.sparsity, self.run
+        full = N % (n * w) // w
+        cut = full + (1 if N % w and full < n else 0)
+        return [
+            self._segment(first, end - first, length_of(first, N, n, w))
+            for first, end in ((0, full), (full, cut), (cut, n))
+            if first < end
+        ]
+
+    def _segment(self, first: int, count: int, length: int) -> Segment:
+        n, w = self.sparsity, self.run
+        runs, rest = divmod(length, w)
+        boxes = []
+        if runs:
+            boxes.append(Box(0, first * w, (count, runs, w), (w, n * w, 1)))
+        if rest:
+            start = token_of(first, runs * w, n, w)
+            boxes.append(Box(runs * w, start, (count, 1, rest), (w, n * w, 1)))
+        return Segment(first, count, length, tuple(boxes))
+
+
+# Skip order: one order of the tokens in which single-skip and group-skip of the same k are both
+# plain views (single stays w = 1, group becomes block). No order serves two different k.
+
+
+def _check_skip_order(N: int, k: int) -> None:
+    SkipPattern(k)
+    if N % (k * k):
+        raise ValueError(
+            f"skip order needs k*k to divide N, got N={N}, k={k}; keep such a shape in natural order"
+        )
+
+
+def skip_order(N: int, k: int) -> np.ndarray:
+    """The order in which group-skip of ``k`` is contiguous blocks: ``x_skip = x[order]``.
+
+    Returns:
+        int64 array ``[N]``. Token ``a*k*k + m*k + j`` goes to place ``m*(N/k) + a*k + j``.
+
+    Raises:
+        ValueError: unless ``k*k`` divides ``N``.
+    """
+    _check_skip_order(N, k)
+    tokens = np.arange(N, dtype=np.int64).reshape(N // (k * k), k, k)
+    return tokens.transpose(1, 0, 2).reshape(N)
+
+
+def inverse_order(N: int, k: int) -> np.ndarray:
+    """The way back from :func:`skip_order`: ``x = x_skip[inverse]``, int64 ``[N]``."""
+    _check_skip_order(N, k)
+    places = np.arange(N, dtype=np.int64).reshape(k, N // (k * k), k)
+    return places.transpose(1, 0, 2).reshape(N)
+
+
+# What it costs.
+
+
+def attention_flops(
+    pattern: SkipPattern, N: int, T: int, B: int, H: int, D: int, *, backward: bool = False
+) -> int:
+    """Floating-point operations of the matrix products, a multiply-add counting as two.
+
+    Two products forward (``q k^T``, ``p v``), five backward (the scores again, ``dv``, ``dp``,
+    ``dq``, ``dk``); softmax and rearrangement are not counted, as is usual for attention.
+    """
+    return (5 if backward else 2) * 2 * B * H * D * pattern.pairs(N, T)
+
+
+def ceiling(num_layers: Sequence[int], sparsity: Sequence[int], N: int, T: int = 0) -> float:
+    """The most a stack of Skiparse layers can gain over dense attention: the ratio of pairs.
+
+    Stage ``i`` has ``num_layers[i]`` layers of ``sparsity[i]``, single-skip and group-skip in
+    turn, beginning with single-skip.
+
+    Raises:
+        ValueError: if the two lists differ in length or hold no layer.
+    """
+    if len(num_layers) != len(sparsity):
+        raise ValueError(
+            f"num_layers has {len(num_layers)} stages and sparsity {len(sparsity)}; give one each"
+        )
+    if sum(num_layers) < 1:
+        raise ValueError(f"num_layers must hold at least one layer, got {list(num_layers)}")
+    if N + T < 1:
+        raise ValueError(f"N + T must be at least 1 token, got N={N}, T={T}")
+    spent = sum(
+        (layers + 1) // 2 * SkipPattern.single(k).pairs(N, T)
+        + layers // 2 * SkipPattern.group(k).pairs(N, T)
+        for layers, k in zip(num_layers, sparsity, strict=True)
+    )
+    return sum(num_layers) * SkipPattern.dense().pairs(N, T) / spent
+
+
+# How far attention reaches.
+
+
+def average_distance(patterns: Sequence[SkipPattern], N: int) -> float:
+    """Layers of attention from a token to another one, averaged over all ordered pairs.
+
+    Two tokens are at distance 1 if one of the ``patterns`` puts them in the same sub-sequence,
+    and at distance d if d such steps are needed; a token is at distance 1 from itself. Found by
+    walking the graph, for any ``N``; ``inf`` if some pair is never joined.
+
+    Source: "average attention distance" of the Open-Sora Plan v1.3 report.
+    """
+    if N < 1 or not patterns:
+        raise ValueError(f"average_distance needs a token and a pattern, got N={N}, {patterns!r}")
+    # Tokens that share all their sub-sequences are alike, so walk over the kinds of token.
+    token = np.arange(N)
+    owners = np.stack([sub_of(token, p.sparsity, p.run) for p in patterns])
+    kinds, count = np.unique(owners, axis=1, return_counts=True)
+    adjacent = (kinds[:, :, None] == kinds[:, None, :]).any(axis=0)
+    distance = np.where(adjacent, 1.0, np.inf)
+    reached = adjacent
+    for step in range(2, len(count) + 1):
+        further = (reached.astype(np.float32) @ adjacent.astype(np.float32)) > 0
+        if (further == reached).all():
+            break
+        distance[further & ~reached] = step
+        reached = further
+    weight = np.outer(count, count)
+    return float((distance * weight).sum() / weight.sum())
+
+
+def average_distance_closed_form(k: int) -> float:
+    """``2 - 2/k + 1/k**2``: :func:`average_distance` of single-skip with group-skip of ``k``.
+
+    Exact where ``k*k`` divides the number of tokens: a pair shares the single-skip sub-sequence
+    with probability 1/k, the group-skip one likewise and independently, and is two apart if not.
+    """
+    SkipPattern(k)
+    return 2 - 2 / k + 1 / k**2
