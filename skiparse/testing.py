@@ -212,6 +212,63 @@ def check(actual: Answer, problem: Problem, names: Sequence[str] = Answer._field
         within_budget(name, getattr(actual, name), getattr(exact, name), yardsticks, dtype)
 
 
+def check_sample(
+    problem: Problem, backend: str, *, backward: bool, rows: int = 128, seed: int = 0
+) -> None:
+    """The same for a problem too large for :func:`oracle`: some query rows, and all that follows.
+
+    The outputs are compared at a sample of the queries, text in every sub-sequence included. The
+    gradients that come back into the call are zero at all others, so that those of all six inputs
+    follow from the sample and are compared whole.
+    """
+    (_, N, _, _), T, n = problem.q.shape, problem.text_q.shape[1], problem.pattern.sparsity
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randperm(N, generator=generator)[:rows].sort().values
+    texts = torch.randperm(T, generator=generator)[: max(rows // (4 * n), 1)].sort().values
+    copies = (N + torch.arange(n)[:, None] * T + texts).flatten()
+    tokens, texts, copies = (x.to(problem.q.device) for x in (tokens, texts, copies))
+    grads = {"grad_out": tokens, "grad_text_out": texts}
+    problem = replace(
+        problem,
+        **{
+            name: torch.zeros_like(getattr(problem, name)).index_copy(
+                1, index, getattr(problem, name)[:, index]
+            )
+            for name, index in grads.items()
+        },
+    )
+
+    def sample(dtype: torch.dtype, shuffle: int | None) -> dict[str, Tensor]:
+        narrow = problem.to(dtype)
+        inputs = [x.detach().requires_grad_(backward) for x in narrow.inputs]
+        narrow = replace(narrow, **dict(zip(INPUT_NAMES, inputs, strict=True)))
+        order = None
+        if shuffle is not None:
+            order = torch.randperm(N + T, generator=torch.Generator().manual_seed(shuffle))
+        with torch.set_grad_enabled(backward):
+            out, lse = oracle_rows(narrow, torch.cat([tokens, copies]), order)
+            video = out[:, : len(tokens)]
+            text = out[:, len(tokens) :].unflatten(1, (n, len(texts))).mean(1)
+        result = {"out": video.detach(), "text_out": text.detach(), "lse": lse.detach()}
+        if backward:
+            seen = (narrow.grad_out[:, tokens], narrow.grad_text_out[:, texts])
+            found = torch.autograd.grad((video, text), inputs, seen)
+            result |= {f"grad_{x}": g for x, g in zip(INPUT_NAMES, found, strict=True)}
+        return result
+
+    dtype = problem.q.dtype
+    exact = sample(torch.float64, None)
+    narrow = torch.float32 if dtype == torch.float64 else dtype
+    eagers = [sample(narrow, seed) for seed in range(2)]
+    answer = run(problem, backend)._asdict()
+    answer["out"] = answer["out"][:, tokens]
+    answer["text_out"] = answer["text_out"][:, texts]
+    text_lse = answer["text_lse"][:, :, :, texts].flatten(2)
+    answer["lse"] = torch.cat([answer["lse"][:, :, tokens], text_lse], 2)
+    for name, value in exact.items():
+        within_budget(name, answer[name], value, [eager[name] for eager in eagers], dtype)
+
+
 def eager_answers(problem: Problem) -> list[Answer]:
     """What eager PyTorch makes of the problem, taking the sums in four different orders.
 

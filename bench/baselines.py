@@ -1,0 +1,202 @@
+"""What Skiparse attention is held against: dense, the original way, FlexAttention, NATTEN.
+
+Each contender is built once for a case, does there what need not be repeated in a training step
+(concatenated dense inputs, masks, compilation), and is then a function without arguments that
+runs the timed work. ``None`` instead of one means that it cannot run here, and why.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import skiparse
+from skiparse.bench.cases import Case
+from skiparse.pattern import sub_of
+from skiparse.testing import Problem
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time: ``work`` is None where it cannot run, ``why_not`` then says why."""
+
+    name: str
+    work: Work | None
+    why_not: str = ""
+
+
+def skiparse_backend(case: Case, problem: Problem, backend: str) -> Contender:
+    """The library itself, through its public call, by one backend."""
+    p, name = problem, f"skiparse.{backend}"
+
+    def attend(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return skiparse.joint_attention(*inputs, p.pattern, backend=backend)
+
+    return Contender(name, _step(case, attend, p.inputs, (p.grad_out, p.grad_text_out)))
+
+
+def dense(case: Case, problem: Problem) -> list[Contender]:
+    """Dense attention over video and text by each of torch's kernels, inputs concatenated before.
+
+    Only the fastest is kept by the runner.
+    """
+    q, k, v, grad = (
+        torch.cat(pair, 1).transpose(1, 2)
+        for pair in (
+            (problem.q, problem.text_q),
+            (problem.k, problem.text_k),
+            (problem.v, problem.text_v),
+            (problem.grad_out, problem.grad_text_out),
+        )
+    )
+    kernels = (
+        {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
+         "efficient": SDPBackend.EFFICIENT_ATTENTION}
+        if q.device.type == "cuda"
+        else {"flash": SDPBackend.FLASH_ATTENTION}
+    )  # fmt: skip
+
+    def contender(name: str, kernel: SDPBackend) -> Contender:
+        def attend(*inputs: Tensor) -> tuple[Tensor, ...]:
+            with sdpa_kernel([kernel]):
+                return (F.scaled_dot_product_attention(*inputs),)
+
+        return Contender(f"dense.{name}", _step(case, attend, (q, k, v), (grad,)))
+
+    return [contender(name, kernel) for name, kernel in kernels.items()]
+
+
+def original(case: Case, problem: Problem) -> Contender:
+    """The way of the released code: pad, rearranged copies, text repeated, dense boolean masks.
+
+    Source: reference semantics of Open-Sora Plan v1.5 (restated, not copied). It has no skip
+    order, so it runs on tokens in natural order.
+    """
+    if case.skip_order:
+        return Contender("original", None, "it knows no skip order")
+    if case.kind == "dense":
+        return Contender("original", None, "without skipping it is dense attention")
+    k, N, T = case.k, case.N, case.T
+    padded = -(-N // k**2) * k**2
+    fold = {
+        "single": "b (l k) h d -> (k b) h l d",
+        "group": "b (l k j) h d -> (k b) h (l j) d",
+    }[case.kind]
+    unfold = {
+        "single": "(k b) h l d -> b (l k) h d",
+        "group": "(k b) h (l j) d -> b (l k j) h d",
+    }[case.kind]
+    sizes = {"k": k} if case.kind == "single" else {"k": k, "j": k}
+
+    valid = torch.zeros(case.B, padded, 1, 1, dtype=torch.bool, device=problem.q.device)
+    valid[:, :N] = True
+    keys = torch.cat(
+        [rearrange(valid, fold, **sizes)[..., 0], valid.new_ones(k * case.B, 1, T)], -1
+    )
+    mask = repeat(keys, "b 1 keys -> b 1 rows keys", rows=padded // k + T).contiguous()
+
+    def together(video: Tensor, text: Tensor) -> Tensor:
+        video = rearrange(F.pad(video, (0, 0, 0, 0, 0, padded - N)), fold, **sizes)
+        return torch.cat([video, repeat(text, "b t h d -> (k b) h t d", k=k)], 2)
+
+    def attend(*inputs: Tensor) -> tuple[Tensor, ...]:
+        video, text = inputs[:3], inputs[3:]
+        qkv = [together(x, y) for x, y in zip(video, text, strict=True)]
+        rows = F.scaled_dot_product_attention(*qkv, attn_mask=mask)
+        out = rearrange(rows[:, :, : padded // k], unfold, **sizes)[:, :N]
+        text_out = rearrange(rows[:, :, padded // k :], "(k b) h t d -> k b t h d", k=k).mean(0)
+        return out.contiguous(), text_out
+
+    grads = (problem.grad_out, problem.grad_text_out)
+    return Contender("original", _step(case, attend, problem.inputs, grads))
+
+
+def flex(case: Case, problem: Problem) -> Contender:
+    """FlexAttention, compiled, over tokens sorted by sub-sequence so that its blocks are sparse.
+
+    Sorted by its owner, the mask is nearly block-diagonal; in natural order FlexAttention would
+    visit every block of single-skip. Text queries are repeated for each sub-sequence.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    device = problem.q.device
+    if device.type == "cpu" and case.backward:
+        return Contender("flex", None, "torch has no FlexAttention backward on a CPU")
+    n, N, T = case.pattern.sparsity, case.N, case.T
+    owner = sub_of(torch.arange(N, device=device), n, case.pattern.run)
+    order = owner.argsort(stable=True)
+    back = order.argsort()
+    key_owner = torch.cat([owner[order], owner.new_full((T,), n)])
+    query_owner = torch.cat([owner[order], torch.arange(n, device=device).repeat_interleave(T)])
+
+    def attends(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return (query_owner[row] == key_owner[key]) | (key_owner[key] == n)
+
+    blocks = create_block_mask(attends, None, None, N + n * T, N + T, device=device)
+    compiled = torch.compile(flex_attention)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *text: Tensor) -> tuple[Tensor, ...]:
+        text_q, text_k, text_v = text
+        query = torch.cat([q[:, order], text_q.repeat(1, n, 1, 1)], 1).transpose(1, 2)
+        key = torch.cat([k[:, order], text_k], 1).transpose(1, 2)
+        value = torch.cat([v[:, order], text_v], 1).transpose(1, 2)
+        rows = compiled(query, key, value, block_mask=blocks).transpose(1, 2)
+        return rows[:, :N][:, back], rows[:, N:].unflatten(1, (n, T)).mean(1)
+
+    grads = (problem.grad_out, problem.grad_text_out)
+    return Contender("flex", _step(case, attend, problem.inputs, grads))
+
+
+def natten(case: Case, problem: Problem) -> Contender:
+    """NATTEN's dilated neighbourhoods, which express both patterns, with the text as extra keys.
+
+    It has no text queries, so it does less than the others; the difference is a tenth at k = 8.
+    """
+    if importlib.util.find_spec("natten") is None:
+        return Contender("natten", None, "natten is not installed")
+    library = importlib.import_module("natten")
+    k, N = case.k, case.N
+    if N % k**2 or case.skip_order or case.kind == "dense":
+        return Contender("natten", None, "it takes natural order with k*k dividing N")
+
+    def attend(q: Tensor, key: Tensor, v: Tensor, *text: Tensor) -> tuple[Tensor, ...]:
+        extra = {"additional_keys": text[1], "additional_values": text[2]}
+        if case.kind == "single":
+            return (library.na1d(q, key, v, kernel_size=N // k, dilation=k, **extra),)
+        q, key, v = (x.unflatten(1, (N // k, k)) for x in (q, key, v))
+        out = library.na2d(q, key, v, kernel_size=(N // k**2, k), dilation=(k, 1), **extra)
+        return (out.flatten(1, 2),)
+
+    return Contender("natten", _step(case, attend, problem.inputs, (problem.grad_out,)))
+
+
+def _step(
+    case: Case,
+    attend: Callable[..., tuple[Tensor, ...]],
+    inputs: tuple[Tensor, ...],
+    grads: tuple[Tensor, ...],
+) -> Work:
+    """The timed work: forward without autograd, or forward and backward."""
+    if not case.backward:
+
+        def forward() -> object:
+            with torch.no_grad():
+                return attend(*inputs)
+
+        return forward
+
+    def forward_backward() -> object:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        return torch.autograd.grad(attend(*leaves), leaves, grads, allow_unused=True)
+
+    return forward_backward

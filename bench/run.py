@@ -1,0 +1,327 @@
+"""Times Skiparse attention beside what people use today, and prints the ceiling next to it.
+
+For every case: the backend must first be right on that very case (``check_sample``), or it is not
+timed. Then all contenders run in turn, round after round, so that a machine that slows down
+slows all of them; figures are medians over the rounds, a speed-up is the median of the rounds'
+own ratios to dense attention.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from skiparse import registry
+from skiparse.bench import baselines
+from skiparse.bench.baselines import Contender, Work
+from skiparse.bench.cases import Case
+from skiparse.pattern import attention_flops
+from skiparse.testing import Problem, check_sample, make_problem
+
+BASELINES = ("dense", "original", "flex", "natten")
+RESULTS = Path(__file__).parent / "results.jsonl"
+LEAST_SAMPLE = 0.05  # seconds; shorter work is repeated within a sample
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one contender took: seconds per round, peak extra bytes, or why it did not run."""
+
+    name: str
+    seconds: tuple[float, ...] = ()
+    peak_bytes: int | None = None
+    why_not: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def run(
+    cases: Sequence[Case],
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    rounds: int = 5,
+    backends: Iterable[str] = ("sdpa", "triton"),
+    others: Iterable[str] = BASELINES,
+    results: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Measure the cases, print a table each, and append the rows to ``results``.
+
+    Args:
+        cases: from :mod:`skiparse.bench.cases`.
+        rounds: interleaved repetitions; medians are over these.
+        backends: of skiparse, by name; those that refuse are listed with their reason.
+        others: of ``BASELINES``; ``"dense"`` always runs, it is what the rest is compared with.
+        results: a JSON-lines file, or None to keep nothing.
+
+    Returns:
+        One row per contender that ran.
+
+    Raises:
+        AssertionError: if a backend is wrong on a case. Nothing of that case is timed then.
+    """
+    rows: list[dict[str, Any]] = []
+    for case in tqdm(cases, desc="cases", unit="case", disable=len(cases) < 2 or None):
+        timings = measure(case, device, dtype, rounds, backends, others)
+        print(table(case, timings), flush=True)
+        new = [row(case, timing, timings[0], device, dtype) for timing in timings if timing.seconds]
+        if results is not None:
+            append(results, new)
+        rows += new
+    return rows
+
+
+def measure(
+    case: Case,
+    device: str,
+    dtype: torch.dtype,
+    rounds: int,
+    backends: Iterable[str],
+    others: Iterable[str],
+) -> list[Timing]:
+    """Gate and time one case; dense attention comes first in the list."""
+    problem = make_problem(
+        case.pattern, B=case.B, N=case.N, T=case.T, H=case.heads, D=case.D,
+        dtype=dtype, device=device,
+    )  # fmt: skip
+    contenders = [_best(baselines.dense(case, problem))]
+    for name in backends:
+        contenders.append(_gated(case, problem, name))
+    for name in others:
+        if name != "dense":
+            contenders.append(getattr(baselines, name)(case, problem))
+
+    running = {c.name: c.work for c in contenders if c.work is not None}
+    repeats, peaks, seconds = {}, {}, {name: [] for name in running}
+    for name, work in running.items():
+        work()  # first call: compilation, workspaces
+        peaks[name] = peak_extra_bytes(work, device)
+        repeats[name] = max(1, round(LEAST_SAMPLE / max(_time(work, 1, device), 1e-6)))
+    for _ in tqdm(range(rounds), desc=case.name, unit="round", disable=None, leave=False):
+        for name, work in running.items():
+            seconds[name].append(_time(work, repeats[name], device))
+    return [
+        Timing(c.name, tuple(seconds[c.name]), peaks[c.name])
+        if c.work is not None
+        else Timing(c.name, why_not=c.why_not)
+        for c in contenders
+    ]
+
+
+def _gated(case: Case, problem: Problem, backend: str) -> Contender:
+    """The backend, if it takes the case; held to the error budget before it may be timed."""
+    reason = registry.load(backend).why_not()
+    if reason is None and backend == "triton" and problem.q.device.type == "cpu":
+        reason = "the interpreter is for tests, not for timing"
+    if reason is not None:
+        return Contender(f"skiparse.{backend}", None, reason)
+    try:
+        check_sample(problem, backend, backward=case.backward)
+    except RuntimeError as error:
+        return Contender(f"skiparse.{backend}", None, str(error))
+    return baselines.skiparse_backend(case, problem, backend)
+
+
+def _best(contenders: list[Contender]) -> Contender:
+    """The fastest of the dense kernels that run here: the one to be compared with."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if len(contenders) == 1:
+        return contenders[0]
+    timed = {}
+    for contender in contenders:
+        assert contender.work is not None
+        try:
+            contender.work()
+            timed[contender.name] = _time(contender.work, 2, device)
+        except RuntimeError:  # this kernel does not take this dtype or shape
+            continue
+    return next(c for c in contenders if c.name == min(timed, key=timed.__getitem__))
+
+
+def _time(work: Work, repeats: int, device: str) -> float:
+    """Seconds of one call, averaged over ``repeats``."""
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    _synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def _synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def peak_extra_bytes(work: Work, device: str) -> int | None:
+    """Memory at its highest during ``work``, beyond what was held before; None if not known here.
+
+    On CUDA from torch's allocator. On Linux from the kernel's high-water mark of resident memory,
+    reset just before.
+    """
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    mark = Path("/proc/self/clear_refs")
+    if not os.access(mark, os.W_OK):
+        return None
+    mark.write_text("5")  # resets the high-water mark, see proc(5)
+    before = _status("VmRSS")
+    work()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def table(case: Case, timings: Sequence[Timing]) -> str:
+    """The case's figures, for a terminal."""
+    dense = timings[0]
+    lines = [
+        "",
+        f"{case.name}   {case.N:,} video + {case.T} text tokens, {case.heads} heads of {case.D}",
+        f"{'':18}{'median':>10}{'spread':>16}{'TFLOP/s':>9}{'memory':>9}{'speed-up':>10}"
+        f"{'ceiling':>9}{'reached':>9}",
+    ]
+    for timing in timings:
+        if not timing.seconds:
+            lines.append(f"{timing.name:18}  not run: {timing.why_not.splitlines()[0]}")
+            continue
+        low, high = min(timing.seconds) * 1e3, max(timing.seconds) * 1e3
+        rate = _flops(case, timing) / timing.median / 1e12
+        memory = "?" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**20:.0f} M"
+        line = (
+            f"{timing.name:18}{timing.median * 1e3:7.1f} ms{low:8.1f}-{high:.1f}".ljust(44)
+            + f"{rate:9.3f}{memory:>9}"
+        )
+        if timing is not dense:
+            gain, limit = speedup(timing, dense), case.ceiling
+            line += f"{gain:9.2f}x{limit:8.2f}x{gain / limit:8.0%}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def speedup(timing: Timing, dense: Timing) -> float:
+    """How much faster than dense: the median of the rounds' ratios."""
+    pairs = zip(dense.seconds, timing.seconds, strict=True)
+    return statistics.median(slow / fast for slow, fast in pairs)
+
+
+def _flops(case: Case, timing: Timing) -> int:
+    """Floating-point operations of what was asked for (a masked-out product counts as none)."""
+    pattern = type(case.pattern).dense() if timing.name.startswith("dense") else case.pattern
+    shape = (case.N, case.T, case.B, case.heads, case.D)
+    flops = attention_flops(pattern, *shape)
+    return flops + (attention_flops(pattern, *shape, backward=True) if case.backward else 0)
+
+
+def row(
+    case: Case, timing: Timing, dense: Timing, device: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """One line of ``results.jsonl``. Times in milliseconds, memory in MiB, hardware = measured."""
+    gain = speedup(timing, dense)
+    flops = _flops(case, timing)
+    return {
+        "case": case.name,
+        "backend": timing.name,
+        "kind": "hardware",
+        "device": device_name(device),
+        "driver": driver(device),
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+        "dtype": str(dtype).removeprefix("torch."),
+        "median_ms": round(timing.median * 1e3, 3),
+        "spread_ms": [round(min(timing.seconds) * 1e3, 3), round(max(timing.seconds) * 1e3, 3)],
+        "rounds": len(timing.seconds),
+        "tflops": round(flops / timing.median / 1e12, 4),
+        "peak_extra_mib": None if timing.peak_bytes is None else round(timing.peak_bytes / 2**20, 1),
+        "speedup": round(gain, 4),
+        "ceiling": round(case.ceiling, 4),
+        "reached": round(gain / case.ceiling, 4),
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Add rows to a JSON-lines file: the whole new file is written aside, synced, and renamed."""
+    old = path.read_text() if path.exists() else ""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w") as file:
+        file.write(old + "".join(json.dumps(r) + "\n" for r in rows))
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def device_name(device: str) -> str:
+    """The processor's own name for itself."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    for line in _lines(Path("/proc/cpuinfo")):
+        if line.startswith("model name"):
+            return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def driver(device: str) -> str | None:
+    """The GPU driver's version, None on a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return _output(query).splitlines()[0] if _output(query) else None
+
+
+def versions() -> dict[str, str | None]:
+    """Of what the figures depend on."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("skiparse", "torch", "triton"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def commit() -> str | None:
+    """The checkout's commit, with ``+`` if it had changes; None outside a checkout."""
+    here = ["git", "-C", str(Path(__file__).parent)]
+    head = _output([*here, "rev-parse", "--short=12", "HEAD"])
+    changed = _output([*here, "status", "--porcelain", "--untracked-files=no", "--", "../skiparse"])
+    return (head + ("+" if changed else "")) or None
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

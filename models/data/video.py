@@ -1,0 +1,360 @@
+"""How a video file becomes a tensor of frames: checked, whole, and at the times asked for.
+
+Built for files from anywhere. Only plain local files in self-contained formats are opened; sizes
+are checked before anything is decoded and again while decoding; a clip is returned whole or not
+at all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.container import InputContainer
+from av.sidedata.sidedata import Type as SideDataType
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from torch import Tensor
+from torch.nn import functional
+
+# Formats that hold their pictures themselves. Playlists and scripts (ffconcat, HLS, DASH, image
+# sequences) name other files and are not among them.
+_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,ogg,flv,asf,nut,h264,hevc,ivf,yuv4mpegpipe"
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: `C:` is a drive
+
+# H.264 and HEVC show a frame at most this many frames after those that may be predicted from it.
+_REORDER = 16
+
+_UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED, the colour matrix of an untagged frame
+_BT709 = 1  # AVCOL_SPC_BT709
+
+
+class VideoError(ValueError):
+    """A video file that cannot be used, with its name and the reason."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest source that is decoded. Frames are streamed: this bounds time, not memory alone.
+
+    Args:
+        max_pixels: width x height of one frame. Default: 4K cinema, with some air.
+        max_frames: frames in the file. Default: ten minutes at 30 frames per second.
+        max_pixel_frames: pixels in all frames together. Default: ten minutes of 1080p at 30.
+    """
+
+    max_pixels: int = 4096 * 2304
+    max_frames: int = 18_000
+    max_pixel_frames: int = 1920 * 1088 * 18_000
+
+    def why_not(self, pixels: int, frames: int) -> str | None:
+        """The limit that ``frames`` frames of ``pixels`` pixels exceed, or None."""
+        for name, value in (
+            ("max_pixels", pixels),
+            ("max_frames", frames),
+            ("max_pixel_frames", pixels * frames),
+        ):
+            limit = getattr(self, name)
+            if value > limit:
+                return f"{value:,} exceeds {name}={limit:,}"
+        return None
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a file says about its first video stream; ``None`` where it does not say."""
+
+    width: int  # pixels as stored, before rotation
+    height: int
+    frames: int | None  # estimated from duration and rate where the container keeps no count
+    fps: Fraction | None  # average frames per second
+    duration: Fraction | None  # seconds
+    rotation: int  # degrees counter-clockwise that turn the stored picture upright
+
+
+def probe(
+    path: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    limits: Limits | None = None,
+) -> VideoInfo:
+    """Size, length and rotation of a video, from its container.
+
+    At most the first frame is decoded, within the limits: the rotation comes with it.
+
+    Raises:
+        VideoError: as :func:`read_video`, for what can be known without reading all of it.
+    """
+    limits = limits or Limits()
+    with _opened(path, root, limits) as (container, stream):
+        first = next(_frames(container, stream, limits), None)
+        if first is None:
+            raise VideoError("not one frame in it can be decoded")
+        return VideoInfo(
+            stream.codec_context.width,
+            stream.codec_context.height,
+            _promised_frames(container, stream),
+            stream.average_rate,
+            _duration(container, stream),
+            first.rotation,
+        )
+
+
+def read_video(
+    path: str | os.PathLike[str],
+    *,
+    frames: int,
+    fps: float | Fraction,
+    size: tuple[int, int],
+    root: str | os.PathLike[str] | None = None,
+    limits: Limits | None = None,
+    allow_upscale: bool = False,
+    threads: int = 0,
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """The first ``frames`` frames of a video, sampled by time, cropped and scaled to ``size``.
+
+    Frame ``i`` is the picture on screen ``i / fps`` seconds after the first one, by the time
+    stamps of the file, so a variable frame rate comes out right. Pictures are turned upright, cut
+    about the centre to the aspect of ``size`` and scaled (bicubic, antialiased). Frames without a
+    colour tag are taken as BT.709 from 720 lines up and BT.601 below; there is no tone mapping.
+
+    Args:
+        path: a plain file. A name with a colon near its start needs a folder before it, ``./a:b``.
+        frames: how many frames to return, at least 1.
+        fps: frames per second to return, above 0.
+        size: height and width to return, in pixels.
+        root: if given, ``path`` is relative to it and may not leave it, by symlink or otherwise.
+        limits: the largest source to decode; ``Limits()`` if None.
+        allow_upscale: whether a source smaller than ``size`` is enlarged instead of refused.
+        threads: decoder threads; 0 lets the decoder choose.
+        progress: called with 1 for every frame finished.
+
+    Returns:
+        uint8 ``[frames, height, width, 3]``, RGB.
+
+    Raises:
+        VideoError: if the file is no plain local file, holds no video, exceeds the limits, has
+            less to show than was asked for, is too small, or is damaged anywhere up to the last
+            frame needed.
+        ValueError: for arguments that make no sense.
+    """
+    height, width = size
+    if frames < 1 or height < 1 or width < 1:
+        raise ValueError(f"frames and size must be at least 1, got frames={frames}, size={size}")
+    rate = Fraction(fps).limit_denominator(100_000)
+    if rate <= 0:
+        raise ValueError(f"fps must be above 0, got {fps}")
+    limits = limits or Limits()
+    clip = torch.empty((frames, height, width, 3), dtype=torch.uint8)
+    done, spare, end = 0, _REORDER, Fraction(0)
+    with _opened(path, root, limits) as (container, stream):
+        stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = threads
+        try:
+            for end, frame in _shown(_frames(container, stream, limits), stream):
+                if done == frames:
+                    spare -= 1
+                    if not spare:
+                        break
+                first = done
+                while done < frames and done / rate < end:
+                    if done == first:
+                        clip[done] = _picture(frame, stream, size, allow_upscale)
+                    else:
+                        clip[done] = clip[first]
+                    done += 1
+                    if progress is not None:
+                        progress(1)
+        except VideoError as error:
+            raise VideoError(f"{error} (with {done} of {frames} frames done)") from error
+        if done < frames:
+            raise VideoError(
+                f"ends after {float(end):.3f} s, enough for {done} of the {frames} frames asked "
+                f"for: the last is due at {float((frames - 1) / rate):.3f} s. The container speaks "
+                f"of {_promised_frames(container, stream) or 'no number of'} frames"
+            )
+    return clip
+
+
+@contextmanager
+def _opened(
+    path: str | os.PathLike[str], root: str | os.PathLike[str] | None, limits: Limits
+) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its video stream, sizes checked; all errors leave as VideoError."""
+    try:
+        with (
+            _plain_file(path, root).open("rb") as file,
+            av.open(
+                file,
+                options={"format_whitelist": _FORMATS, "protocol_whitelist": ""},
+                metadata_errors="replace",
+            ) as container,
+        ):
+            stream = _video_stream(container)
+            codec = stream.codec_context
+            # The decoder refuses larger frames itself, before allocating them. It counts whole
+            # blocks of up to 128 x 128 pixels, so it is given some slack; _frames is exact.
+            codec.options = {"max_pixels": str(2 * limits.max_pixels + 256 * 256)}
+            frames = _promised_frames(container, stream)
+            reason = limits.why_not(codec.width * codec.height, frames or 1)
+            if reason:
+                raise VideoError(
+                    f"{codec.width}x{codec.height}, {frames or 'unknown'} frames: {reason}; cut "
+                    "it or scale it down first, or pass larger limits"
+                )
+            yield container, stream
+    except VideoError as error:
+        raise VideoError(f"{os.fsdecode(path)!r}: {error}") from error
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(
+            f"{os.fsdecode(path)!r}: not a video that can be read ({error.strerror})"
+        ) from error
+
+
+def _plain_file(path: str | os.PathLike[str], root: str | os.PathLike[str] | None) -> Path:
+    name = os.fspath(path)
+    if "\0" in name:
+        raise VideoError("NUL in the name; only plain local files are read")
+    if _SCHEME.match(name):
+        raise VideoError("looks like a URL; only plain local files are read (./a:b for a name)")
+    try:
+        real = (Path(root or ".") / name).resolve(strict=True)
+        if root is not None and not real.is_relative_to(Path(root).resolve(strict=True)):
+            raise VideoError(f"leads out of root {os.fspath(root)!r}, to {str(real)!r}")
+    except FileNotFoundError as error:
+        raise VideoError("no such file") from error
+    if not real.is_file():
+        raise VideoError("not a plain file")
+    if not real.stat().st_size:
+        raise VideoError("the file is empty")
+    return real
+
+
+def _video_stream(container: InputContainer) -> VideoStream:
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:  # the cover of a song
+            return stream
+    kinds = sorted({stream.type for stream in container.streams})
+    raise VideoError(f"no video in it, only {', '.join(kinds) or 'an empty container'}")
+
+
+def _duration(container: InputContainer, stream: VideoStream) -> Fraction | None:
+    if stream.duration is not None and stream.time_base is not None:
+        return stream.duration * stream.time_base
+    return None if container.duration is None else Fraction(container.duration, av.time_base)
+
+
+def _promised_frames(container: InputContainer, stream: VideoStream) -> int | None:
+    duration = _duration(container, stream)
+    if stream.frames or duration is None or stream.average_rate is None:
+        return stream.frames or None
+    return round(duration * stream.average_rate)
+
+
+def _frames(container: InputContainer, stream: VideoStream, limits: Limits) -> Iterator[VideoFrame]:
+    """Every frame in the order of showing; stops with VideoError at the first sign of damage."""
+    count = 0
+    size = None
+    try:
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise VideoError(f"damaged after {count} frames: a packet is cut short")
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise VideoError(f"damaged after {count} frames: a frame is incomplete")
+                size = size or (frame.width, frame.height)
+                if size != (frame.width, frame.height):
+                    raise VideoError(
+                        f"changes from {size[0]}x{size[1]} to {frame.width}x{frame.height} after "
+                        f"{count} frames; cut it there"
+                    )
+                count += 1
+                reason = limits.why_not(frame.width * frame.height, count)
+                if reason:
+                    raise VideoError(f"larger than its container says: {reason}")
+                yield frame
+    except av.FFmpegError as error:
+        raise VideoError(f"damaged after {count} frames: {error.strerror}") from error
+
+
+def _shown(
+    frames: Iterator[VideoFrame], stream: VideoStream
+) -> Iterator[tuple[Fraction, VideoFrame]]:
+    """Each frame, with the time at which the next one replaces it; the first appears at 0.
+
+    In seconds, exact but for half a tick of the container's clock by which all ends are early:
+    time stamps are rounded to that clock, and ``i / fps`` has to fall on the right side.
+    """
+    current: VideoFrame | None = None
+    zero = pts = 0
+    tick = Fraction(0)
+    for frame in frames:
+        if frame.pts is None or frame.time_base is None:
+            raise VideoError("its frames have no time stamps; put them into a container, say mp4")
+        if current is None:
+            zero, tick = frame.pts, frame.time_base
+        elif frame.pts < pts:
+            raise VideoError(f"time goes backwards, from {pts * tick} s to {frame.pts * tick} s")
+        else:
+            yield (frame.pts - zero) * tick - tick / 2, current
+        current, pts = frame, frame.pts
+    if current is not None:
+        lasts = current.duration * tick
+        if not lasts and stream.average_rate:
+            lasts = 1 / stream.average_rate
+        yield (pts - zero) * tick + lasts - tick / 2, current
+
+
+def _picture(
+    frame: VideoFrame, stream: VideoStream, size: tuple[int, int], allow_upscale: bool
+) -> Tensor:
+    """One frame upright, cut and scaled: uint8 ``[height, width, 3]``."""
+    if frame.colorspace == _UNSPECIFIED and frame.height >= 720:
+        frame.colorspace = _BT709
+    picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+    pixel_aspect = stream.sample_aspect_ratio or Fraction(1)  # width of a pixel over its height
+    a, b, c, d = _display_matrix(frame)
+    if a == 0:  # x and y change places
+        picture, pixel_aspect = picture.transpose(0, 1), 1 / pixel_aspect
+    mirrored = [axis for axis, sign in ((0, b + d), (1, a + c)) if sign < 0]
+    picture = picture.flip(mirrored) if mirrored else picture
+
+    aspect = Fraction(size[1], size[0]) / pixel_aspect  # of the cut, in pixels as stored
+    height, width = picture.shape[:2]
+    cut_height = min(height, max(1, round(width / aspect)))
+    cut_width = min(width, max(1, round(height * aspect)))
+    if (cut_height < size[0] or cut_width < size[1]) and not allow_upscale:
+        raise VideoError(
+            f"{cut_width}x{cut_height} pixels after the cut, fewer than the {size[1]}x{size[0]} "
+            "asked for; ask for a smaller size, or pass allow_upscale=True"
+        )
+    top, left = (height - cut_height) // 2, (width - cut_width) // 2
+    picture = picture[top : top + cut_height, left : left + cut_width]
+    if picture.shape[:2] == size:
+        return picture
+    return functional.interpolate(
+        picture.permute(2, 0, 1)[None], size=size, mode="bicubic", antialias=True
+    )[0].permute(1, 2, 0)
+
+
+def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
+    """Signs (a, b, c, d) of ``x' = a*x + c*y, y' = b*x + d*y``: how the picture is to be shown."""
+    for side_data in frame.side_data:
+        if side_data.type == SideDataType.DISPLAYMATRIX:
+            matrix = np.frombuffer(bytes(side_data), dtype=np.int32).reshape(3, 3)
+            a, b, c, d = (int(x) for x in np.sign(matrix[:2, :2]).flat)
+            if abs(a) != abs(d) or abs(b) != abs(c) or abs(a) == abs(b):
+                raise VideoError(f"is to be shown turned by {frame.rotation} degrees, not by 90s")
+            return a, b, c, d
+    return 1, 0, 0, 1

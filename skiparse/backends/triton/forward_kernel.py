@@ -1,0 +1,137 @@
+"""The forward kernel: online softmax over a sub-sequence's video keys, then over the text.
+
+Source: Dao et al. 2022, "FlashAttention", algorithm 1; Milakov and Gimelshein 2018, "Online
+normalizer calculation for softmax".
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+# (kernels have no Python types; Triton types them)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from skiparse.backends import Inputs, Outputs
+from skiparse.backends.triton.device import (
+    LOG2E,
+    Config,
+    Configs,
+    attended,
+    block_d,
+    choose,
+    load_tile,
+    lse_pair,
+    mask_pair,
+    own,
+    pair_pointers,
+    program,
+    rows_of,
+    shared,
+    store_tile,
+)
+from skiparse.pattern import length_of
+
+# Chosen to compile without spills; tests/test_aot.py has the registers and shared memory.
+CONFIGS: Configs = {
+    "sm_80": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
+    "sm_90": {64: Config(128, 128, 8, 2), 128: Config(128, 128, 8, 2), 256: Config(128, 64, 8, 2)},
+    "gfx942": {64: Config(128, 64, 4, 1), 128: Config(128, 64, 4, 1), 256: Config(64, 32, 4, 1)},
+    "fp32": {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+    "interpreter": {256: Config(32, 16, 1, 1)},
+}
+
+
+@triton.jit(do_not_specialize=["N", "T", "H", "longest"], do_not_specialize_on_alignment=["n", "w"])
+def skiparse_forward(
+    q,
+    k,
+    v,
+    mask,
+    out,
+    lse,
+    scale,
+    N,
+    T,
+    H,
+    longest,
+    n,
+    w,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One block of query rows of one sub-sequence, against all of its keys."""
+    video_blocks = tl.cdiv(longest, BLOCK_M)
+    b, h, s, block = program(video_blocks + tl.cdiv(T, BLOCK_M), n, H)
+    is_video, row, exists = rows_of(block, video_blocks, s, N, T, n, w, BLOCK_M)
+    q_tile = load_tile(q, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
+    log2_scale = scale * LOG2E
+
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)  # [M], the largest score so far
+    total = tl.zeros([BLOCK_M], tl.float32)  # [M], sum of 2**(score - top)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [M, D]
+
+    video_key_blocks = tl.cdiv(longest, BLOCK_N)
+    for key_block in range(video_key_blocks + tl.cdiv(T, BLOCK_N)):
+        key_is_video, key, key_exists = rows_of(
+            key_block, video_key_blocks, s, N, T, n, w, BLOCK_N
+        )
+        attend = attended(mask, key_is_video, b, s, key, h, key_exists)  # [N]
+        k_tile = load_tile(k, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
+        scores = tl.dot(q_tile, k_tile.T, input_precision="ieee") * log2_scale  # [M, N]
+        scores = tl.where(attend[None, :], scores, -float("inf"))
+
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # no key yet: inf - inf is NaN
+        p = tl.exp2(scores - shift[:, None])  # [M, N]
+        decay = tl.exp2(top - shift)  # [M]
+        top = new_top
+        total = total * decay + tl.sum(p, 1)
+        v_tile = load_tile(v, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
+
+    empty = total == 0.0  # [M]
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    store_tile(out, is_video, b, s, row, h, exists, acc, HEAD_DIM, BLOCK_D)
+    row_lse = tl.where(empty, -float("inf"), (top + tl.log2(total)) / LOG2E)
+    tl.store(pair_pointers(lse, is_video, b, s, row, h), row_lse, mask=exists)
+
+
+def forward(inputs: Inputs) -> Outputs:
+    """Launch the kernel over every block of every sub-sequence, head and batch entry."""
+    q, n, w = inputs.q, inputs.pattern.sparsity, inputs.pattern.run
+    (B, N, H, D), T = q.shape, inputs.text_q.shape[1]
+    outputs = Outputs(
+        out=q.new_empty(B, N, H, D),
+        text_out=q.new_empty(B, n, T, H, D),
+        lse=q.new_empty(B, H, N, dtype=torch.float32),
+        text_lse=q.new_empty(B, H, n, T, dtype=torch.float32),
+    )
+    longest = length_of(0, N, n, w)
+    config = choose(CONFIGS, q)
+    blocks = triton.cdiv(longest, config.BLOCK_M) + triton.cdiv(T, config.BLOCK_M)
+    if blocks * n * B * H == 0:
+        return outputs
+    with torch.cuda.device_of(q):
+        skiparse_forward[(blocks * n * B * H,)](
+            (shared(q), shared(inputs.text_q)),
+            (shared(inputs.k), shared(inputs.text_k)),
+            (shared(inputs.v), shared(inputs.text_v)),
+            mask_pair(inputs),
+            (shared(outputs.out), own(outputs.text_out)),
+            lse_pair(outputs.lse, outputs.text_lse),
+            inputs.scale,
+            N,
+            T,
+            H,
+            longest,
+            n,
+            w,
+            HEAD_DIM=D,
+            BLOCK_D=block_d(D),
+            **config._asdict(),
+        )
+    return outputs
