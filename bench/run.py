@@ -258,7 +258,9 @@ def row(
         "spread_ms": [round(min(timing.seconds) * 1e3, 3), round(max(timing.seconds) * 1e3, 3)],
         "rounds": len(timing.seconds),
         "tflops": round(flops / timing.median / 1e12, 4),
-        "peak_extra_mib": None if timing.peak_bytes is None else round(timing.peak_bytes / 2**20, 1),
+        "peak_extra_mib": None
+        if timing.peak_bytes is None
+        else round(timing.peak_bytes / 2**20, 1),
         "speedup": round(gain, 4),
         "ceiling": round(case.ceiling, 4),
         "reached": round(gain / case.ceiling, 4),

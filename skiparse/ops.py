@@ -181,7 +181,8 @@ def _register_autocast(key: str) -> None:
 
     @op.py_impl(dispatch_key)
     def cast_and_call(*args: Any) -> Any:
-        cast = (x.to(autocast_dtype(x)) if isinstance(x, Tensor) else x for x in args)
+        # All of them before the guard, under which autocast counts as off.
+        cast = [x.to(autocast_dtype(x)) if isinstance(x, Tensor) else x for x in args]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(dispatch_key)):
             return op(*cast)
 

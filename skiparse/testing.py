@@ -7,11 +7,12 @@ softmax over all keys, under a mask built token by token from ``sub_of``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from skiparse.pattern import SkipPattern, sub_of
@@ -116,26 +117,20 @@ def make_problem(
 
 
 def oracle(
-    problem: Problem, dtype: torch.dtype = torch.float64, *, shuffle: int | None = None
+    problem: Problem, dtype: torch.dtype = torch.float64, way: Way | None = None
 ) -> Answer:
     """Outputs and gradients by dense softmax under a token-by-token mask, computed in ``dtype``.
 
     In fp64 it is the exact answer; in a narrower dtype it is what eager PyTorch would give, the
-    yardstick of :func:`budget`. ``shuffle`` seeds an order in which to take all sums, over the
-    keys and over the head dimension. Memory grows with ``(N + n*T) * (N + T)``.
+    yardstick of :func:`budget`. Memory grows with ``(N + n*T) * (N + T)``.
     """
     problem = problem.to(dtype)
-    (_, N, _, D), T, n = problem.q.shape, problem.text_q.shape[1], problem.pattern.sparsity
-    generator = torch.Generator().manual_seed(shuffle or 0)
-    keys, dims = torch.arange(N + T), torch.arange(D)
-    if shuffle is not None:
-        keys, dims = (x[torch.randperm(len(x), generator=generator)] for x in (keys, dims))
+    N, T, n = problem.q.shape[1], problem.text_q.shape[1], problem.pattern.sparsity
     inputs = [x.detach().clone().requires_grad_() for x in problem.inputs]
-    shuffled = {name: x[..., dims] for name, x in zip(INPUT_NAMES, inputs, strict=True)}
+    leaves = replace(problem, **dict(zip(INPUT_NAMES, inputs, strict=True)))
     rows = torch.arange(N + n * T, device=problem.q.device)
     with torch.enable_grad():
-        out, lse = oracle_rows(replace(problem, **shuffled), rows, keys)
-        out = out[..., dims.argsort()]
+        out, lse = oracle_rows(leaves, rows, way)
         text_out = out[:, N:].unflatten(1, (n, T)).mean(1) if T else out[:, N:]
         loss = (out[:, :N] * problem.grad_out).sum() + (text_out * problem.grad_text_out).sum()
     grads = torch.autograd.grad(loss, inputs)
@@ -144,8 +139,24 @@ def oracle(
     return Answer(out[:, :N].detach(), text_out.detach(), lse[:, :, :N], text_lse, *grads)
 
 
+@dataclass(frozen=True)
+class Way:
+    """One of the ways in which eager PyTorch may compute attention, all equal but for rounding.
+
+    ``how`` is ``"softmax"``, differentiated by autograd; ``"lse"``: ``exp(scores - lse)``, with
+    the gradient from the output, as fused kernels are written; or ``"kernel"``: torch's own SDPA.
+    ``shuffle`` seeds the order in which sums over the keys and the head dimension are taken.
+    """
+
+    how: str
+    shuffle: int
+
+
+WAYS = tuple(Way(how, shuffle) for shuffle in range(2) for how in ("softmax", "lse", "kernel"))
+
+
 def oracle_rows(
-    problem: Problem, rows: Tensor, key_order: Tensor | None = None
+    problem: Problem, rows: Tensor, way: Way | None = None
 ) -> tuple[Tensor, Tensor]:
     """Some query rows only: ``(out [B, R, H, D], lse [B, H, R])``, differentiable.
 
@@ -163,25 +174,65 @@ def oracle_rows(
     )[rows]
     attend = torch.cat(
         [query_sub[:, None] == owner[None, :], query_sub.new_ones(len(rows), T).bool()], 1
-    ).expand(B, -1, -1)
+    ).expand(B, -1, -1)  # [B, R, N + T]
     if problem.mask is not None:
         attend = attend & torch.cat([problem.mask, problem.mask.new_ones(B, T)], 1)[:, None]
     if problem.text_mask is not None:
-        attend = attend & torch.cat(
-            [problem.text_mask.new_ones(B, N), problem.text_mask], 1
-        )[:, None]  # fmt: skip
+        visible = torch.cat([problem.text_mask.new_ones(B, N), problem.text_mask], 1)
+        attend = attend & visible[:, None]
     scale = D**-0.5 if problem.scale is None else problem.scale
-    keys = slice(None) if key_order is None else key_order.to(device)
 
-    attend = attend[:, :, keys]  # [B, R, N + T]
-    query = torch.cat([q, text_q], 1)[:, source].transpose(1, 2)  # [B, H, R, D]
-    key = torch.cat([problem.k, problem.text_k], 1)[:, keys].transpose(1, 2)  # [B, H, N + T, D]
-    value = torch.cat([problem.v, problem.text_v], 1)[:, keys].transpose(1, 2)
-    scores = (query @ key.mT * scale).masked_fill(~attend[:, None], -torch.inf)
-    lse = scores.logsumexp(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -math.inf)
-    alive = attend.any(-1)[:, None, :, None]  # [B, 1, R, 1]
-    weights = scores.masked_fill(~alive, 0).softmax(-1).masked_fill(~alive, 0)
-    return (weights @ value).transpose(1, 2), lse
+    keys, dims = torch.arange(N + T), torch.arange(D)
+    if way is not None:
+        generator = torch.Generator().manual_seed(way.shuffle)
+        keys, dims = (x[torch.randperm(len(x), generator=generator)] for x in (keys, dims))
+    keys, dims = keys.to(device), dims.to(device)
+    query = torch.cat([q, text_q], 1)[:, source].transpose(1, 2)[..., dims]  # [B, H, R, D]
+    key = torch.cat([problem.k, problem.text_k], 1)[:, keys].transpose(1, 2)[..., dims]
+    value = torch.cat([problem.v, problem.text_v], 1)[:, keys].transpose(1, 2)[..., dims]
+    attend = attend[:, None, :, keys]  # [B, 1, R, N + T]
+    how = "softmax" if way is None else way.how
+    if how == "lse":
+        out, lse = _FromLse.apply(query, key, value, attend, scale)
+    else:
+        scores = (query @ key.mT * scale).masked_fill(~attend, -math.inf)
+        lse = _lse(scores)
+        alive = attend.any(-1, keepdim=True)
+        if how == "softmax":
+            out = scores.masked_fill(~alive, 0).softmax(-1) @ value
+        else:
+            out = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=attend | ~alive, scale=scale
+            )
+        out = out.masked_fill(~alive, 0)
+    return out.transpose(1, 2)[..., dims.argsort()], lse
+
+
+def _lse(scores: Tensor) -> Tensor:
+    """``logsumexp`` over keys, -inf where there are none."""
+    return scores.logsumexp(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -math.inf)
+
+
+class _FromLse(torch.autograd.Function):
+    """Attention written as fused kernels write it, every step an eager operation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, attend: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        scores = (q @ k.mT * scale).masked_fill(~attend, -math.inf)
+        lse = _lse(scores)
+        p = (scores - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
+        out = p @ v
+        ctx.save_for_backward(q, k, v, p, out)
+        ctx.scale = scale
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # autograd's own stub is untyped
+        q, k, v, p, out = ctx.saved_tensors
+        ds = p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * ctx.scale
+        return ds @ k, ds.mT @ q, p.mT @ grad, None, None
 
 
 def run(problem: Problem, backend: str) -> Answer:
@@ -199,17 +250,16 @@ def run(problem: Problem, backend: str) -> Answer:
     return Answer(out.detach(), text_out.detach(), lse, text_lse, *grads)
 
 
-def check(actual: Answer, problem: Problem, names: Sequence[str] = Answer._fields) -> None:
-    """Hold outputs and gradients of ``actual`` against :func:`budget`.
+def check(actual: Answer, problem: Problem) -> None:
+    """Hold every output and gradient of ``actual`` against :func:`budget`.
 
     Raises:
         AssertionError: naming the tensor, its error and the budget.
     """
     dtype = problem.q.dtype
-    exact, eagers = oracle(problem), eager_answers(problem)
-    for name in names:
-        yardsticks = [getattr(eager, name) for eager in eagers]
-        within_budget(name, getattr(actual, name), getattr(exact, name), yardsticks, dtype)
+    exact = oracle(problem)._asdict()
+    eagers = [oracle(problem, yardstick(dtype), way)._asdict() for way in WAYS]
+    within_budget(actual._asdict(), exact, eagers, dtype)
 
 
 def check_sample(
@@ -221,91 +271,109 @@ def check_sample(
     gradients that come back into the call are zero at all others, so that those of all six inputs
     follow from the sample and are compared whole.
     """
-    (_, N, _, _), T, n = problem.q.shape, problem.text_q.shape[1], problem.pattern.sparsity
+    N, T, n = problem.q.shape[1], problem.text_q.shape[1], problem.pattern.sparsity
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randperm(N, generator=generator)[:rows].sort().values
     texts = torch.randperm(T, generator=generator)[: max(rows // (4 * n), 1)].sort().values
     copies = (N + torch.arange(n)[:, None] * T + texts).flatten()
     tokens, texts, copies = (x.to(problem.q.device) for x in (tokens, texts, copies))
-    grads = {"grad_out": tokens, "grad_text_out": texts}
+
+    def only(grad: Tensor, index: Tensor) -> Tensor:
+        return torch.zeros_like(grad).index_copy(1, index, grad[:, index])
+
     problem = replace(
         problem,
-        **{
-            name: torch.zeros_like(getattr(problem, name)).index_copy(
-                1, index, getattr(problem, name)[:, index]
-            )
-            for name, index in grads.items()
-        },
+        grad_out=only(problem.grad_out, tokens),
+        grad_text_out=only(problem.grad_text_out, texts),
     )
 
-    def sample(dtype: torch.dtype, shuffle: int | None) -> dict[str, Tensor]:
-        narrow = problem.to(dtype)
-        inputs = [x.detach().requires_grad_(backward) for x in narrow.inputs]
-        narrow = replace(narrow, **dict(zip(INPUT_NAMES, inputs, strict=True)))
-        order = None
-        if shuffle is not None:
-            order = torch.randperm(N + T, generator=torch.Generator().manual_seed(shuffle))
+    def sample(dtype: torch.dtype, way: Way | None) -> dict[str, Tensor]:
+        typed = problem.to(dtype)
+        inputs = [x.detach().requires_grad_(backward) for x in typed.inputs]
+        leaves = replace(typed, **dict(zip(INPUT_NAMES, inputs, strict=True)))
         with torch.set_grad_enabled(backward):
-            out, lse = oracle_rows(narrow, torch.cat([tokens, copies]), order)
+            out, lse = oracle_rows(leaves, torch.cat([tokens, copies]), way)
             video = out[:, : len(tokens)]
             text = out[:, len(tokens) :].unflatten(1, (n, len(texts))).mean(1)
-        result = {"out": video.detach(), "text_out": text.detach(), "lse": lse.detach()}
+        found = {"out": video.detach(), "text_out": text.detach(), "lse": lse.detach()}
         if backward:
-            seen = (narrow.grad_out[:, tokens], narrow.grad_text_out[:, texts])
-            found = torch.autograd.grad((video, text), inputs, seen)
-            result |= {f"grad_{x}": g for x, g in zip(INPUT_NAMES, found, strict=True)}
-        return result
+            seen = (typed.grad_out[:, tokens], typed.grad_text_out[:, texts])
+            grads = torch.autograd.grad((video, text), inputs, seen)
+            found |= {f"grad_{name}": g for name, g in zip(INPUT_NAMES, grads, strict=True)}
+        return found
 
     dtype = problem.q.dtype
     exact = sample(torch.float64, None)
-    narrow = torch.float32 if dtype == torch.float64 else dtype
-    eagers = [sample(narrow, seed) for seed in range(2)]
+    eagers = [sample(yardstick(dtype), way) for way in WAYS[:3]]
     answer = run(problem, backend)._asdict()
     answer["out"] = answer["out"][:, tokens]
     answer["text_out"] = answer["text_out"][:, texts]
     text_lse = answer["text_lse"][:, :, :, texts].flatten(2)
     answer["lse"] = torch.cat([answer["lse"][:, :, tokens], text_lse], 2)
-    for name, value in exact.items():
-        within_budget(name, answer[name], value, [eager[name] for eager in eagers], dtype)
+    within_budget(answer, exact, eagers, dtype)
 
 
-def eager_answers(problem: Problem) -> list[Answer]:
-    """What eager PyTorch makes of the problem, taking the sums in four different orders.
+# Tensors that come out of the same arithmetic share a relative error.
+GROUPS = (
+    ("out", "text_out"),
+    ("lse", "text_lse"),
+    tuple(f"grad_{name}" for name in INPUT_NAMES),
+)
 
-    A sum may be taken in any order, so eager's error is not one number; in a small problem one
-    order can be exact by luck. fp64 problems are computed in fp32, see :func:`budget`.
+
+def yardstick(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which eager PyTorch is run to know its error: the same, but fp32 for fp64."""
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def budget(
+    exact: Mapping[str, Tensor], eagers: Sequence[Mapping[str, Tensor]], dtype: torch.dtype
+) -> float:
+    """The error allowed relative to ``max|exact|``: twice what eager PyTorch makes, plus one eps.
+
+    ``2 * max|eager - exact| / max|exact| + eps(dtype)``, over the finite values, the worst of the
+    tensors given and of the ways in which eager may compute them: rounding errors are few in a
+    small problem, and the largest of a few is a matter of luck. There is nothing more exact to
+    hold fp64 against: its eager error is that of fp32 scaled by the ratio of the two eps, to
+    which rounding is proportional, and counts once more, because ``exact`` has it too.
     """
-    dtype = torch.float32 if problem.q.dtype == torch.float64 else problem.q.dtype
-    return [oracle(problem, dtype, shuffle=seed) for seed in range(4)]
-
-
-def budget(exact: Tensor, eagers: Sequence[Tensor], dtype: torch.dtype) -> float:
-    """The error allowed in ``dtype``: twice what eager PyTorch makes, plus one rounding.
-
-    ``2 * max|eager - exact| + eps * max|exact|``, over the finite values. There is nothing more
-    exact to hold fp64 against: its eager error is that of fp32 scaled by the ratio of the two
-    eps, to which rounding errors are proportional, and counts three times, as ``exact`` has it too.
-    """
-    finite = exact.isfinite()
-    if not finite.any():
-        return 0.0
-    reference = exact[finite].double()
-    error = max((eager[finite].double() - reference).abs().max().item() for eager in eagers)
+    worst = 0.0
+    for name, right in exact.items():
+        finite = right.isfinite()
+        scale = _largest(right[finite])
+        if scale > 0:
+            errors = (_largest(x[name][finite].double() - right[finite]) for x in eagers)
+            worst = max(worst, max(errors) / scale)
     if dtype == torch.float64:
-        error *= 1.5 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    return 2 * error + torch.finfo(dtype).eps * reference.abs().max().item()
+        worst *= 1.5 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return 2 * worst + torch.finfo(dtype).eps
 
 
 def within_budget(
-    name: str, actual: Tensor, exact: Tensor, eagers: Sequence[Tensor], dtype: torch.dtype
+    actual: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    eagers: Sequence[Mapping[str, Tensor]],
+    dtype: torch.dtype,
 ) -> None:
-    """Raise AssertionError unless ``actual`` has the shape, the NaN and inf, and the accuracy."""
-    assert actual.shape == exact.shape, f"{name}: shape {actual.shape}, expected {exact.shape}"
-    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-        assert torch.equal(kind(actual), kind(exact)), f"{name}: {kind.__name__} in other places"
-    finite = exact.isfinite()
-    if not finite.any():
-        return
-    error = (actual[finite].double() - exact[finite].double()).abs().max().item()
-    allowed = budget(exact, eagers, dtype)
-    assert error <= allowed, f"{name}: off by {error:.3e}, allowed {allowed:.3e}"
+    """Raise AssertionError unless every tensor has the shape, the NaN and inf, and the accuracy.
+
+    A tensor that is exactly zero is held to the scale of the others in its group.
+    """
+    for group in GROUPS:
+        right = {name: exact[name] for name in group if name in exact}
+        allowed = budget(right, eagers, dtype)
+        scales = {name: _largest(x[x.isfinite()]) for name, x in right.items()}
+        for name, x in right.items():
+            y = actual[name]
+            assert y.shape == x.shape, f"{name}: shape {y.shape}, expected {x.shape}"
+            for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+                assert torch.equal(kind(y), kind(x)), f"{name}: {kind.__name__} in other places"
+            finite = x.isfinite()
+            error = _largest(y[finite].double() - x[finite])
+            limit = allowed * (scales[name] or max(scales.values()))
+            assert error <= limit, f"{name}: off by {error:.3e}, allowed {limit:.3e}"
+
+
+def _largest(x: Tensor) -> float:
+    """``max|x|``, 0 of nothing."""
+    return x.abs().max().item() if x.numel() else 0.0

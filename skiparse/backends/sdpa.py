@@ -199,7 +199,8 @@ class _Call:
             bias = bias.expand(-1, -1, -1, H).transpose(2, 3).flatten(1, 2).unsqueeze(2)
         else:
             bias = bias.flatten(0, 1).permute(0, 2, 1).unsqueeze(1)
-        return bias, ~rows.any(2, keepdim=True)
+        # A kernel that finds the last stride other than 1 would expand it to rows x rows first.
+        return bias.contiguous(), ~rows.any(2, keepdim=True)
 
     def _rows(self, video: Tensor, text: Tensor, dtype: torch.dtype) -> Tensor:
         """``[B, N, H, D]`` with ``[B, S, T, H, D]`` as ``[B, S, rows, H, D]``: a view, or packed."""

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from skiparse.backends import Gradients, Inputs, Outputs
-from skiparse.pattern import length_of, token_of
 
-_LARGEST_BLOCK = 256  # rows; no configuration has more
+_TOKENS = 2**31 - 256  # 32 bits, less the rows of a block that may hang over the end
 
 
 def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | None:
@@ -43,11 +42,10 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
         major, minor = torch.cuda.get_device_capability(q.device)
         if major < 8:
             return f"the kernels need compute capability 8.0, and {q.device} has {major}.{minor}"
-    n, w = inputs.pattern.sparsity, inputs.pattern.run
-    longest = length_of(0, q.shape[1], n, w)
-    last = token_of(n - 1, longest + _LARGEST_BLOCK, n, w)
-    if max(last, inputs.text_q.shape[1] + _LARGEST_BLOCK) >= 2**31:
-        return f"token indices are 32-bit, and a block of keys here may reach {last}"
+    period = inputs.pattern.sparsity * inputs.pattern.run
+    largest = max(q.shape[1], inputs.text_q.shape[1], period)
+    if largest >= _TOKENS:
+        return f"the kernels count tokens, and sparsity * run, to {_TOKENS - 1}, not to {largest}"
     return None
 
 
@@ -58,7 +56,9 @@ def forward(inputs: Inputs) -> Outputs:
     return launch(inputs)
 
 
-def backward(inputs: Inputs, outputs: Outputs, grad_out: Tensor, grad_text_out: Tensor) -> Gradients:
+def backward(
+    inputs: Inputs, outputs: Outputs, grad_out: Tensor, grad_text_out: Tensor
+) -> Gradients:
     """One kernel for dk and dv, one for dq, none with atomics; text summed over sub-sequences."""
     from skiparse.backends.triton.backward_kernel import backward as launch
 

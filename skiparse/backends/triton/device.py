@@ -9,12 +9,14 @@ and its strides ``(pointer, batch, sub-sequence, row, head)``, the last dimensio
 Which of the two a block reads is a scalar selection, so one loop runs over both.
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
-# (device functions have no Python types; Triton types them)
+# Triton has no type stubs, and device functions no Python types:
+# mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator"
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,12 +27,36 @@ from skiparse import pattern
 from skiparse.backends import Inputs
 
 LOG2E = tl.constexpr(1.4426950408889634)
+SIZES = ["N", "T", "H", "longest", "n", "w"]  # not worth a kernel of their own
 
-# The interpreter calls functions it did not wrap as the Python they are.
-token_of = pattern.token_of if triton.knobs.runtime.interpret else triton.jit(pattern.token_of)
+_SHIFTS = (1, 2, 4, 8, 16, 32, 64)  # usual run widths, compiled in: they divide by a shift
 
 
-@triton.jit
+def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrapped for kernels to call; left as the Python it is for Triton's interpreter.
+
+    The interpreter calls plain functions as well, and several times faster.
+    """
+    if triton.knobs.runtime.interpret:
+        return function
+    wrapped: Callable[..., Any] = triton.jit(function)
+    return wrapped
+
+
+def _formula(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of ``skiparse.pattern``, for kernels.
+
+    Triton looks up the names in annotations and admits only its own, so ``Index`` becomes one.
+    """
+    names = {**function.__globals__, "Index": tl.tensor}
+    return device_function(FunctionType(function.__code__, names, function.__name__))
+
+
+token_of = _formula(pattern.token_of)
+length_of = _formula(pattern.length_of)
+
+
+@device_function
 def program(blocks, n, H):
     """Batch, head, sub-sequence and block of this program; blocks of one sub-sequence adjoin.
 
@@ -43,26 +69,32 @@ def program(blocks, n, H):
     return (head // H).to(tl.int64), (head % H).to(tl.int64), s, block
 
 
-@triton.jit
-def rows_of(block, video_blocks, s, N, T, n, w, BLOCK: tl.constexpr):
-    """Whether a block is video, its row numbers and which of them exist."""
+@device_function
+def rows_of(block, video_blocks, s, sizes, WHOLE_RUNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether a block is video, its row numbers and which of them exist.
+
+    32-bit while tokens are counted, 64-bit before a stride is near.
+    """
+    L, T, n, w = sizes
     is_video = block < video_blocks
-    place = tl.where(is_video, block, block - video_blocks) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.where(is_video, token_of(s, place, n, w), place)  # [BLOCK]
-    exists = row < tl.where(is_video, N, T)  # [BLOCK]
+    first = tl.where(is_video, block, block - video_blocks) * BLOCK
+    lane = tl.arange(0, BLOCK)  # [BLOCK]
+    exists = lane < tl.where(is_video, L, T) - first  # [BLOCK]
+    # A block that lies inside one run needs one division, not one for each row.
+    token = token_of(s, first, n, w) + lane if WHOLE_RUNS else token_of(s, first + lane, n, w)
+    row = tl.where(is_video, token, first + lane)  # [BLOCK]
     return is_video, row.to(tl.int64), exists
 
 
-@triton.jit
+@device_function
 def source_pointers(source, b, s, row, h):
     """Pointers ``[BLOCK]`` to the rows of one source."""
     pointer, batch_stride, sub_stride, row_stride, head_stride = source
-    return pointer + (b * batch_stride + s.to(tl.int64) * sub_stride + h * head_stride) + (
-        row * row_stride
-    )
+    base = pointer + (b * batch_stride + s.to(tl.int64) * sub_stride + h * head_stride)
+    return base + row * row_stride
 
 
-@triton.jit
+@device_function
 def pair_pointers(pair, is_video, b, s, row, h):
     """Pointers ``[BLOCK]`` to the rows of the video or the text."""
     video, text = pair
@@ -76,7 +108,7 @@ def pair_pointers(pair, is_video, b, s, row, h):
     return source_pointers(source, b, s, row, h)
 
 
-@triton.jit
+@device_function
 def tile_mask(exists, d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """``[BLOCK, BLOCK_D]``, or ``[BLOCK, 1]`` if the head dimension is not padded."""
     mask = exists[:, None]
@@ -85,38 +117,41 @@ def tile_mask(exists, d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     return mask
 
 
-@triton.jit
-def load_tile(
-    pair, is_video, b, s, row, h, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):
+@device_function
+def load_tile(pair, is_video, b, s, row, h, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows of the video or the text, ``[BLOCK, BLOCK_D]``, 0 where there is nothing."""
     d = tl.arange(0, BLOCK_D).to(tl.int64)
     pointers = pair_pointers(pair, is_video, b, s, row, h)[:, None] + d[None, :]
     return tl.load(pointers, mask=tile_mask(exists, d, HEAD_DIM, BLOCK_D), other=0.0)
 
 
-@triton.jit
+@device_function
+def store_source(source, b, s, row, h, exists, tile, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write ``[BLOCK, BLOCK_D]`` to rows of one source, in its dtype."""
+    d = tl.arange(0, BLOCK_D).to(tl.int64)
+    pointers = source_pointers(source, b, s, row, h)[:, None] + d[None, :]
+    mask = tile_mask(exists, d, HEAD_DIM, BLOCK_D)
+    tl.store(pointers, tile.to(source[0].dtype.element_ty), mask=mask)
+
+
+@device_function
 def store_tile(
     pair, is_video, b, s, row, h, exists, tile, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """Write ``[BLOCK, BLOCK_D]`` to rows of the video or the text, whose dtypes may differ."""
-    d = tl.arange(0, BLOCK_D).to(tl.int64)
-    mask = tile_mask(exists, d, HEAD_DIM, BLOCK_D)
-    video, text = pair
     if is_video:
-        pointers = source_pointers(video, b, s, row, h)[:, None] + d[None, :]
-        tl.store(pointers, tile.to(video[0].dtype.element_ty), mask=mask)
+        store_source(pair[0], b, s, row, h, exists, tile, HEAD_DIM, BLOCK_D)
     else:
-        pointers = source_pointers(text, b, s, row, h)[:, None] + d[None, :]
-        tl.store(pointers, tile.to(text[0].dtype.element_ty), mask=mask)
+        store_source(pair[1], b, s, row, h, exists, tile, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
+@device_function
 def attended(mask, is_video, b, s, row, h, exists):
     """Which keys ``[BLOCK]`` exist and are not masked; ``mask`` is a pair or None."""
-    if mask is None:
-        return exists
-    return tl.load(pair_pointers(mask, is_video, b, s, row, h), mask=exists, other=0) != 0
+    attend = exists
+    if mask is not None:
+        attend = tl.load(pair_pointers(mask, is_video, b, s, row, h), mask=exists, other=0) != 0
+    return attend
 
 
 Source = tuple[Tensor, int, int, int, int]
@@ -161,7 +196,9 @@ class Config(NamedTuple):
     num_stages: int
 
 
-Configs = dict[str, dict[int, Config]]  # by architecture, or "fp32" for any; then by BLOCK_D
+Configs = dict[
+    str, dict[int, Config]
+]  # by architecture, or "fp32" for any; then by the largest head_dim
 
 
 def architecture(q: Tensor) -> str:
@@ -173,14 +210,38 @@ def architecture(q: Tensor) -> str:
     return "sm_90" if torch.cuda.get_device_capability(q.device)[0] in (9, 10) else "sm_80"
 
 
-def block_d(D: int) -> int:
-    """The head dimension as a kernel holds it: the next power of two, at least 16."""
-    return max(16, triton.next_power_of_2(D))
-
-
 def choose(configs: Configs, q: Tensor) -> Config:
     """The configuration for the device, dtype and head dimension of ``q``."""
     row = architecture(q)
     if q.dtype == torch.float32 and row != "interpreter":
         row = "fp32"
-    return next(c for size, c in configs[row].items() if q.shape[-1] <= size)
+    return next(config for D, config in configs[row].items() if q.shape[-1] <= D)
+
+
+def launch(kernel: Any, inputs: Inputs, rows: int, *args: Any, **options: int) -> None:
+    """One program for each ``rows`` rows of each sub-sequence, head and batch entry.
+
+    ``args`` are the kernel's own, ``options`` its block sizes and how to compile it; the sizes of
+    the problem, which every kernel takes, are put between them.
+    """
+    n, w = inputs.pattern.sparsity, inputs.pattern.run
+    (B, N, H, D), T = inputs.q.shape, inputs.text_q.shape[1]
+    longest = pattern.length_of(0, N, n, w)
+    programs = (triton.cdiv(longest, rows) + triton.cdiv(T, rows)) * n * H * B
+    if programs == 0:
+        return
+    largest = max(size for name, size in options.items() if name.startswith("BLOCK"))
+    with torch.cuda.device_of(inputs.q):
+        kernel[(programs,)](
+            *args,
+            N=N,
+            T=T,
+            H=H,
+            longest=longest,
+            n=n,
+            w=tl.constexpr(w) if w in _SHIFTS else w,
+            WHOLE_RUNS=w % largest == 0,
+            HEAD_DIM=D,
+            BLOCK_D=max(16, triton.next_power_of_2(D)),
+            **options,
+        )

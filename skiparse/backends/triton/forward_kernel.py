@@ -4,8 +4,8 @@ Source: Dao et al. 2022, "FlashAttention", algorithm 1; Milakov and Gimelshein 2
 normalizer calculation for softmax".
 """
 
-# mypy: disable-error-code="no-untyped-def, no-untyped-call"
-# (kernels have no Python types; Triton types them)
+# Triton has no type stubs, and kernels no Python types:
+# mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator"
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ import triton.language as tl
 from skiparse.backends import Inputs, Outputs
 from skiparse.backends.triton.device import (
     LOG2E,
+    SIZES,
     Config,
     Configs,
     attended,
-    block_d,
     choose,
+    launch,
+    length_of,
     load_tile,
     lse_pair,
     mask_pair,
@@ -31,19 +33,18 @@ from skiparse.backends.triton.device import (
     shared,
     store_tile,
 )
-from skiparse.pattern import length_of
 
 # Chosen to compile without spills; tests/test_aot.py has the registers and shared memory.
 CONFIGS: Configs = {
     "sm_80": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
-    "sm_90": {64: Config(128, 128, 8, 2), 128: Config(128, 128, 8, 2), 256: Config(128, 64, 8, 2)},
+    "sm_90": {64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 3), 256: Config(64, 64, 8, 2)},
     "gfx942": {64: Config(128, 64, 4, 1), 128: Config(128, 64, 4, 1), 256: Config(64, 32, 4, 1)},
-    "fp32": {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+    "fp32": {64: Config(32, 32, 8, 2), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 2)},
     "interpreter": {256: Config(32, 16, 1, 1)},
 }
 
 
-@triton.jit(do_not_specialize=["N", "T", "H", "longest"], do_not_specialize_on_alignment=["n", "w"])
+@triton.jit(do_not_specialize=SIZES)
 def skiparse_forward(
     q,
     k,
@@ -58,6 +59,7 @@ def skiparse_forward(
     longest,
     n,
     w,
+    WHOLE_RUNS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -66,7 +68,9 @@ def skiparse_forward(
     """One block of query rows of one sub-sequence, against all of its keys."""
     video_blocks = tl.cdiv(longest, BLOCK_M)
     b, h, s, block = program(video_blocks + tl.cdiv(T, BLOCK_M), n, H)
-    is_video, row, exists = rows_of(block, video_blocks, s, N, T, n, w, BLOCK_M)
+    L = length_of(s, N, n, w)
+    sizes = (L, T, n, w)
+    is_video, row, exists = rows_of(block, video_blocks, s, sizes, WHOLE_RUNS, BLOCK_M)
     q_tile = load_tile(q, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     log2_scale = scale * LOG2E
 
@@ -74,10 +78,10 @@ def skiparse_forward(
     total = tl.zeros([BLOCK_M], tl.float32)  # [M], sum of 2**(score - top)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [M, D]
 
-    video_key_blocks = tl.cdiv(longest, BLOCK_N)
+    video_key_blocks = tl.cdiv(L, BLOCK_N)
     for key_block in range(video_key_blocks + tl.cdiv(T, BLOCK_N)):
         key_is_video, key, key_exists = rows_of(
-            key_block, video_key_blocks, s, N, T, n, w, BLOCK_N
+            key_block, video_key_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
         )
         attend = attended(mask, key_is_video, b, s, key, h, key_exists)  # [N]
         k_tile = load_tile(k, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
@@ -93,16 +97,15 @@ def skiparse_forward(
         v_tile = load_tile(v, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
 
-    empty = total == 0.0  # [M]
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    store_tile(out, is_video, b, s, row, h, exists, acc, HEAD_DIM, BLOCK_D)
-    row_lse = tl.where(empty, -float("inf"), (top + tl.log2(total)) / LOG2E)
+    total = tl.where(total == 0.0, 1.0, total)  # [M]; without a key acc is 0 and top -inf
+    store_tile(out, is_video, b, s, row, h, exists, acc / total[:, None], HEAD_DIM, BLOCK_D)
+    row_lse = (top + tl.log2(total)) / LOG2E  # [M]
     tl.store(pair_pointers(lse, is_video, b, s, row, h), row_lse, mask=exists)
 
 
 def forward(inputs: Inputs) -> Outputs:
-    """Launch the kernel over every block of every sub-sequence, head and batch entry."""
-    q, n, w = inputs.q, inputs.pattern.sparsity, inputs.pattern.run
+    """Allocate, and launch over the blocks of query rows."""
+    q, n = inputs.q, inputs.pattern.sparsity
     (B, N, H, D), T = q.shape, inputs.text_q.shape[1]
     outputs = Outputs(
         out=q.new_empty(B, N, H, D),
@@ -110,28 +113,18 @@ def forward(inputs: Inputs) -> Outputs:
         lse=q.new_empty(B, H, N, dtype=torch.float32),
         text_lse=q.new_empty(B, H, n, T, dtype=torch.float32),
     )
-    longest = length_of(0, N, n, w)
     config = choose(CONFIGS, q)
-    blocks = triton.cdiv(longest, config.BLOCK_M) + triton.cdiv(T, config.BLOCK_M)
-    if blocks * n * B * H == 0:
-        return outputs
-    with torch.cuda.device_of(q):
-        skiparse_forward[(blocks * n * B * H,)](
-            (shared(q), shared(inputs.text_q)),
-            (shared(inputs.k), shared(inputs.text_k)),
-            (shared(inputs.v), shared(inputs.text_v)),
-            mask_pair(inputs),
-            (shared(outputs.out), own(outputs.text_out)),
-            lse_pair(outputs.lse, outputs.text_lse),
-            inputs.scale,
-            N,
-            T,
-            H,
-            longest,
-            n,
-            w,
-            HEAD_DIM=D,
-            BLOCK_D=block_d(D),
-            **config._asdict(),
-        )
+    launch(
+        skiparse_forward,
+        inputs,
+        config.BLOCK_M,
+        (shared(q), shared(inputs.text_q)),
+        (shared(inputs.k), shared(inputs.text_k)),
+        (shared(inputs.v), shared(inputs.text_v)),
+        mask_pair(inputs),
+        (shared(outputs.out), own(outputs.text_out)),
+        lse_pair(outputs.lse, outputs.text_lse),
+        inputs.scale,
+        **config._asdict(),
+    )
     return outputs

@@ -1,0 +1,19 @@
+"""What every test runs under: an interpreter for Triton without a GPU, and NaN in fresh memory."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined, so before any import
+
+torch.set_num_threads(1)  # the problems are tiny; more threads only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialised_memory():
+    """`torch.empty` gives NaN, so that a row nobody writes is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

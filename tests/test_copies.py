@@ -1,0 +1,148 @@
+"""What the sdpa backend copies: nothing where a view exists, one packed buffer per tensor with text."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import skiparse
+from skiparse import SkipPattern
+from skiparse.testing import make_problem
+
+B, N, H, D, T = 2, 1600, 2, 64, 100
+
+
+def allocations(work):
+    """Bytes allocated and freed, in order of time, by torch's allocator on the CPU."""
+    work()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        kept = work()
+    events = found.profiler.kineto_results.events()
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]"]
+    assert kept is not None
+    assert sizes
+    return sizes
+
+
+def calls(work, name):
+    work()
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        work()
+    return sum(event.count for event in found.key_averages() if event.key == name)
+
+
+def video(p, layout, batch=B):
+    problem = make_problem(p, B=batch, N=N, H=H, D=D, layout=layout)
+    q, k, v = problem.inputs[:3]
+
+    def work():
+        with torch.no_grad():
+            return skiparse.attention(q, k, v, p, backend="sdpa")
+
+    return work, q
+
+
+KERNEL = "aten::_scaled_dot_product_flash_attention_for_cpu"
+ONE_CALL = [
+    (SkipPattern.single(4), "contiguous", B),
+    (SkipPattern.single(4), "packed", 1),
+    (SkipPattern.single(4), "heads_first", 1),
+    (SkipPattern.block(4, N), "contiguous", B),
+    (SkipPattern.block(4, N), "packed", B),
+    (SkipPattern.block(4, N), "packed", 1),
+    (SkipPattern.dense(), "contiguous", B),
+    (SkipPattern.dense(), "packed", B),
+    (SkipPattern.dense(), "heads_first", B),
+]
+
+
+@pytest.mark.parametrize(("p", "layout", "batch"), ONE_CALL)
+def test_views_are_one_library_call_and_no_copy_of_q_k_v(p, layout, batch):
+    work, q = video(p, layout, batch)
+    assert calls(work, KERNEL) == 1
+    assert in_tensors(work, q) == expected_outputs(p, layout, batch)
+
+
+def expected_outputs(p, layout, batch):
+    """1 is the output itself; sub-sequences as batch entries of single-skip write it twice."""
+    as_batch = p == SkipPattern.single(4) and layout != "contiguous"
+    return 2 if as_batch else 1
+
+
+def in_tensors(work, q):
+    """How many allocations of about q's size there were."""
+    whole = q.numel() * q.element_size()
+    return sum(1 for size in allocations(work) if size >= 0.9 * whole)
+
+
+def test_awkward_strides_cost_a_call_for_each_batch_entry_but_no_copy():
+    work, q = video(SkipPattern.single(4), "packed")
+    assert calls(work, KERNEL) == B
+    assert in_tensors(work, q) == 1
+
+
+def test_lengths_that_do_not_divide_are_views_too():
+    p = SkipPattern.single(7)
+    assert N % 7
+    work, q = video(p, "contiguous", 1)
+    assert calls(work, KERNEL) == 2  # two lengths
+    assert in_tensors(work, q) == 1
+
+
+def test_natural_group_skip_is_one_gather():
+    work, q = video(SkipPattern.group(4), "contiguous")
+    assert calls(work, KERNEL) == 1
+    assert in_tensors(work, q) == 5  # q, k, v, the kernel's output, and that put back in order
+
+
+@pytest.mark.parametrize("p", [SkipPattern.single(4), SkipPattern.group(4), SkipPattern.block(4, N)])
+def test_joint_attention_packs_each_tensor_once(p):
+    problem = make_problem(p, B=1, N=N, T=T, H=H, D=D)
+    q = problem.q
+
+    def work():
+        with torch.no_grad():
+            return skiparse.joint_attention(*problem.inputs, p, backend="sdpa")
+
+    assert calls(work, KERNEL) == 1
+    assert in_tensors(work, q) <= 5
+
+
+def test_no_mask_matrix_is_ever_built():
+    """Key masks stay a row per sub-sequence: nothing as large as rows x keys is allocated."""
+    problem = make_problem(SkipPattern.single(2), N=2 * N, T=T, H=1, D=16, masked=True)
+
+    def work():
+        with torch.no_grad():
+            return skiparse.joint_attention(
+                *problem.inputs, problem.pattern, mask=problem.mask, text_mask=problem.text_mask
+            )
+
+    rows = N + T
+    assert max(allocations(work)) < rows * rows  # a matrix of single bytes
+
+
+@pytest.mark.parametrize("kind", ["single", "group"])
+@pytest.mark.parametrize("k", [2, 8])
+def test_peak_memory_at_the_headline_shape(k, kind):
+    """At most 1.5 times q, k, v and out together, output included; one head, forward.
+
+    In a process of its own, whose high-water mark is not that of other tests.
+    """
+    code = (
+        "import torch, skiparse\n"
+        "from skiparse.bench.run import peak_extra_bytes\n"
+        f"p = skiparse.SkipPattern.{kind}({k})\n"
+        "q, k, v = (torch.zeros(1, 36864, 1, 128) for _ in range(3))\n"
+        "text = torch.zeros(1, 512, 1, 128)\n"
+        "small = (torch.zeros(1, 64, 1, 128),) * 6\n"
+        "skiparse.joint_attention(*small, p)\n"
+        "work = lambda: skiparse.joint_attention(q, k, v, text, text, text, p)\n"
+        "print(peak_extra_bytes(work, 'cpu') / (4 * q.numel() * 4))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    if done.stdout.startswith("None"):
+        pytest.skip("the kernel gives no high-water mark of memory here")
+    assert 0.5 < float(done.stdout) <= 1.5

@@ -1,0 +1,548 @@
+"""What read_video promises: the right frames, at the right times, all of them, or a refusal."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import struct
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+av = pytest.importorskip("av")
+
+from skiparse.models.data import video  # noqa: E402  # after the check that av is there
+from skiparse.models.data.video import Limits, VideoError, probe, read_video  # noqa: E402
+
+
+def make(
+    path: Path,
+    frames: list[np.ndarray] | int = 12,
+    *,
+    size: tuple[int, int] = (48, 64),
+    times: list[int] | None = None,
+    tick: Fraction | None = None,
+    fps: int = 25,
+    codec: str = "ffv1",
+    pixels: str = "bgr0",
+    rotation: int | None = None,
+    options: dict[str, str] | None = None,
+    before: Any = None,
+) -> Path:
+    """Write a clip, by default lossless frames of one grey level each: 0, 10, 20, ..."""
+    if isinstance(frames, int):
+        frames = [np.full((*size, 3), 10 * i, np.uint8) for i in range(frames)]
+    height, width = frames[0].shape[:2]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixels
+        stream.options = options or {}
+        if tick:
+            stream.time_base = stream.codec_context.time_base = tick
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        if before is not None:
+            before(stream)
+        for i, array in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(array, format="rgb24")
+            frame.pts = i if times is None else times[i]
+            frame.time_base = tick or Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def levels(clip: torch.Tensor) -> list[int]:
+    """Which frame of ``make`` each frame is, by its grey level."""
+    return [round(float(frame.float().mean()) / 10) for frame in clip]
+
+
+def read(path: Path | str, frames: int = 12, fps: float = 25, **more: Any) -> torch.Tensor:
+    return read_video(path, frames=frames, fps=fps, size=more.pop("size", (48, 64)), **more)
+
+
+def noise(count: int, height: int, width: int) -> list[np.ndarray]:
+    """Frames that do not compress, so that damage anywhere in the file hits a picture."""
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 256, (height, width, 3), np.uint8) for _ in range(count)]
+
+
+def smooth(count: int) -> list[np.ndarray]:
+    """Soft moving colours of 320 x 240: pictures such as codecs are made for."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, count // 4 + 2, 30, 40, generator=generator)
+    fine = torch.nn.functional.interpolate(coarse, (count, 240, 320), mode="trilinear")[0]
+    return list((fine * 255).byte().permute(1, 2, 3, 0).contiguous().numpy())
+
+
+# The right frames.
+
+
+def test_every_frame_comes_back_exactly(tmp_path: Path) -> None:
+    frames = noise(7, 20, 30)
+    clip = read(make(tmp_path / "a.mkv", frames), 7, size=(20, 30))
+    assert clip.dtype == torch.uint8
+    assert clip.shape == (7, 20, 30, 3)
+    assert np.array_equal(clip.numpy(), np.stack(frames))
+
+
+@pytest.mark.parametrize(
+    ("fps", "expected"),
+    [
+        (24, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        (10, [0, 2, 5, 7, 10]),  # 2.5 frames each: the one on screen, not the nearest to come
+        (50, [0, 0, 1, 1, 2, 2, 3, 3]),
+        (Fraction(25_000, 1001), [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_resampling_takes_the_frame_on_screen(
+    tmp_path: Path, fps: float, expected: list[int]
+) -> None:
+    assert levels(read(make(tmp_path / "a.mkv"), len(expected), fps)) == expected
+
+
+def test_variable_frame_rate_goes_by_time_stamps(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.mkv", 5, times=[0, 40, 400, 440, 480], tick=Fraction(1, 1000))
+    assert levels(read(path, 13)) == [0] + [1] * 9 + [2, 3, 4]
+
+
+def test_stamps_rounded_to_milliseconds_lose_and_double_no_frame(tmp_path: Path) -> None:
+    path = make(
+        tmp_path / "a.mkv",
+        20,
+        times=[round(1000 * i / 30) for i in range(20)],
+        tick=Fraction(1, 1000),
+        fps=30,
+    )
+    assert levels(read(path, 20, 30)) == list(range(20))
+
+
+def test_time_counts_from_the_first_frame(tmp_path: Path) -> None:
+    path = make(
+        tmp_path / "a.mkv", 5, times=[1000 + 40 * i for i in range(5)], tick=Fraction(1, 1000)
+    )
+    assert levels(read(path, 5)) == [0, 1, 2, 3, 4]
+
+
+def test_frames_reordered_by_the_codec_come_in_order(tmp_path: Path) -> None:
+    path = make(
+        tmp_path / "a.mp4", 20, codec="libx264", pixels="yuv444p", options={"bf": "3", "crf": "1"}
+    )
+    assert levels(read(path, 20)) == list(range(20))
+
+
+def test_crop_is_central_and_scaling_keeps_the_aspect(tmp_path: Path) -> None:
+    frame = np.zeros((40, 100, 3), np.uint8)
+    frame[:, 30:50, 0] = 255  # the cut to 1:1 keeps columns 30 to 70
+    frame[:, 50:70, 2] = 255
+    path = make(tmp_path / "a.mkv", [frame])
+    (clip,) = read(path, 1, size=(20, 20))
+    assert clip[:, :9].reshape(-1, 3).unique(dim=0).tolist() == [[255, 0, 0]]
+    assert clip[:, 11:].reshape(-1, 3).unique(dim=0).tolist() == [[0, 0, 255]]
+
+
+def test_scaling_is_antialiased(tmp_path: Path) -> None:
+    lines = np.zeros((64, 64, 3), np.uint8)
+    lines[:, ::8] = 200  # one pixel in eight, and the scale is an eighth
+    (clip,) = read(make(tmp_path / "a.mkv", [lines]), 1, size=(8, 8))
+    assert (clip[:, 1:-1].int() - 25).abs().max() <= 8
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180, -90])
+def test_rotation_is_undone(tmp_path: Path, rotation: int) -> None:
+    upright = np.zeros((64, 32, 3), np.uint8)
+    upright[:32, :16] = 240  # a bright corner, top left
+    stored = np.ascontiguousarray(np.rot90(upright, -rotation // 90))
+    path = make(tmp_path / "a.mp4", [stored], rotation=rotation, codec="libx264", pixels="yuv444p")
+    assert probe(path).rotation % 360 == rotation % 360
+    (clip,) = read(path, 1, size=(64, 32))
+    assert (clip[..., 1].int() - torch.tensor(upright[..., 1]).int()).abs().float().mean() < 10
+
+
+def test_a_mirrored_picture_is_undone(tmp_path: Path) -> None:
+    stored = np.zeros((32, 32, 3), np.uint8)
+    stored[:, 16:] = 240
+    path = make(
+        tmp_path / "a.mp4",
+        [stored],
+        codec="libx264",
+        pixels="yuv444p",
+        before=lambda stream: stream.set_display_rotation(0, hflip=True),
+    )
+    (clip,) = read(path, 1, size=(32, 32))
+    assert clip[:, :12].min() > 200
+    assert clip[:, 20:].max() < 40
+
+
+def test_wide_pixels_are_shown_wide(tmp_path: Path) -> None:
+    frame = np.zeros((40, 40, 3), np.uint8)
+    frame[10:30] = 200  # at 2:1 pixels, a 2:1 picture; a square cut keeps the middle 20 columns
+
+    def wide(stream: Any) -> None:
+        stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
+
+    frame[:, :10] = frame[:, 30:] = 255
+    path = make(tmp_path / "a.mp4", [frame], codec="libx264", pixels="yuv444p", before=wide)
+    (clip,) = read(path, 1, size=(20, 20))
+    assert clip[0].max() < 60  # no white from the sides
+
+
+@pytest.mark.parametrize(
+    ("codec", "pixels", "size"),
+    [
+        ("ffv1", "yuv420p10le", (48, 64)),
+        ("ffv1", "gray", (33, 47)),
+        ("libx264", "yuv444p", (33, 47)),
+        ("libvpx-vp9", "yuv420p", (33, 47)),
+    ],
+)
+def test_ten_bits_grey_and_odd_sizes(
+    tmp_path: Path, codec: str, pixels: str, size: tuple[int, int]
+) -> None:
+    path = make(tmp_path / "a.mkv", size=size, codec=codec, pixels=pixels)
+    assert levels(read(path, size=size)) == list(range(12))
+
+
+def test_untagged_high_definition_is_bt709(tmp_path: Path) -> None:
+    green = np.zeros((720, 64, 3), np.uint8)
+    green[..., 1] = 200
+    frame = av.VideoFrame.from_ndarray(green, format="rgb24")
+    yuv = frame.reformat(format="yuv444p", dst_colorspace="ITU709", dst_color_range="MPEG")
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 720, "yuv444p"
+        plain = av.VideoFrame.from_ndarray(yuv.to_ndarray(), format="yuv444p")
+        plain.pts = 0
+        container.mux(stream.encode(plain))
+        container.mux(stream.encode())
+    (clip,) = read(path, 1, size=(720, 64))
+    assert (clip.int() - torch.tensor([0, 200, 0])).abs().max() <= 2
+
+
+def test_upscaling_must_be_asked_for(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.mkv")
+    with pytest.raises(VideoError, match=r"64x48 .* fewer than the 128x96 .*allow_upscale=True"):
+        read(path, size=(96, 128))
+    with pytest.raises(VideoError, match="48x48 pixels after the cut"):
+        read(path, size=(49, 49))
+    assert levels(read(path, size=(96, 128), allow_upscale=True)) == list(range(12))
+
+
+def test_progress_counts_the_frames(tmp_path: Path) -> None:
+    seen: list[int] = []
+    read(make(tmp_path / "a.mkv"), 24, 50, progress=seen.append)
+    assert seen == [1] * 24
+
+
+@pytest.mark.parametrize("wrong", [{"frames": 0}, {"fps": 0}, {"fps": -1}, {"size": (0, 8)}])
+def test_arguments_that_make_no_sense(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))) as caught:
+        read(make(tmp_path / "a.mkv"), **wrong)
+    assert not isinstance(caught.value, VideoError)
+
+
+def test_probe_reads_the_container(tmp_path: Path) -> None:
+    info = probe(make(tmp_path / "a.mp4", 10, codec="libx264", pixels="yuv420p"))
+    assert (info.width, info.height, info.frames, info.rotation) == (64, 48, 10, 0)
+    assert (info.fps, info.duration) == (25, Fraction(2, 5))
+    matroska = probe(make(tmp_path / "a.mkv", 10))  # counts no frames
+    assert matroska.frames == 10
+
+
+# All of them, or none.
+
+
+def test_fewer_frames_than_asked_for(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.mkv", 12)
+    with pytest.raises(VideoError, match=r"a\.mkv.*enough for 12 of the 13 frames.* 0\.480 s"):
+        read(path, 13)
+    with pytest.raises(VideoError, match="enough for 24 of the 25"):
+        read(path, 25, 50)
+
+
+def test_a_file_cut_short(tmp_path: Path) -> None:
+    whole = make(tmp_path / "a.mkv", noise(12, 48, 64))
+    read(whole)
+    data = whole.read_bytes()
+    for share in (0.3, 0.6, 0.95):
+        cut = tmp_path / "cut.mkv"
+        cut.write_bytes(data[: int(share * len(data))])
+        with pytest.raises(VideoError, match=r"cut\.mkv.*of (the )?12 frames"):
+            read(cut)
+
+
+@pytest.mark.parametrize("front", [False, True], ids=["moov last", "moov first"])
+def test_an_mp4_cut_short(tmp_path: Path, front: bool) -> None:
+    options = {"movflags": "faststart"} if front else {}
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for array in noise(30, 48, 64):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+        container.mux(stream.encode())
+    read(path, 30)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(VideoError, match=r"of (the )?30 frames" if front else "not a video"):
+        read(path, 30)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4", "mpeg2video"])
+def test_flipped_bytes_in_the_middle(tmp_path: Path, codec: str) -> None:
+    path = make(tmp_path / "a.mkv", smooth(24), codec=codec, pixels="yuv420p")
+    read(path, 24)
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 500] = bytes(x ^ 0xFF for x in data[middle : middle + 500])
+    path.write_bytes(data)
+    with pytest.raises(VideoError, match=r"a\.mkv.*of (the )?24 frames"):
+        read(path, 24)
+
+
+def test_a_part_of_the_file_lost(tmp_path: Path) -> None:
+    """Matroska goes on at the next cluster and says nothing, so the clip would stand still."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w", options={"cluster_time_limit": "200"}) as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "bgr0"
+        for array in noise(40, 48, 64):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+        container.mux(stream.encode())
+    limits = Limits(max_hold=0.1)
+    read(path, 40, limits=limits)
+    data = bytearray(path.read_bytes())
+    cluster = b"\x1f\x43\xb6\x75"
+    start = data.index(cluster, len(data) // 2)
+    end = data.index(cluster, start + 4)
+    data[start:end] = bytes(end - start)
+    path.write_bytes(data)
+    with pytest.raises(VideoError, match=r"nothing for 0\.\d+ s, longer than max_hold=0\.1"):
+        read(path, 40, limits=limits)
+
+
+def test_an_mp4_cut_short_in_its_last_frame(tmp_path: Path) -> None:
+    """A JPEG decoder fills what is missing with grey, and does not complain."""
+    path = tmp_path / "a.mov"
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuvj420p"
+        for array in smooth(12):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+        container.mux(stream.encode())
+    read(path)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(VideoError, match="damaged after 11 frames: a packet is cut short"):
+        read(path)
+
+
+def test_damage_behind_the_clip_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged frame spoils frames that are shown before it, and those carry no mark."""
+    path = make(tmp_path / "a.mkv", [np.full((48, 64, 3), i, np.uint8) for i in range(60)])
+    straight = video._frames
+
+    def damaged(at: int) -> Any:
+        def frames(*args: Any) -> Any:
+            yield from itertools.islice(straight(*args), at)
+            raise VideoError("damaged")
+
+        return frames
+
+    monkeypatch.setattr(video, "_frames", damaged(25))
+    with pytest.raises(VideoError, match=r"damaged \(with 10 of 10 frames done\)"):
+        read(path, 10)
+    monkeypatch.setattr(video, "_frames", damaged(40))
+    assert read(path, 10)[:, 0, 0, 0].tolist() == list(range(10))
+
+
+def test_nothing_is_read_far_behind_the_clip(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.mkv", noise(100, 48, 64))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    path.write_bytes(data)
+    assert read(path, 10).shape == (10, 48, 64, 3)
+
+
+def test_time_stamps_that_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make(tmp_path / "a.mkv")
+    straight = video._frames
+
+    def swapped(*args: Any) -> Any:
+        frames = list(straight(*args))
+        yield from [frames[0], frames[2], frames[1], *frames[3:]]
+
+    monkeypatch.setattr(video, "_frames", swapped)
+    with pytest.raises(VideoError, match="time goes backwards, from 2/25 s to 1/25 s"):
+        read(path)
+
+
+# Refused before any harm.
+
+
+@pytest.fixture
+def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*_: Any) -> Any:
+        pytest.fail("a frame was decoded")
+
+    monkeypatch.setattr(video, "_frames", decode)
+
+
+@pytest.mark.usefixtures("no_decoding")
+@pytest.mark.parametrize("call", [read, probe])
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path, call: Any) -> None:
+    black = [np.zeros((4096, 4096, 3), np.uint8)] * 2
+    path = make(tmp_path / "a.mp4", black, codec="libx264", pixels="yuv420p")
+    assert path.stat().st_size < 100_000
+    with pytest.raises(VideoError, match=r"a\.mp4.*4096x4096.*max_pixels=9,437,184.*limits"):
+        call(path)
+
+
+@pytest.mark.usefixtures("no_decoding")
+@pytest.mark.parametrize(
+    "limits",
+    [Limits(max_pixels=48 * 64 - 1), Limits(max_frames=11), Limits(max_pixel_frames=36863)],
+)
+def test_every_limit_counts_before_decoding(tmp_path: Path, limits: Limits) -> None:
+    with pytest.raises(VideoError, match="64x48, 12 frames"):
+        read(make(tmp_path / "a.mkv"), limits=limits)
+
+
+def test_limits_are_inclusive(tmp_path: Path) -> None:
+    exact = Limits(max_pixels=48 * 64, max_frames=12, max_pixel_frames=48 * 64 * 12)
+    assert levels(read(make(tmp_path / "a.mkv"), limits=exact)) == list(range(12))
+
+
+def test_a_container_that_lies_about_its_length(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.mkv")
+    data = path.read_bytes()
+    mark = b"\x44\x89\x88"  # Duration, a double in milliseconds
+    at = data.index(mark) + 3
+    assert struct.unpack(">d", data[at : at + 8]) == (480.0,)
+    path.write_bytes(data[:at] + struct.pack(">d", 80.0) + data[at + 8 :])
+    assert probe(path).frames == 2
+    with pytest.raises(VideoError, match="larger than its container says: 5 exceeds max_frames=4"):
+        read(path, limits=Limits(max_frames=4))
+
+
+def test_frames_that_outgrow_their_container(tmp_path: Path) -> None:
+    """Transport streams can be joined end to end, so the size may change on the way."""
+    joined = b""
+    for start, size in ((0, (48, 64)), (12, (480, 640))):
+        times = [start + i for i in range(12)]
+        part = make(tmp_path / "part.ts", size=size, times=times, codec="libx264", pixels="yuv420p")
+        joined += part.read_bytes()
+    path = tmp_path / "a.ts"
+    path.write_bytes(joined)
+    with pytest.raises(VideoError, match="changes from 64x48 to 640x480 after 12 frames"):
+        read(path, 24)
+    with pytest.raises(VideoError, match=r"damaged after \d+ frames"):  # the decoder's no
+        read(path, 24, limits=Limits(max_pixels=48 * 64))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "http://localhost/a.mp4",
+        "https://localhost/a.mp4",
+        "file:///a.mp4",
+        "file:a.mkv",
+        "concat:a.mkv|b.mkv",
+        "pipe:0",
+        "data:video/mp4;base64,AAAA",
+        "a\0.mkv",
+    ],
+)
+def test_only_local_paths(tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "a.mkv")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VideoError, match="only plain local files"):
+        read(path)
+
+
+def test_a_colon_in_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "a.mkv").rename(tmp_path / "take:1.mkv")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VideoError, match="looks like a URL"):
+        read("take:1.mkv")
+    assert levels(read("./take:1.mkv")) == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.ffconcat", "ffconcat version 1.0\nfile 'a.mkv'\n"),
+        ("list.mp4", "ffconcat version 1.0\nfile 'a.mkv'\n"),
+        (
+            "list.m3u8",
+            "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\na.mkv\n#EXT-X-ENDLIST\n",
+        ),
+    ],
+)
+def test_files_that_name_other_files(
+    tmp_path: Path, name: str, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "a.mkv")
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(content)
+    with pytest.raises(VideoError, match="not in a format that is read"):
+        read(name)
+
+
+def test_what_is_not_a_video(tmp_path: Path) -> None:
+    for name, content in (("empty.mp4", b""), ("text.mp4", b"hello " * 100)):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(VideoError, match=r"empty\.mp4.*empty"):
+        read(tmp_path / "empty.mp4")
+    with pytest.raises(VideoError, match=r"text\.mp4.*not a video"):
+        read(tmp_path / "text.mp4")
+    with pytest.raises(VideoError, match="no such file"):
+        read(tmp_path / "none.mp4")
+    with pytest.raises(VideoError, match="not a plain file"):
+        read(tmp_path)
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(VideoError, match="not a plain file"):
+        read(tmp_path / "pipe.mp4")
+
+
+@pytest.mark.parametrize("cover", [False, True], ids=["alone", "with a cover"])
+def test_sound_is_no_video(tmp_path: Path, cover: bool) -> None:
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        if cover:
+            picture = container.add_stream("mjpeg", rate=1)
+            picture.width, picture.height, picture.pix_fmt = 64, 48, "yuvj420p"
+            picture.disposition = av.stream.Disposition.attached_pic
+            black = np.zeros((48, 64, 3), np.uint8)
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(black, format="rgb24")))
+            container.mux(picture.encode())
+        sound = av.AudioFrame.from_ndarray(
+            np.zeros((1, 8000), np.float32), format="fltp", layout="mono"
+        )
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode(None))
+    with pytest.raises(VideoError, match=r"only a cover and audio$" if cover else r"only audio$"):
+        read(path)
+
+
+def test_nothing_outside_the_root(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "inner").mkdir(parents=True)
+    make(tmp_path / "secret.mkv")
+    make(root / "a.mkv")
+    (root / "link.mkv").symlink_to(tmp_path / "secret.mkv")
+    (root / "inner" / "fine.mkv").symlink_to(root / "a.mkv")
+    (root / "up").symlink_to(tmp_path)
+    for path in ("../secret.mkv", tmp_path / "secret.mkv", "link.mkv", "up/secret.mkv"):
+        with pytest.raises(VideoError, match="leads out of root"):
+            read(path, root=root)
+    for path in ("a.mkv", "inner/fine.mkv", "inner/../a.mkv", root / "a.mkv"):
+        assert levels(read(path, root=root)) == list(range(12))
