@@ -39,8 +39,9 @@ def skiparse_backend(case: Case, problem: Problem, backend: str) -> Contender:
     """The library itself, through its public call, by one backend."""
     p, name = problem, f"skiparse.{backend}"
 
-    def attend(*inputs: Tensor) -> tuple[Tensor, ...]:
-        return skiparse.joint_attention(*inputs, p.pattern, backend=backend)
+    def attend(q: Tensor, k: Tensor, v: Tensor, *text: Tensor) -> tuple[Tensor, ...]:
+        text_q, text_k, text_v = text
+        return skiparse.joint_attention(q, k, v, text_q, text_k, text_v, p.pattern, backend=backend)
 
     return Contender(name, _step(case, attend, p.inputs, (p.grad_out, p.grad_text_out)))
 
@@ -67,9 +68,9 @@ def dense(case: Case, problem: Problem) -> list[Contender]:
     )  # fmt: skip
 
     def contender(name: str, kernel: SDPBackend) -> Contender:
-        def attend(*inputs: Tensor) -> tuple[Tensor, ...]:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
             with sdpa_kernel([kernel]):
-                return (F.scaled_dot_product_attention(*inputs),)
+                return (F.scaled_dot_product_attention(q, k, v),)
 
         return Contender(f"dense.{name}", _step(case, attend, (q, k, v), (grad,)))
 
@@ -86,8 +87,8 @@ def original(case: Case, problem: Problem) -> Contender:
         return Contender("original", None, "it knows no skip order")
     if case.kind == "dense":
         return Contender("original", None, "without skipping it is dense attention")
-    k, N, T = case.k, case.N, case.T
-    padded = -(-N // k**2) * k**2
+    n, N, T = case.k, case.N, case.T
+    padded = -(-N // n**2) * n**2
     fold = {
         "single": "b (l k) h d -> (k b) h l d",
         "group": "b (l k j) h d -> (k b) h (l j) d",
@@ -96,25 +97,25 @@ def original(case: Case, problem: Problem) -> Contender:
         "single": "(k b) h l d -> b (l k) h d",
         "group": "(k b) h (l j) d -> b (l k j) h d",
     }[case.kind]
-    sizes = {"k": k} if case.kind == "single" else {"k": k, "j": k}
+    sizes = {"k": n} if case.kind == "single" else {"k": n, "j": n}
 
     valid = torch.zeros(case.B, padded, 1, 1, dtype=torch.bool, device=problem.q.device)
     valid[:, :N] = True
     keys = torch.cat(
-        [rearrange(valid, fold, **sizes)[..., 0], valid.new_ones(k * case.B, 1, T)], -1
+        [rearrange(valid, fold, **sizes)[..., 0], valid.new_ones(n * case.B, 1, T)], -1
     )
-    mask = repeat(keys, "b 1 keys -> b 1 rows keys", rows=padded // k + T).contiguous()
+    mask = repeat(keys, "b 1 keys -> b 1 rows keys", rows=padded // n + T).contiguous()
 
     def together(video: Tensor, text: Tensor) -> Tensor:
         video = rearrange(F.pad(video, (0, 0, 0, 0, 0, padded - N)), fold, **sizes)
-        return torch.cat([video, repeat(text, "b t h d -> (k b) h t d", k=k)], 2)
+        return torch.cat([video, repeat(text, "b t h d -> (k b) h t d", k=n)], 2)
 
     def attend(*inputs: Tensor) -> tuple[Tensor, ...]:
         video, text = inputs[:3], inputs[3:]
-        qkv = [together(x, y) for x, y in zip(video, text, strict=True)]
-        rows = F.scaled_dot_product_attention(*qkv, attn_mask=mask)
-        out = rearrange(rows[:, :, : padded // k], unfold, **sizes)[:, :N]
-        text_out = rearrange(rows[:, :, padded // k :], "(k b) h t d -> k b t h d", k=k).mean(0)
+        q, k, v = (together(x, y) for x, y in zip(video, text, strict=True))
+        rows = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = rearrange(rows[:, :, : padded // n], unfold, **sizes)[:, :N]
+        text_out = rearrange(rows[:, :, padded // n :], "(k b) h t d -> k b t h d", k=n).mean(0)
         return out.contiguous(), text_out
 
     grads = (problem.grad_out, problem.grad_text_out)

@@ -108,7 +108,9 @@ def measure(
             contenders.append(getattr(baselines, name)(case, problem))
 
     running = {c.name: c.work for c in contenders if c.work is not None}
-    repeats, peaks, seconds = {}, {}, {name: [] for name in running}
+    repeats: dict[str, int] = {}
+    peaks: dict[str, int | None] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in running}
     for name, work in running.items():
         work()  # first call: compilation, workspaces
         peaks[name] = peak_extra_bytes(work, device)
@@ -205,8 +207,7 @@ def table(case: Case, timings: Sequence[Timing]) -> str:
     lines = [
         "",
         f"{case.name}   {case.N:,} video + {case.T} text tokens, {case.heads} heads of {case.D}",
-        f"{'':18}{'median':>10}{'spread':>16}{'TFLOP/s':>9}{'memory':>9}{'speed-up':>10}"
-        f"{'ceiling':>9}{'reached':>9}",
+        "".ljust(18) + "    median          spread  TFLOP/s   memory  speed-up  ceiling  reached",
     ]
     for timing in timings:
         if not timing.seconds:

@@ -13,7 +13,6 @@ from skiparse.functional import attention, attention_with_lse, joint_attention
 from skiparse.pattern import SkipPattern
 from skiparse.registry import list_backends
 
-
 __all__ = [
     "SkipPattern",
     "__version__",

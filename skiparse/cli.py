@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument("--list", action="store_true", help="print the case names and stop")
     bench.add_argument("--device", help='"cpu" or "cuda"; default: cuda if there is one')
     bench.add_argument("--dtype", help="default: bfloat16 on cuda, float32 on cpu")
-    bench.add_argument("--rounds", type=int, default=5, help="interleaved repetitions (%(default)s)")
+    bench.add_argument(
+        "--rounds", type=int, default=5, help="interleaved repetitions (%(default)s)"
+    )
     bench.add_argument("--backends", default="sdpa,triton", help="comma-separated (%(default)s)")
     bench.add_argument(
         "--against", default="dense,original,flex,natten", help="comma-separated (%(default)s)"

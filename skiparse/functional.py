@@ -115,8 +115,8 @@ def joint_attention(
     """
     named = {"q": q, "k": k, "v": v}
     if text_q is None or text_k is None or text_v is None:
-        texts = {"text_q": text_q, "text_k": text_k, "text_v": text_v}
-        missing = [name for name, x in texts.items() if x is None]
+        given = {"text_q": text_q, "text_k": text_k, "text_v": text_v}
+        missing = [name for name, x in given.items() if x is None]
         raise ValueError(
             f"{', '.join(missing)} is None; give text_q, text_k and text_v together, "
             "or call skiparse.attention for video alone"
@@ -166,7 +166,9 @@ def _check(
                 f"{name} must have 4 dimensions [batch, tokens, heads, dim], got {list(x.shape)}"
             )
     if not isinstance(pattern, SkipPattern):
-        raise ValueError(f"pattern must be a SkipPattern, got {pattern!r}; try SkipPattern.single(4)")
+        raise ValueError(
+            f"pattern must be a SkipPattern, got {pattern!r}; try SkipPattern.single(4)"
+        )
     q = video["q"]
     dtype = ops.autocast_dtype(q)
     if dtype not in _DTYPES:
@@ -211,7 +213,9 @@ def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, int], q: Tenso
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else repr(mask)
-        raise ValueError(f"{name} must be a bool tensor, True = attend, got {got}; try {name}.bool()")
+        raise ValueError(
+            f"{name} must be a bool tensor, True = attend, got {got}; try {name}.bool()"
+        )
     if mask.shape != shape:
         raise ValueError(
             f"{name} has shape {list(mask.shape)}, expected {list(shape)}: one flag per key token"

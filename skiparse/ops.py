@@ -40,9 +40,7 @@ def attention(
     The contract is that of ``skiparse.backends.Outputs``; arguments are checked by the caller
     (``skiparse.functional``). ``lse`` and ``text_lse`` are not differentiable.
     """
-    inputs = _inputs(
-        q, k, v, text_q, text_k, text_v, mask, text_mask, sparsity, run, scale
-    )
+    inputs = _inputs(q, k, v, text_q, text_k, text_v, mask, text_mask, sparsity, run, scale)
     return tuple(select(backend, inputs).forward(inputs))  # type: ignore[return-value]  # a tuple of four
 
 
@@ -68,9 +66,7 @@ def attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the six floating inputs of :func:`attention`."""
-    inputs = _inputs(
-        q, k, v, text_q, text_k, text_v, mask, text_mask, sparsity, run, scale
-    )
+    inputs = _inputs(q, k, v, text_q, text_k, text_v, mask, text_mask, sparsity, run, scale)
     outputs = Outputs(out, text_out, lse, text_lse)
     chosen = select(backend, inputs, backward=True)
     return tuple(  # type: ignore[return-value]  # a tuple of six
@@ -96,8 +92,9 @@ def _inputs(
     run: int,
     scale: float,
 ) -> Inputs:
-    tensors = (_unit(x) for x in (q, k, v, text_q, text_k, text_v))
-    return Inputs(*tensors, mask, text_mask, SkipPattern(sparsity, run), scale)
+    q, k, v, text_q, text_k, text_v = (_unit(x) for x in (q, k, v, text_q, text_k, text_v))
+    pattern = SkipPattern(sparsity, run)
+    return Inputs(q, k, v, text_q, text_k, text_v, mask, text_mask, pattern, scale)
 
 
 @attention.register_fake
@@ -232,7 +229,7 @@ class _AfterImport:
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name != self.name:
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]  # a duck-typed finder, as PEP 451 allows
+        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
@@ -249,4 +246,4 @@ _FLOP_COUNTER = "torch.utils.flop_counter"
 if _FLOP_COUNTER in sys.modules:
     _register_flops(sys.modules[_FLOP_COUNTER])
 else:
-    sys.meta_path.insert(0, _AfterImport(_FLOP_COUNTER, _register_flops))  # type: ignore[arg-type]  # see above
+    sys.meta_path.insert(0, _AfterImport(_FLOP_COUNTER, _register_flops))

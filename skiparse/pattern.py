@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
-Index = TypeVar("Index")  # a Python int, or any array or tensor of integers
+Index = Any  # a Python int, or an array, tensor or Triton value of integers
 
 # The four formulas. All arithmetic is on non-negative integers, so they mean the same for Python
 # ints, numpy, torch and Triton (`triton.jit(token_of)`).
@@ -28,17 +28,17 @@ Index = TypeVar("Index")  # a Python int, or any array or tensor of integers
 
 def sub_of(t: Index, n: int, w: int) -> Index:
     """The sub-sequence, in ``[0, n)``, that owns token ``t``."""
-    return t // w % n  # type: ignore[operator]  # Index is whatever integer type the caller brings
+    return t // w % n
 
 
 def pos_of(t: Index, n: int, w: int) -> Index:
     """The position of token ``t`` inside its sub-sequence."""
-    return t // (w * n) * w + t % w  # type: ignore[operator]  # see sub_of
+    return t // (w * n) * w + t % w
 
 
 def token_of(s: Index, j: Index, n: int, w: int) -> Index:
     """The token at position ``j`` of sub-sequence ``s``; inverse of (``sub_of``, ``pos_of``)."""
-    return j // w * (w * n) + s * w + j % w  # type: ignore[operator]  # see sub_of
+    return j // w * (w * n) + s * w + j % w
 
 
 def length_of(s: int, N: int, n: int, w: int) -> int:
@@ -47,7 +47,7 @@ def length_of(s: int, N: int, n: int, w: int) -> int:
 
 
 class Box(NamedTuple):
-    """Tokens ``start + s*strides[0] + r*strides[1] + i*strides[2]``: what a strided view can address.
+    """What one strided view can address: tokens ``start + (s, r, i) . strides``.
 
     ``shape`` counts (sub-sequences, runs, tokens in a run). The tokens of one sub-sequence lie in
     order of (r, i), beginning at position ``first`` of the sub-sequence.
@@ -60,14 +60,14 @@ class Box(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Neighbouring sub-sequences ``[first, first + count)`` that have the same ``length``.
+    """Neighbouring sub-sequences ``[first, first + number)`` that have the same ``length``.
 
     ``boxes`` cover their tokens: one box, or two where the last run is cut short by the end of
     the sequence, or none if ``length`` is 0.
     """
 
     first: int
-    count: int
+    number: int
     length: int
     boxes: tuple[Box, ...]
 
@@ -133,7 +133,7 @@ class SkipPattern:
         Each sub-sequence attends over itself and all the text, text queries included, so this is
         the sum of ``(length + T)**2``; ``sparsity * (N / sparsity + T)**2`` if it divides ``N``.
         """
-        return sum(s.count * (s.length + T) ** 2 for s in self.segments(N))
+        return sum(s.number * (s.length + T) ** 2 for s in self.segments(N))
 
     def segments(self, N: int) -> list[Segment]:
         """All sub-sequences of ``N`` tokens, as at most three groups of equal length.
@@ -150,16 +150,16 @@ class SkipPattern:
             if first < end
         ]
 
-    def _segment(self, first: int, count: int, length: int) -> Segment:
+    def _segment(self, first: int, number: int, length: int) -> Segment:
         n, w = self.sparsity, self.run
         runs, rest = divmod(length, w)
         boxes = []
         if runs:
-            boxes.append(Box(0, first * w, (count, runs, w), (w, n * w, 1)))
+            boxes.append(Box(0, first * w, (number, runs, w), (w, n * w, 1)))
         if rest:
             start = token_of(first, runs * w, n, w)
-            boxes.append(Box(runs * w, start, (count, 1, rest), (w, n * w, 1)))
-        return Segment(first, count, length, tuple(boxes))
+            boxes.append(Box(runs * w, start, (number, 1, rest), (w, n * w, 1)))
+        return Segment(first, number, length, tuple(boxes))
 
 
 # Skip order: one order of the tokens in which single-skip and group-skip of the same k are both
@@ -170,7 +170,7 @@ def _check_skip_order(N: int, k: int) -> None:
     SkipPattern(k)
     if N % (k * k):
         raise ValueError(
-            f"skip order needs k*k to divide N, got N={N}, k={k}; keep such a shape in natural order"
+            f"skip order needs k*k to divide N, got N={N}, k={k}; keep the tokens in natural order"
         )
 
 

@@ -42,6 +42,11 @@ class Problem:
         names = (*INPUT_NAMES, "grad_out", "grad_text_out")
         return replace(self, **{name: getattr(self, name).to(dtype) for name in names})
 
+    def with_inputs(self, inputs: Sequence[Tensor]) -> Problem:
+        """The same problem with other tensors for its six inputs."""
+        named: dict[str, Any] = dict(zip(INPUT_NAMES, inputs, strict=True))
+        return replace(self, **named)
+
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         """The six differentiable inputs."""
@@ -99,12 +104,14 @@ def make_problem(
             one = (normal(1, rows, H, D).to(device, dtype) for _ in range(3))
             return tuple(x.expand(B, rows, H, D) for x in one)
         if layout != "contiguous":
-            raise ValueError(f"layout must be contiguous, packed, heads_first or expanded: {layout}")
+            raise ValueError(
+                f"layout must be contiguous, packed, heads_first or expanded: {layout}"
+            )
         return tuple(normal(B, rows, H, D).to(device, dtype) for _ in range(3))
 
     q, k, v = triple(N)
     text_q, text_k, text_v = triple(T)
-    grads = (normal(B, rows, H, D).to(device, dtype) for rows in (N, T))
+    grad_out, grad_text_out = (normal(B, rows, H, D).to(device, dtype) for rows in (N, T))
     mask = text_mask = None
     if masked:
         mask = torch.rand(B, N, generator=generator) < 0.67
@@ -113,12 +120,12 @@ def make_problem(
         if T == 0:
             mask[:, : pattern.sparsity * pattern.run] = True
         mask, text_mask = mask.to(device), text_mask.to(device)
-    return Problem(q, k, v, text_q, text_k, text_v, *grads, pattern, mask, text_mask, scale)
+    return Problem(
+        q, k, v, text_q, text_k, text_v, grad_out, grad_text_out, pattern, mask, text_mask, scale
+    )
 
 
-def oracle(
-    problem: Problem, dtype: torch.dtype = torch.float64, way: Way | None = None
-) -> Answer:
+def oracle(problem: Problem, dtype: torch.dtype = torch.float64, way: Way | None = None) -> Answer:
     """Outputs and gradients by dense softmax under a token-by-token mask, computed in ``dtype``.
 
     In fp64 it is the exact answer; in a narrower dtype it is what eager PyTorch would give, the
@@ -127,7 +134,7 @@ def oracle(
     problem = problem.to(dtype)
     N, T, n = problem.q.shape[1], problem.text_q.shape[1], problem.pattern.sparsity
     inputs = [x.detach().clone().requires_grad_() for x in problem.inputs]
-    leaves = replace(problem, **dict(zip(INPUT_NAMES, inputs, strict=True)))
+    leaves = problem.with_inputs(inputs)
     rows = torch.arange(N + n * T, device=problem.q.device)
     with torch.enable_grad():
         out, lse = oracle_rows(leaves, rows, way)
@@ -155,9 +162,7 @@ class Way:
 WAYS = tuple(Way(how, shuffle) for shuffle in range(2) for how in ("softmax", "lse", "kernel"))
 
 
-def oracle_rows(
-    problem: Problem, rows: Tensor, way: Way | None = None
-) -> tuple[Tensor, Tensor]:
+def oracle_rows(problem: Problem, rows: Tensor, way: Way | None = None) -> tuple[Tensor, Tensor]:
     """Some query rows only: ``(out [B, R, H, D], lse [B, H, R])``, differentiable.
 
     Row ``i < N`` is video token ``i``; row ``N + s*T + t`` is text token ``t`` in sub-sequence
@@ -210,7 +215,9 @@ def oracle_rows(
 
 def _lse(scores: Tensor) -> Tensor:
     """``logsumexp`` over keys, -inf where there are none."""
-    return scores.logsumexp(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -math.inf)
+    return (
+        scores.logsumexp(-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -math.inf)
+    )
 
 
 class _FromLse(torch.autograd.Function):
@@ -229,7 +236,7 @@ class _FromLse(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # autograd's own stub is untyped
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, p, out = ctx.saved_tensors
         ds = p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * ctx.scale
         return ds @ k, ds.mT @ q, p.mT @ grad, None, None
@@ -290,7 +297,7 @@ def check_sample(
     def sample(dtype: torch.dtype, way: Way | None) -> dict[str, Tensor]:
         typed = problem.to(dtype)
         inputs = [x.detach().requires_grad_(backward) for x in typed.inputs]
-        leaves = replace(typed, **dict(zip(INPUT_NAMES, inputs, strict=True)))
+        leaves = typed.with_inputs(inputs)
         with torch.set_grad_enabled(backward):
             out, lse = oracle_rows(leaves, torch.cat([tokens, copies]), way)
             video = out[:, : len(tokens)]

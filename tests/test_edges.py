@@ -25,7 +25,7 @@ def joint(q=None, k=None, v=None, text_q=None, text_k=None, text_v=None, pattern
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": x(N=9)}, r"k has shape \[1, 9, 2, 16\] but q has \[1, 8, 2, 16\]; they must be equal"),
+        ({"k": x(N=9)}, r"k has shape \[1, 9, 2, 16\] but q has \[1, 8, 2, 16\]; they must be"),
         ({"v": x(H=3)}, r"v has shape \[1, 8, 3, 16\] but q has"),
         ({"v": x(D=8)}, r"v has shape \[1, 8, 2, 8\] but q has"),
         ({"q": torch.zeros(8, 2, 16)}, r"q must have 4 dimensions .* got \[8, 2, 16\]"),
@@ -73,7 +73,9 @@ def test_head_dimension_zero_is_refused():
 
 def test_a_named_backend_that_cannot_says_why():
     q = x(D=257)
-    with pytest.raises(RuntimeError, match='backend "sdpa" cannot run this: .* up to 256, not 257'):
+    with pytest.raises(
+        RuntimeError, match=r'backend "sdpa" cannot run this: .* up to 256, not 257'
+    ):
         skiparse.attention(q, q, q, P, backend="sdpa")
     assert skiparse.attention(q, q, q, P).shape == q.shape  # auto goes on to the reference
 

@@ -88,7 +88,9 @@ def test_inside_activation_checkpointing():
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
-@pytest.mark.parametrize(("p", "N"), [(SkipPattern.single(3), 7), (GROUP, 9), (SkipPattern(2, 5), 10)])
+@pytest.mark.parametrize(
+    ("p", "N"), [(SkipPattern.single(3), 7), (GROUP, 9), (SkipPattern(2, 5), 10)]
+)
 def test_gradcheck_in_fp64(p, N, backend):
     problem = make_problem(p, N=N, T=2, H=1, D=3, dtype=torch.float64, masked=True)
 
@@ -109,9 +111,7 @@ def test_lse_is_not_differentiable():
 
 def test_second_derivative_is_refused():
     q, k, v = leaves(make_problem(GROUP, N=12))[:3]
-    (grad,) = torch.autograd.grad(
-        skiparse.attention(q, k, v, GROUP).sum(), q, create_graph=True
-    )
+    (grad,) = torch.autograd.grad(skiparse.attention(q, k, v, GROUP).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         grad.sum().backward()
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from skiparse import SkipPattern, pattern
 from skiparse.pattern import length_of, pos_of, sub_of, token_of
 
-SMALL = list(itertools.product(range(0, 30), range(1, 6), range(1, 6)))
+SMALL = list(itertools.product(range(30), range(1, 6), range(1, 6)))
 
 
 def test_every_token_is_at_its_place():
@@ -59,9 +59,9 @@ def test_segments_and_boxes_cover_every_token_once():
         p = SkipPattern(n, w)
         segments = p.segments(N)
         assert len(segments) <= 3
-        assert [s for g in segments for s in range(g.first, g.first + g.count)] == list(range(n))
+        assert [s for g in segments for s in range(g.first, g.first + g.number)] == list(range(n))
         for g in segments:
-            for s in range(g.count):
+            for s in range(g.number):
                 tokens = [
                     (box.first + r * box.shape[2] + i,
                      box.start + s * box.strides[0] + r * box.strides[1] + i * box.strides[2])
@@ -71,7 +71,7 @@ def test_segments_and_boxes_cover_every_token_once():
                 ]  # fmt: skip
                 expected = [token_of(g.first + s, j, n, w) for j in range(g.length)]
                 assert tokens == list(enumerate(expected)), (N, n, w, g)
-            assert all(box.shape[0] == g.count for box in g.boxes)
+            assert all(box.shape[0] == g.number for box in g.boxes)
 
 
 @pytest.mark.parametrize(("N", "k"), [(16, 2), (64, 4), (72, 3), (128, 8), (9, 3), (0, 2), (5, 1)])

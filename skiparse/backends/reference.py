@@ -47,7 +47,9 @@ def forward(inputs: Inputs) -> Outputs:
     return outputs
 
 
-def backward(inputs: Inputs, outputs: Outputs, grad_out: Tensor, grad_text_out: Tensor) -> Gradients:
+def backward(
+    inputs: Inputs, outputs: Outputs, grad_out: Tensor, grad_text_out: Tensor
+) -> Gradients:
     """The gradient of softmax attention from its log-sum-exp, sub-sequence by sub-sequence.
 
     With ``p = exp(scores - lse)``: ``dv = p^T do``, ``ds = p * (do v^T - rowsum(do * o))``,

@@ -80,7 +80,9 @@ def forward(inputs: Inputs) -> Outputs:
     return Outputs(q.new_empty(q.shape) if out is None else out, text_out, lse, text_lse)
 
 
-def backward(inputs: Inputs, outputs: Outputs, grad_out: Tensor, grad_text_out: Tensor) -> Gradients:
+def backward(
+    inputs: Inputs, outputs: Outputs, grad_out: Tensor, grad_text_out: Tensor
+) -> Gradients:
     """The library's backward over the same calls; text gradients summed over sub-sequences.
 
     On a CPU half precision is computed in fp32: the native half backward is 5 to 10 times slower.
@@ -130,13 +132,13 @@ class _Call:
 
     @property
     def subs(self) -> slice:
-        return slice(self.segment.first, self.segment.first + self.segment.count)
+        return slice(self.segment.first, self.segment.first + self.segment.number)
 
     def operands(self, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, each ``[batch, heads, rows, D]``."""
 
         def operand(video: Tensor, text: Tensor) -> Tensor:
-            copies = text[self.batch, None].expand(-1, self.segment.count, -1, -1, -1)
+            copies = text[self.batch, None].expand(-1, self.segment.number, -1, -1, -1)
             return self.fold(video, copies, dtype)
 
         return (
@@ -146,7 +148,7 @@ class _Call:
         )
 
     def fold(self, video: Tensor, text: Tensor, dtype: torch.dtype) -> Tensor:
-        """``[B, N, H, D]`` with ``[B, S, T, H, D]`` as ``[batch, heads, rows, D]``, a view if one is."""
+        """``[B, N, H, D]`` and ``[B, S, T, H, D]`` as ``[batch, heads, rows, D]``."""
         rows = self._rows(video[self.batch], text, dtype)
         if self.as_heads:
             return rows.transpose(1, 2).flatten(2, 3).transpose(1, 2)
@@ -154,7 +156,7 @@ class _Call:
 
     def unfold(self, folded: Tensor) -> Tensor:
         """``[batch, heads, rows, D]`` as the view ``[B, S, rows, H, D]``."""
-        S = self.segment.count
+        S = self.segment.number
         if self.as_heads:
             return folded.unflatten(1, (S, folded.shape[1] // S)).transpose(2, 3)
         return folded.unflatten(0, (folded.shape[0] // S, S)).transpose(2, 3)
@@ -191,7 +193,7 @@ class _Call:
         text_mask = everything.expand(B, T) if inputs.text_mask is None else inputs.text_mask
         rows = self._rows(
             mask[self.batch, :, None, None],
-            text_mask[self.batch, None, :, None, None].expand(-1, self.segment.count, -1, -1, -1),
+            text_mask[self.batch, None, :, None, None].expand(-1, self.segment.number, -1, -1, -1),
             torch.bool,
         )  # [B, S, rows, 1, 1]
         bias = torch.zeros_like(rows, dtype=dtype).masked_fill_(~rows, -torch.inf).squeeze(-1)
@@ -203,7 +205,7 @@ class _Call:
         return bias.contiguous(), ~rows.any(2, keepdim=True)
 
     def _rows(self, video: Tensor, text: Tensor, dtype: torch.dtype) -> Tensor:
-        """``[B, N, H, D]`` with ``[B, S, T, H, D]`` as ``[B, S, rows, H, D]``: a view, or packed."""
+        """``[B, N, H, D]`` and ``[B, S, T, H, D]`` as ``[B, S, rows, H, D]``: view or buffer."""
         (_, S, L, boxes), T = self.segment, text.shape[2]
         if T == 0 and dtype == video.dtype and _one_stride(self.segment):
             return _tokens(video, boxes[0]).flatten(2, 3)
@@ -227,7 +229,7 @@ def _calls(inputs: Inputs) -> Iterator[_Call]:
     for segment in pattern.segments(N):
         if segment.length + T == 0:
             continue
-        is_whole = segment.count == pattern.sparsity
+        is_whole = segment.number == pattern.sparsity
         if T > 0 or not _one_stride(segment):
             yield _Call(slice(None), segment, pattern.run == 1, is_whole)
             continue
@@ -266,7 +268,7 @@ def _tokens(video: Tensor, box: Box) -> Tensor:
 
 
 def _rows_of(rows: Tensor, box: Box) -> Tensor:
-    """The same tokens among the rows: the view ``[B, S, runs, tokens, H, D]`` of ``[B, S, rows, H, D]``."""
+    """The same tokens of ``[B, S, rows, H, D]``, viewed as :func:`_tokens` does."""
     _, runs, width = box.shape
     return rows[:, :, box.first : box.first + runs * width].unflatten(2, (runs, width))
 

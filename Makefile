@@ -1,0 +1,43 @@
+# make install   an environment in .venv with everything, from the tested versions
+# make demo      dense and Skiparse attention on a real clip; writes demo_out/report.html
+# make test      lint, types, and the tests: what CI runs
+# make test-full the long matrices as well
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install demo test test-full lint types readme clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/skiparse demo --out demo_out
+
+test: lint types
+	$(BIN)/python -m pytest
+
+test-full: lint types
+	$(BIN)/python -m pytest -m 'full or not full'
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# On the wheel, because only there models/ and bench/ carry the names they are imported by.
+types: install
+	rm -rf build/types && mkdir -p build/types
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w build/types .
+	cd build/types && ../../$(BIN)/python -m zipfile -e skiparse-*.whl unpacked
+	cd build/types/unpacked && ../../../$(BIN)/mypy --config-file ../../../pyproject.toml -p skiparse
+
+# The generated tables of the README: backends from the registry, figures from bench/results.jsonl.
+readme: install
+	$(BIN)/python -m skiparse.bench.tables README.md
+
+clean:
+	rm -rf .venv build dist *.egg-info demo_out
