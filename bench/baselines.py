@@ -165,6 +165,8 @@ def natten(case: Case, problem: Problem) -> Contender:
     """
     if importlib.util.find_spec("natten") is None:
         return Contender("natten", None, "natten is not installed")
+    if problem.q.device.type == "cpu":
+        return Contender("natten", None, "on a CPU it forms the whole score matrix")
     library = importlib.import_module("natten")
     k, N = case.k, case.N
     if N % k**2 or case.skip_order or case.kind == "dense":

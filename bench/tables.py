@@ -1,0 +1,91 @@
+"""Writes the README's generated tables: backends from the registry, figures from results.jsonl.
+
+``python -m skiparse.bench.tables README.md`` replaces what stands between the markers
+``<!-- name -->`` and ``<!-- end name -->``; a test fails when the README is behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from skiparse.bench.cases import CASES
+from skiparse.bench.run import RESULTS
+from skiparse.registry import BACKENDS
+
+HOW = {
+    "skiparse.sdpa": "skiparse (sdpa)",
+    "skiparse.triton": "skiparse (triton)",
+    "original": "the original way",
+    "flex": "FlexAttention",
+    "natten": "NATTEN",
+}
+
+
+def backends() -> str:
+    """The backends, in the order in which a call without a name tries them."""
+    rows = [
+        f"| `{row.name}` | {row.what} | {', '.join(row.auto)} | {row.verified} |"
+        for row in BACKENDS
+    ]
+    head = "| backend | what it is | chosen by itself on | verified on |\n|---|---|---|---|"
+    return "\n".join([head, *rows])
+
+
+def benchmark(results: Path = RESULTS) -> str:
+    """The latest row of every case and contender on each device, speed-up beside its ceiling."""
+    latest: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for line in results.read_text().splitlines():
+        row = json.loads(line)
+        if row["case"] in CASES and row["backend"] in HOW:
+            latest[row["device"], row["case"], row["backend"]] = row
+    parts = []
+    for device in sorted({key[0] for key in latest}):
+        rows = [row for key, row in latest.items() if key[0] == device]
+        rows.sort(key=lambda row: (list(CASES).index(row["case"]), list(HOW).index(row["backend"])))
+        parts += [
+            f"On {device}, {rows[0]['dtype']}:",
+            "",
+            "| case | attention | median | over dense | ceiling | reached | extra memory |",
+            "|---|---|---:|---:|---:|---:|---:|",
+            *(
+                f"| `{row['case']}` | {HOW[row['backend']]} | {row['median_ms']:,.0f} ms "
+                f"| {row['speedup']:.2f}x | {row['ceiling']:.2f}x | {row['reached']:.2f} "
+                f"| {'?' if row['peak_extra_mib'] is None else round(row['peak_extra_mib'])} MiB |"
+                for row in rows
+            ),
+            "",
+        ]
+    return "\n".join(parts).rstrip()
+
+
+def render(text: str) -> str:
+    """The README with its generated parts made anew.
+
+    Raises:
+        ValueError: if a pair of markers is missing.
+    """
+    for name, made in (("backends", backends()), ("benchmark", benchmark())):
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"no <!-- {name} --> ... <!-- end {name} --> in the text; add them")
+        text = pattern.sub(lambda found, made=made: found[1] + made + found[2], text)
+    return text
+
+
+def main(path: Path) -> None:
+    """Render the file in place: written aside, synced, renamed."""
+    aside = path.with_name(path.name + ".tmp")
+    with aside.open("w") as file:
+        file.write(render(path.read_text()))
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,125 @@
+"""The benchmark times only what is right, and says what it compared with what."""
+
+import json
+
+import pytest
+import torch
+
+from skiparse import SkipPattern
+from skiparse.bench import baselines, cases, run, tables
+from skiparse.testing import make_problem, oracle
+
+TINY = cases.Case("1x288x512", 1, 2, "group", False, False, N=64, T=8, D=32)
+
+
+def variant(**changes):
+    return cases.Case(**(TINY.__dict__ | changes))
+
+
+def test_the_table_of_cases_is_what_the_readme_says():
+    assert len(cases.CASES) == 4 * 3 * 2 * (1 + 3 * 2 * 2)
+    head = cases.CASES["121x576x1024.k8.single.fwd"]
+    assert (head.N, head.T, head.heads, head.D) == (36864, 512, 24, 128)
+    assert f"{head.ceiling:.2f}" == "6.66"
+    assert cases.CASES["57x288x512-1h.k4.group.skip.fwd"].pattern == SkipPattern.block(4, 4608)
+    assert all(name == case.name for name, case in cases.CASES.items())
+    for case in cases.CASES.values():
+        assert case.natural_pattern.pairs(case.N, case.T) == case.pattern.pairs(case.N, case.T)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("kind", ["single", "group"])
+@pytest.mark.parametrize("N", [64, 70])
+def test_the_contenders_compute_the_same(N, kind, backward):
+    case = variant(kind=kind, backward=backward, N=N)
+    problem = make_problem(case.pattern, N=N, T=8, H=1, D=32)
+    exact = oracle(problem)
+    expected = exact[4:] if backward else exact[:2]
+    makers = [baselines.original(case, problem), baselines.skiparse_backend(case, problem, "sdpa")]
+    for contender in makers:
+        for x, y in zip(contender.work(), expected, strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-5)
+
+
+def test_dense_is_dense():
+    case = variant(kind="dense", k=1, backward=False)
+    problem = make_problem(case.pattern, N=64, T=8, H=1, D=32)
+    (contender,) = baselines.dense(case, problem)
+    (rows,) = contender.work()
+    exact = oracle(problem)
+    expected = torch.cat([exact.out, exact.text_out], 1).transpose(1, 2)
+    torch.testing.assert_close(rows.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.full
+def test_flex_computes_the_same():
+    for kind in ("single", "group"):
+        case = variant(kind=kind)
+        problem = make_problem(case.pattern, N=64, T=8, H=1, D=32)
+        exact = oracle(problem)
+        for x, y in zip(baselines.flex(case, problem).work(), exact[:2], strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-5)
+
+
+def test_a_wrong_backend_is_not_timed(monkeypatch):
+    from skiparse.backends import sdpa
+
+    right = sdpa._attend
+    monkeypatch.setattr(
+        sdpa, "_attend", lambda q, k, v, bias, scale: right(q, k, v, bias, scale * 1.01)
+    )
+    monkeypatch.setattr(run, "_time", lambda *_: pytest.fail("timed"))
+    with pytest.raises(AssertionError, match="off by"):
+        run.run([TINY], rounds=1, backends=["sdpa"], others=["dense"])
+
+
+def test_run_prints_the_ceiling_and_writes_rows(tmp_path, capsys):
+    results = tmp_path / "results.jsonl"
+    for _ in range(2):
+        rows = run.run(
+            [TINY], rounds=3, backends=["sdpa", "triton"], others=["original", "natten"],
+            results=results,
+        )  # fmt: skip
+    out = capsys.readouterr().out
+    assert f"{TINY.ceiling:.2f}x" in out
+    assert "skiparse.triton" in out
+    assert "not run: " in out
+    kept = [json.loads(line) for line in results.read_text().splitlines()]
+    assert kept[-len(rows) :] == rows
+    assert len(kept) == 2 * len(rows)
+    assert [r["backend"] for r in rows] == ["dense.flash", "skiparse.sdpa", "original"]
+    mine = rows[1]
+    low, high = mine["spread_ms"]
+    assert low <= mine["median_ms"] <= high
+    assert mine["rounds"] == 3
+    assert mine["ceiling"] == round(TINY.ceiling, 4)
+    assert mine["reached"] == pytest.approx(mine["speedup"] / mine["ceiling"], abs=1e-3)
+    assert mine["kind"] == "hardware"
+    assert {"case", "device", "driver", "versions", "commit", "dtype", "date"} <= set(mine)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_speedup_is_the_median_of_the_rounds_own_ratios():
+    dense = run.Timing("dense", (2.0, 20.0, 2.2))  # a slow moment slows both
+    fast = run.Timing("fast", (1.0, 10.0, 1.0))
+    assert run.speedup(fast, dense) == 2.0
+
+
+def test_recorded_results_are_of_known_cases():
+    rows = [json.loads(line) for line in run.RESULTS.read_text().splitlines()]
+    assert rows
+    for row in rows:
+        assert row["case"] in cases.CASES
+        assert row["ceiling"] == round(cases.CASES[row["case"]].ceiling, 4)
+        assert row["kind"] in ("hardware", "model")
+
+
+def test_the_tables_keep_the_latest_row_only(tmp_path):
+    rows = [json.loads(line) for line in run.RESULTS.read_text().splitlines()]
+    row = next(r for r in rows if r["backend"] == "skiparse.sdpa")
+    newer = row | {"median_ms": 123456.0}
+    file = tmp_path / "results.jsonl"
+    file.write_text(json.dumps(row) + "\n" + json.dumps(newer) + "\n")
+    text = tables.benchmark(file)
+    assert "123,456 ms" in text
+    assert text.count(row["case"]) == 1

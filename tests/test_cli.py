@@ -1,0 +1,45 @@
+"""The command line tells what is here, and turns bad arguments into one clear line."""
+
+import pytest
+
+from skiparse import registry
+from skiparse.cli import main
+
+
+def test_info_lists_every_backend(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for row in registry.BACKENDS:
+        assert row.name in out
+        assert row.verified in out
+    assert "torch 2." in out
+    assert "cpu:" in out
+
+
+def test_bench_lists_its_cases(capsys):
+    assert main(["bench", "--list"]) == 0
+    names = capsys.readouterr().out.split()
+    assert "121x576x1024.k8.group.skip.fwdbwd" in names
+    assert "121x576x1024-1h.dense.fwd" in names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "no-such-case"], "no case matches 'no-such-case'"),
+        (["bench", "--dtype", "int8"], "--dtype int8: give float32"),
+        (["bench", "--rounds", "0"], "--rounds 0: give at least 1"),
+        (["bench", "--backends", "fast"], "backend must be one of"),
+        (["bench", "--against", "magic"], "--against ['magic']: choose from dense"),
+        (["demo", "--clip", "/no/such/file.mp4"], "/no/such/file.mp4"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_commands_are_refused():
+    with pytest.raises(SystemExit) as caught:
+        main(["fly"])
+    assert caught.value.code == 2

@@ -1,0 +1,65 @@
+"""`pip install .` gives the op: a pure wheel, nothing compiled, three requirements."""
+
+import subprocess
+import sys
+import zipfile
+from email import message_from_string
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check",
+         "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)],
+        check=True,
+    )  # fmt: skip
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_is_pure_python_and_small(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert wheel.stat().st_size < 500_000
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not [n for n in names if n.endswith((".so", ".cpp", ".mp4", ".safetensors"))]
+    for wanted in ("skiparse/py.typed", "skiparse/backends/triton/__init__.py",
+                   "skiparse/models/data/video.py", "skiparse/bench/cases.py"):  # fmt: skip
+        assert wanted in names
+    assert not [n for n in names if n.startswith(("models/", "bench/", "tests/"))]
+
+
+def test_it_requires_torch_numpy_and_einops_only(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (n for n in archive.namelist() if n.endswith("METADATA"))
+    metadata = message_from_string(archive.read(name).decode())
+    required = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
+    assert required == ["torch>=2.10", "numpy", "einops"]
+    assert metadata["Requires-Python"] == ">=3.11"
+
+
+def test_the_unpacked_wheel_runs_by_itself(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import torch, skiparse, skiparse.bench, skiparse.models\n"
+        f"assert skiparse.__file__.startswith({str(tmp_path)!r}), skiparse.__file__\n"
+        "x = torch.ones(1, 8, 1, 16)\n"
+        "print(skiparse.attention(x, x, x, skiparse.SkipPattern.group(2)).sum().item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.strip() == "128.0"
+
+
+def test_nothing_we_test_with_pulls_in_torchvision():
+    with pytest.raises(ImportError):
+        distribution("torchvision")
