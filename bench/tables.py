@@ -70,10 +70,10 @@ def render(text: str) -> str:
         ValueError: if a pair of markers is missing.
     """
     for name, made in (("backends", backends()), ("benchmark", benchmark())):
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"no <!-- {name} --> ... <!-- end {name} --> in the text; add them")
-        text = pattern.sub(lambda found, made=made: found[1] + made + found[2], text)
+        text = pattern.sub(lambda found, made=made: found[1] + made + "\n" + found[2], text)
     return text
 
 
