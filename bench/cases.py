@@ -2,7 +2,8 @@
 
 A name reads ``<frames>x<height>x<width>[-<heads>h].k<k>.<pattern>[.skip].<fwd|fwdbwd>``: the video
 in pixels, 24 heads unless said, the pattern, tokens in natural order unless ``skip``, forward
-alone or forward and backward. 512 text tokens, head dimension 128, batch 1.
+alone or forward and backward. 512 text tokens, head dimension 128, batch 1. Single-skip is the
+same operation in either order, so it has no ``skip``.
 """
 
 from __future__ import annotations
@@ -58,11 +59,6 @@ class Case:
         )(self.k)
 
     @property
-    def natural_pattern(self) -> SkipPattern:
-        """The pattern on tokens in natural order."""
-        return SkipPattern.group(self.k) if self.kind == "group" else SkipPattern.single(self.k)
-
-    @property
     def ceiling(self) -> float:
         """The most it can gain over dense attention: the ratio of query-key pairs."""
         dense = SkipPattern.dense().pairs(self.N, self.T)
@@ -77,8 +73,8 @@ def _table() -> dict[str, Case]:
         for backward in (False, True)
         for k, kind, skip_order in (
             (1, "dense", False),
-            *((k, kind, skip) for k in SPARSITY for kind in ("single", "group")
-              for skip in (False, True)),
+            *((k, kind, skip) for k in SPARSITY
+              for kind, skip in (("single", False), ("group", False), ("group", True))),
         )
     ]  # fmt: skip
     return {case.name: case for case in cases}

@@ -9,6 +9,7 @@ own ratios to dense attention.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -77,53 +78,62 @@ def run(
         AssertionError: if a backend is wrong on a case. Nothing of that case is timed then.
     """
     rows: list[dict[str, Any]] = []
-    for case in tqdm(cases, desc="cases", unit="case", disable=len(cases) < 2 or None):
-        timings = measure(case, device, dtype, rounds, backends, others)
-        print(table(case, timings), flush=True)
-        new = [row(case, timing, timings[0], device, dtype) for timing in timings if timing.seconds]
-        if results is not None:
-            append(results, new)
-        rows += new
+    ordered = sorted(cases, key=_shared)
+    for _, group in itertools.groupby(ordered, _shared):
+        for case, timings in measure(list(group), device, dtype, rounds, backends, others).items():
+            print(table(case, timings), flush=True)
+            ran = [timing for timing in timings if timing.seconds]
+            new = [row(case, timing, timings[0], device, dtype) for timing in ran]
+            if results is not None:
+                append(results, new)
+            rows += new
     return rows
 
 
+def _shared(case: Case) -> tuple[str, int, bool]:
+    """Cases for which dense attention is the same work; they take turns with one run of it."""
+    return case.video, case.heads, case.backward
+
+
 def measure(
-    case: Case,
+    cases: Sequence[Case],
     device: str,
     dtype: torch.dtype,
     rounds: int,
     backends: Iterable[str],
     others: Iterable[str],
-) -> list[Timing]:
-    """Gate and time one case; dense attention comes first in the list."""
+) -> dict[Case, list[Timing]]:
+    """Gate and time cases that differ in the pattern only; dense attention leads each list."""
+    one = cases[0]
     problem = make_problem(
-        case.pattern, B=case.B, N=case.N, T=case.T, H=case.heads, D=case.D,
-        dtype=dtype, device=device,
-    )  # fmt: skip
-    contenders = [_best(baselines.dense(case, problem))]
-    for name in backends:
-        contenders.append(_gated(case, problem, name))
-    for name in others:
-        if name != "dense":
-            contenders.append(getattr(baselines, name)(case, problem))
+        one.pattern, B=one.B, N=one.N, T=one.T, H=one.heads, D=one.D, dtype=dtype, device=device
+    )
+    dense = _best(baselines.dense(one, problem), device)
+    contenders: dict[Case, list[Contender]] = {}
+    for case in tqdm(cases, desc="checking", unit="case", disable=None, leave=False):
+        own = replace(problem, pattern=case.pattern)
+        checked = [_gated(case, own, name) for name in backends]
+        rest = [getattr(baselines, name)(case, own) for name in others if name != "dense"]
+        contenders[case] = [dense, *checked, *rest]
 
-    running = {c.name: c.work for c in contenders if c.work is not None}
-    repeats: dict[str, int] = {}
-    peaks: dict[str, int | None] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in running}
-    for name, work in running.items():
-        work()  # first call: compilation, workspaces
-        peaks[name] = peak_extra_bytes(work, device)
-        repeats[name] = max(1, round(LEAST_SAMPLE / max(_time(work, 1, device), 1e-6)))
-    for _ in tqdm(range(rounds), desc=case.name, unit="round", disable=None, leave=False):
-        for name, work in running.items():
-            seconds[name].append(_time(work, repeats[name], device))
-    return [
-        Timing(c.name, tuple(seconds[c.name]), peaks[c.name])
-        if c.work is not None
-        else Timing(c.name, why_not=c.why_not)
-        for c in contenders
-    ]
+    turns = {id(c): c for entered in contenders.values() for c in entered}
+    seconds: dict[int, list[float]] = {key: [] for key in turns}
+    repeats: dict[int, int] = {}
+    peaks: dict[int, int | None] = {}
+    for key, contender in tqdm(turns.items(), desc="warming up", disable=None, leave=False):
+        if contender.work is not None:
+            contender.work()  # the first call compiles and fills workspaces
+            peaks[key] = peak_extra_bytes(contender.work, device)
+            once = _time(contender.work, 1, device)
+            repeats[key] = max(1, round(LEAST_SAMPLE / max(once, 1e-6)))
+    for _ in tqdm(range(rounds), desc="rounds", unit="round", disable=None, leave=False):
+        for key, contender in turns.items():
+            if contender.work is not None:
+                seconds[key].append(_time(contender.work, repeats[key], device))
+    return {
+        case: [Timing(c.name, tuple(seconds[id(c)]), peaks.get(id(c)), c.why_not) for c in entered]
+        for case, entered in contenders.items()
+    }
 
 
 def _gated(case: Case, problem: Problem, backend: str) -> Contender:
@@ -140,9 +150,8 @@ def _gated(case: Case, problem: Problem, backend: str) -> Contender:
     return baselines.skiparse_backend(case, problem, backend)
 
 
-def _best(contenders: list[Contender]) -> Contender:
+def _best(contenders: list[Contender], device: str) -> Contender:
     """The fastest of the dense kernels that run here: the one to be compared with."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if len(contenders) == 1:
         return contenders[0]
     timed = {}
