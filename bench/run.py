@@ -8,6 +8,7 @@ own ratios to dense attention.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import json
@@ -197,10 +198,18 @@ def peak_extra_bytes(work: Work, device: str) -> int | None:
     mark = Path("/proc/self/clear_refs")
     if not os.access(mark, os.W_OK):
         return None
+    _return_free_memory()
     mark.write_text("5")  # resets the high-water mark, see proc(5)
     before = _status("VmRSS")
     work()
     return max(0, _status("VmHWM") - before)
+
+
+def _return_free_memory() -> None:
+    """Give what the allocator keeps back to the system, or its reuse would count as nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+    if trim is not None:
+        trim(0)
 
 
 def _status(field: str) -> int:

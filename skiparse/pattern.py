@@ -71,6 +71,24 @@ class Segment(NamedTuple):
     length: int
     boxes: tuple[Box, ...]
 
+    def split(self, most: int) -> list[Segment]:
+        """The same sub-sequences in segments of ``most`` at a time."""
+        return [
+            Segment(
+                self.first + skip,
+                min(most, self.number - skip),
+                self.length,
+                tuple(
+                    box._replace(
+                        start=box.start + skip * box.strides[0],
+                        shape=(min(most, self.number - skip), *box.shape[1:]),
+                    )
+                    for box in self.boxes
+                ),
+            )
+            for skip in range(0, self.number, most)
+        ]
+
 
 @dataclass(frozen=True)
 class SkipPattern:

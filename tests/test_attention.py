@@ -40,10 +40,13 @@ def test_video_alone_in_any_layout(p, B, layout):
 @pytest.mark.parametrize("k", [2, 3, 4])
 @pytest.mark.parametrize("kind", ["single", "group"])
 def test_any_length(kind, k, backend):
-    """N = 1, k-1, k*k +- 1, primes, and k*k > N."""
+    """N = 1, k-1, k*k +- 1, primes, and k*k > N.
+
+    In fp16: with so few numbers, whether fp32 stays below twice eager's error is a matter of luck.
+    """
     p = getattr(SkipPattern, kind)(k)
     for N in {1, k - 1, k, k * k - 1, k * k, k * k + 1, 13, 31}:
-        problem = make_problem(p, N=N, T=3, D=32, masked=True)
+        problem = make_problem(p, N=N, T=3, D=32, dtype=torch.float16, masked=True)
         check(run(problem, backend), problem)
 
 
@@ -65,7 +68,7 @@ def test_full_matrix(backend, dtype, layout):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("D", [16, 24, 40, 80, 96, 128, 256])
 def test_any_head_dimension(D, backend):
-    problem = make_problem(SkipPattern.group(2), N=48, T=5, D=D)
+    problem = make_problem(SkipPattern.group(2), N=48, T=5, D=D, dtype=torch.float16)
     check(run(problem, backend), problem)
 
 

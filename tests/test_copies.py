@@ -1,5 +1,6 @@
 """The sdpa backend copies nothing where a view exists; with text, one buffer per tensor."""
 
+import math
 import subprocess
 import sys
 
@@ -60,24 +61,30 @@ ONE_CALL = [
 ]
 
 
+def copied(work, q):
+    """Elements that went through a copy, in units of q."""
+    work()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+        work()
+    sizes = [math.prod(e.input_shapes[0]) for e in found.events() if e.name == "aten::copy_"]
+    return sum(sizes) / q.numel()
+
+
+LSE = 0.02  # the log-sum-exp is put in order by a copy: one number for each row of D = 64
+
+
 @pytest.mark.parametrize(("p", "layout", "batch"), ONE_CALL)
 def test_views_are_one_library_call_and_no_copy_of_q_k_v(p, layout, batch):
     work, q = video(p, layout, batch)
     assert calls(work, KERNEL) == 1
-    # The kernel lays its output out like its query: one more pass if that is not our order.
-    assert in_tensors(work, q) == (2 if layout == "heads_first" else 1)
+    # The kernel lays its output out like its query: one pass if that is not our order.
+    assert copied(work, q) <= LSE + (layout == "heads_first")
 
 
-def in_tensors(work, q):
-    """How many allocations of about q's size there were."""
-    whole = q.numel() * q.element_size()
-    return sum(1 for size in allocations(work) if size >= 0.9 * whole)
-
-
-def test_awkward_strides_cost_a_call_for_each_batch_entry_but_no_copy():
+def test_awkward_strides_cost_a_call_for_each_batch_entry_but_no_copy_of_q_k_v():
     work, q = video(SkipPattern.single(4), "packed")
     assert calls(work, KERNEL) == B
-    assert in_tensors(work, q) == 1
+    assert copied(work, q) <= LSE + 1  # the entries' outputs, into one tensor
 
 
 def test_lengths_that_do_not_divide_are_views_too():
@@ -85,13 +92,12 @@ def test_lengths_that_do_not_divide_are_views_too():
     assert N % 7
     work, q = video(p, "contiguous", 1)
     assert calls(work, KERNEL) == 2  # two lengths
-    assert in_tensors(work, q) == 1
+    assert copied(work, q) <= LSE + 1
 
 
-def test_natural_group_skip_is_one_gather():
+def test_natural_group_skip_is_one_gather_and_one_scatter():
     work, q = video(SkipPattern.group(4), "contiguous")
-    assert calls(work, KERNEL) == 1
-    assert in_tensors(work, q) == 5  # q, k, v, the kernel's output, and that put back in order
+    assert 4 <= copied(work, q) <= 4 + LSE
 
 
 @pytest.mark.parametrize(
@@ -105,8 +111,8 @@ def test_joint_attention_packs_each_tensor_once(p):
         with torch.no_grad():
             return skiparse.joint_attention(*problem.inputs, p, backend="sdpa")
 
-    assert calls(work, KERNEL) == 1
-    assert in_tensors(work, q) <= 5
+    packed = (N + p.sparsity * T) / N
+    assert 4 * packed <= copied(work, q) <= 4 * packed * (1 + LSE)  # q, k, v, and the output
 
 
 def test_no_mask_matrix_is_ever_built():
@@ -144,4 +150,4 @@ def test_peak_memory_at_the_headline_shape(k, kind):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     if done.stdout.startswith("None"):
         pytest.skip("the kernel gives no high-water mark of memory here")
-    assert 0.5 < float(done.stdout) <= 1.5
+    assert 0.25 <= float(done.stdout) <= 1.5  # the output alone is 0.25

@@ -193,3 +193,23 @@ def test_pattern_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == SkipPattern.group(4).pairs(64)
+
+
+def test_a_segment_splits_into_the_same_sub_sequences():
+    for N, n, w in SMALL:
+        for segment in SkipPattern(n, w).segments(N):
+            for most in (1, 2, 3):
+                parts = segment.split(most)
+                assert all(part.number <= most for part in parts)
+                starts = [
+                    (part.first + s, box.first, box.start + s * box.strides[0], box.shape[1:])
+                    for part in parts
+                    for s in range(part.number)
+                    for box in part.boxes
+                ]
+                whole = [
+                    (segment.first + s, box.first, box.start + s * box.strides[0], box.shape[1:])
+                    for s in range(segment.number)
+                    for box in segment.boxes
+                ]
+                assert starts == whole

@@ -13,7 +13,9 @@ other runs, or any text     one packed buffer per tensor
 
 Strides that allow neither view (a batch of slices of a packed qkv, say) cost one call for each
 batch entry, still without a copy. A length that does not divide leaves at most three groups of
-equally long sub-sequences, one call each: no padding, and no mask unless the caller gave one.
+equally long sub-sequences, one call each: no padding, and no mask unless the caller gave one. On a
+CPU packed buffers are small, for a few sub-sequences at a time: fresh memory costs more than the
+copy into it.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from skiparse.backends import Gradients, Inputs, Outputs
 from skiparse.pattern import Box, Segment
 
 aten = torch.ops.aten
+
+_TILES_PER_THREAD = 16  # in one call on a CPU, so that threads end together
 
 
 def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | None:
@@ -51,7 +55,7 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
 
 
 def forward(inputs: Inputs) -> Outputs:
-    """One library call for each group of equally long sub-sequences."""
+    """Library calls over groups of equally long sub-sequences."""
     q, n = inputs.q, inputs.pattern.sparsity
     (B, N, H, D), T = q.shape, inputs.text_q.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -60,7 +64,7 @@ def forward(inputs: Inputs) -> Outputs:
     lse = q.new_empty(B, H, N, dtype=wide)
     text_lse = q.new_empty(B, H, n, T, dtype=wide)
 
-    for call in _calls(inputs):
+    for call in _calls(inputs, tile=256):
         here, subs, L = call.batch, call.subs, call.segment.length
         bias, dead = call.key_masks(inputs, q.dtype)
         folded, folded_lse = _attend(*call.operands(inputs, q.dtype), bias, inputs.scale)
@@ -94,7 +98,7 @@ def backward(
     video = [q.new_empty(q.shape) for _ in range(3)]
     text = [q.new_empty(B, n, T, H, D, dtype=dtype) for _ in range(3)]
 
-    for call in _calls(inputs):
+    for call in _calls(inputs, tile=0):
         here, subs, L = call.batch, call.subs, call.segment.length
         query, key, value = call.operands(inputs, dtype)
         bias, dead = call.key_masks(inputs, dtype)
@@ -220,8 +224,11 @@ class _Call:
         return rows
 
 
-def _calls(inputs: Inputs) -> Iterator[_Call]:
-    """The library calls that make up one problem; none for rows that do not exist."""
+def _calls(inputs: Inputs, tile: int) -> Iterator[_Call]:
+    """The library calls that make up one problem; none for rows that do not exist.
+
+    ``tile`` is how many rows the CPU kernel gives to one thread at a time, 0 for all of a head's.
+    """
     B, N, H, _ = inputs.q.shape
     T, pattern = inputs.text_q.shape[1], inputs.pattern
     if B * H == 0:
@@ -231,7 +238,14 @@ def _calls(inputs: Inputs) -> Iterator[_Call]:
             continue
         is_whole = segment.number == pattern.sparsity
         if T > 0 or not _one_stride(segment):
-            yield _Call(slice(None), segment, pattern.run == 1, is_whole)
+            if inputs.q.device.type == "cpu":
+                tiles = -(-(segment.length + T) // tile) if tile else 1
+                enough = _TILES_PER_THREAD * torch.get_num_threads()
+                parts = segment.split(-(-enough // (B * H * tiles)))
+                for part in parts:
+                    yield _Call(slice(None), part, False, is_whole and len(parts) == 1)
+            else:
+                yield _Call(slice(None), segment, pattern.run == 1, is_whole)
             continue
         views = [_tokens(x, segment.boxes[0]) for x in (inputs.q, inputs.k, inputs.v)]
         if all(_merges(x, 1, 4) for x in views) and pattern.run == 1:
