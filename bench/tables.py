@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,10 +69,11 @@ def render(text: str) -> str:
         ValueError: if a pair of markers is missing.
     """
     for name, made in (("backends", backends()), ("benchmark", benchmark())):
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"no <!-- {name} --> ... <!-- end {name} --> in the text; add them")
-        text = pattern.sub(lambda found, made=made: found[1] + made + "\n" + found[2], text)
+        start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+        if start not in text or end not in text:
+            raise ValueError(f"no {start.strip()} ... {end} in the text; add them")
+        before, _, rest = text.partition(start)
+        text = before + start + made + "\n" + end + rest.partition(end)[2]
     return text
 
 
