@@ -46,6 +46,14 @@ def length_of(s: int, N: int, n: int, w: int) -> int:
     return N // (n * w) * w + min(max(N % (n * w) - s * w, 0), w)
 
 
+def tiles_runs(block: int, w: int) -> bool:
+    """Whether blocks of that many positions, counted from 0, each lie inside one run.
+
+    Then ``token_of`` of a block's first position, plus 0, 1, 2, ..., are the tokens of the block.
+    """
+    return w % block == 0
+
+
 class Box(NamedTuple):
     """What one strided view can address: tokens ``start + (s, r, i) . strides``.
 

@@ -54,6 +54,20 @@ def test_single_group_dense_and_block_are_what_their_names_say():
         assert [sub_of(t, p.sparsity, p.run) for t in range(N)] == expected
 
 
+def test_blocks_inside_runs_are_consecutive_tokens():
+    for block, n, w in itertools.product(range(1, 7), range(1, 4), range(1, 13)):
+        starts = range(0, 6 * block, block)
+        inside = all(
+            token_of(1, first + i, n, w) == token_of(1, first, n, w) + i
+            for first in starts
+            for i in range(block)
+        )
+        if pattern.tiles_runs(block, w):
+            assert inside
+        elif n > 1:
+            assert not inside
+
+
 def test_segments_and_boxes_cover_every_token_once():
     for N, n, w in SMALL:
         p = SkipPattern(n, w)

@@ -31,8 +31,6 @@ from skiparse.pattern import Box, Segment
 
 aten = torch.ops.aten
 
-_TILES_PER_THREAD = 16  # in one call on a CPU, so that threads end together
-
 
 def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | None:
     """It takes a CPU, or a CUDA device in half precision without key masks; head_dim to 256."""
@@ -64,7 +62,7 @@ def forward(inputs: Inputs) -> Outputs:
     lse = q.new_empty(B, H, N, dtype=wide)
     text_lse = q.new_empty(B, H, n, T, dtype=wide)
 
-    for call in _calls(inputs, tile=256):
+    for call in _calls(inputs, tile=256, per_thread=16):
         here, subs, L = call.batch, call.subs, call.segment.length
         bias, dead = call.key_masks(inputs, q.dtype)
         folded, folded_lse = _attend(*call.operands(inputs, q.dtype), bias, inputs.scale)
@@ -98,7 +96,7 @@ def backward(
     video = [q.new_empty(q.shape) for _ in range(3)]
     text = [q.new_empty(B, n, T, H, D, dtype=dtype) for _ in range(3)]
 
-    for call in _calls(inputs, tile=0):
+    for call in _calls(inputs, tile=None, per_thread=4):
         here, subs, L = call.batch, call.subs, call.segment.length
         query, key, value = call.operands(inputs, dtype)
         bias, dead = call.key_masks(inputs, dtype)
@@ -224,10 +222,11 @@ class _Call:
         return rows
 
 
-def _calls(inputs: Inputs, tile: int) -> Iterator[_Call]:
+def _calls(inputs: Inputs, *, tile: int | None, per_thread: int) -> Iterator[_Call]:
     """The library calls that make up one problem; none for rows that do not exist.
 
-    ``tile`` is how many rows the CPU kernel gives to one thread at a time, 0 for all of a head's.
+    On a CPU the kernel gives a thread ``tile`` rows of a head at a time, or all if None; a call
+    should have ``per_thread`` such tasks for every thread, so that they end together.
     """
     B, N, H, _ = inputs.q.shape
     T, pattern = inputs.text_q.shape[1], inputs.pattern
@@ -239,9 +238,8 @@ def _calls(inputs: Inputs, tile: int) -> Iterator[_Call]:
         is_whole = segment.number == pattern.sparsity
         if T > 0 or not _one_stride(segment):
             if inputs.q.device.type == "cpu":
-                tiles = -(-(segment.length + T) // tile) if tile else 1
-                enough = _TILES_PER_THREAD * torch.get_num_threads()
-                parts = segment.split(-(-enough // (B * H * tiles)))
+                tasks = -(-(segment.length + T) // tile) if tile else 1  # of one head
+                parts = segment.split(-(-per_thread * torch.get_num_threads() // (B * H * tasks)))
                 for part in parts:
                     yield _Call(slice(None), part, False, is_whole and len(parts) == 1)
             else:

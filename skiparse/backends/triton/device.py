@@ -240,7 +240,7 @@ def launch(kernel: Any, inputs: Inputs, rows: int, *args: Any, **options: int) -
             longest=longest,
             n=n,
             w=tl.constexpr(w) if w in _SHIFTS else w,
-            WHOLE_RUNS=w % largest == 0,
+            WHOLE_RUNS=pattern.tiles_runs(largest, w),
             HEAD_DIM=D,
             BLOCK_D=max(16, triton.next_power_of_2(D)),
             **options,
