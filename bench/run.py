@@ -141,8 +141,10 @@ def measure(
 def _gated(case: Case, problem: Problem, backend: str) -> Contender:
     """The backend, if it takes the case; held to the error budget before it may be timed."""
     reason = registry.load(backend).why_not()
-    if reason is None and backend == "triton" and problem.q.device.type == "cpu":
-        reason = "the interpreter is for tests, not for timing"
+    (row,) = (row for row in registry.BACKENDS if row.name == backend)
+    device = problem.q.device.type
+    if reason is None and device not in row.auto:
+        reason = f'nobody gets it on "{device}" without asking, so it is not timed there'
     if reason is not None:
         return Contender(f"skiparse.{backend}", None, reason)
     try:

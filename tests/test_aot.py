@@ -88,10 +88,9 @@ def fits(rows):
     ids=" ".join,
 )
 def test_other_shapes(arch, options):
-    """A few bytes may spill here: the configurations were chosen for 64 and 128 in bf16."""
     rows = aot_compile(arch, *options)
     fits(rows)
-    assert [row for row in rows if row["spills"] > 16] == []
+    assert [row for row in rows if row["spills"]] == []
 
 
 @pytest.mark.full
