@@ -7,7 +7,7 @@ softmax over all keys, under a mask built token by token from ``sub_of``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -161,7 +161,7 @@ class Way:
 
 WAYS = (
     *(Way(how, shuffle) for shuffle in range(2) for how in ("softmax", "lse", "kernel")),
-    *(Way("kernel", shuffle) for shuffle in range(2, 6)),  # whose rounding varies most
+    *(Way("kernel", shuffle) for shuffle in range(2, 16)),  # whose rounding varies most
 )
 
 
@@ -268,7 +268,7 @@ def check(actual: Answer, problem: Problem) -> None:
     """
     dtype = problem.q.dtype
     exact = oracle(problem)._asdict()
-    eagers = [oracle(problem, yardstick(dtype), way)._asdict() for way in WAYS]
+    eagers = (oracle(problem, yardstick(dtype), way)._asdict() for way in WAYS)
     within_budget(actual._asdict(), exact, eagers, dtype)
 
 
@@ -314,7 +314,7 @@ def check_sample(
 
     dtype = problem.q.dtype
     exact = sample(torch.float64, None)
-    eagers = [sample(yardstick(dtype), way) for way in WAYS[:3]]
+    eagers = (sample(yardstick(dtype), way) for way in WAYS[:3])
     answer = run(problem, backend)._asdict()
     answer["out"] = answer["out"][:, tokens]
     answer["text_out"] = answer["text_out"][:, texts]
@@ -353,7 +353,7 @@ def budget(
         scale = _largest(right[finite])
         if scale > 0:
             errors = (_largest(x[name][finite].double() - right[finite]) for x in eagers)
-            worst = max(worst, max(errors) / scale)
+            worst = max(worst, max(errors, default=0.0) / scale)
     if dtype == torch.float64:
         worst *= 1.5 * torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     return 2 * worst + torch.finfo(dtype).eps
@@ -362,26 +362,40 @@ def budget(
 def within_budget(
     actual: Mapping[str, Tensor],
     exact: Mapping[str, Tensor],
-    eagers: Sequence[Mapping[str, Tensor]],
+    eagers: Iterable[Mapping[str, Tensor]],
     dtype: torch.dtype,
 ) -> None:
     """Raise AssertionError unless every tensor has the shape, the NaN and inf, and the accuracy.
 
-    A tensor that is exactly zero is held to the scale of the others in its group.
+    A tensor that is exactly zero is held to the scale of the others in its group. The budget is
+    that of all ``eagers``; since each can only raise it, they are computed one after another and
+    only until it suffices.
     """
+    for name, x in exact.items():
+        y = actual[name]
+        assert y.shape == x.shape, f"{name}: shape {y.shape}, expected {x.shape}"
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(y), kind(x)), f"{name}: {kind.__name__} in other places"
+    drawn: list[Mapping[str, Tensor]] = []
+    more = iter(eagers)
     for group in GROUPS:
         right = {name: exact[name] for name in group if name in exact}
-        allowed = budget(right, eagers, dtype)
         scales = {name: _largest(x[x.isfinite()]) for name, x in right.items()}
-        for name, x in right.items():
-            y = actual[name]
-            assert y.shape == x.shape, f"{name}: shape {y.shape}, expected {x.shape}"
-            for kind in (torch.isnan, torch.isposinf, torch.isneginf):
-                assert torch.equal(kind(y), kind(x)), f"{name}: {kind.__name__} in other places"
-            finite = x.isfinite()
-            error = _largest(y[finite].double() - x[finite])
-            limit = allowed * (scales[name] or max(scales.values()))
-            assert error <= limit, f"{name}: off by {error:.3e}, allowed {limit:.3e}"
+        errors = {
+            name: _largest(actual[name][x.isfinite()].double() - x[x.isfinite()])
+            for name, x in right.items()
+        }
+        while True:
+            allowed = budget(right, drawn, dtype)
+            limits = {n: allowed * (scales[n] or max(scales.values())) for n in right}
+            over = next((n for n in right if errors[n] > limits[n]), None)
+            if over is None:
+                break
+            eager = next(more, None)
+            assert eager is not None, (
+                f"{over}: off by {errors[over]:.3e}, allowed {limits[over]:.3e}"
+            )
+            drawn.append(eager)
 
 
 def _largest(x: Tensor) -> float:
