@@ -9,6 +9,7 @@ setup(
         "skiparse.backends.triton",
         "skiparse.models",
         "skiparse.models.data",
+        "skiparse.models.suv",
         "skiparse.bench",
     ],
     package_dir={

@@ -1,0 +1,1 @@
+"""SUV, the sparse U-shaped video denoiser: model, sparsity, conversion of released weights."""

@@ -1,0 +1,246 @@
+"""The layers of SUV: two streams, video and text, that meet in one attention.
+
+A block sees tokens, a pattern and a rotary table, whatever order the tokens are in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import skiparse
+from skiparse import SkipPattern
+from skiparse.models.suv.parts import (
+    clamp_fp16,
+    fp32_linear,
+    gated_residual,
+    head_norm,
+    head_norm_rotate,
+    modulated_norm,
+    norm,
+    recomputed,
+)
+
+INIT_STD = 0.02  # of every matrix inside the blocks
+
+
+class Norm(nn.Module):
+    """The parameters of a LayerNorm (``"layer_norm"``) or an RMSNorm (``"rms_norm"``)."""
+
+    def __init__(self, width: int, kind: str, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if kind == "layer_norm" else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., width]``, computed in fp32, in the dtype of ``x``."""
+        return recomputed(_plain_norm, x, self.weight, self.bias, self.eps)
+
+
+def _plain_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    return norm(x.float(), weight, bias, eps).to(x.dtype)
+
+
+class AdaptiveLinear(nn.Linear):
+    """SiLU, then a linear layer in fp32, from the condition to ``parts`` vectors a sample."""
+
+    def __init__(self, condition: int, width: int, parts: int) -> None:
+        super().__init__(condition, parts * width)
+        self.parts = parts
+
+    def forward(  # type: ignore[override]  # several tensors instead of one
+        self, condition: Tensor
+    ) -> tuple[Tensor, ...]:
+        """``[B, condition]`` fp32 to ``parts`` times ``[B, width]`` fp32."""
+        return recomputed(fp32_linear, condition, self.weight, self.bias).chunk(self.parts, -1)
+
+
+class AdaptiveNorm(nn.Module):
+    """Norms of both streams, shifted, scaled and later gated by the condition ("AdaLN").
+
+    Source: Peebles and Xie 2022, "DiT"; one linear layer for both streams as in SUV.
+    """
+
+    def __init__(self, width: int, condition: int, kind: str, eps: float, *, text: bool) -> None:
+        super().__init__()
+        self.linear = AdaptiveLinear(condition, width, 6)
+        self.norm = Norm(width, kind, eps)
+        self.text_norm = Norm(width, kind, eps) if text else None
+
+    def forward(
+        self, video: Tensor, text: Tensor, condition: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Both streams ``[B, N, C]``, ``[B, T, C]``, and their gates ``[B, C]`` fp32.
+
+        Without a norm of its own, the text comes back as it is.
+        """
+        shift, scale, gate, text_shift, text_scale, text_gate = self.linear(condition)
+        video = _modulate(self.norm, video, shift, scale)
+        if self.text_norm is not None:
+            text = _modulate(self.text_norm, text, text_shift, text_scale)
+        return video, text, gate, text_gate
+
+
+def _modulate(norm: Norm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return recomputed(modulated_norm, x, shift, scale, norm.weight, norm.bias, norm.eps)
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm over the dimensions of a head, one weight for all heads; optionally rotated."""
+
+    def __init__(self, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(head_dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """``[B, N, H, D]``; ``rotary`` is cos and sin, fp32 ``[N, D / 2]``."""
+        if rotary is None:
+            return recomputed(head_norm, x, self.weight, self.eps)
+        return recomputed(head_norm_rotate, x, self.weight, *rotary, self.eps)
+
+
+class JointAttention(nn.Module):
+    """Skiparse attention of video and text, with projections of their own."""
+
+    def __init__(self, heads: int, head_dim: int, eps: float, *, last: bool) -> None:
+        super().__init__()
+        width = heads * head_dim
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
+        self.text_to_q, self.text_to_k, self.text_to_v = (nn.Linear(width, width) for _ in range(3))
+        self.text_to_out = None if last else nn.Linear(width, width)
+        self.norm_q, self.norm_k, self.text_norm_q, self.text_norm_k = (
+            HeadNorm(head_dim, eps) for _ in range(4)
+        )
+
+    def forward(
+        self,
+        video: Tensor,
+        text: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        pattern: SkipPattern,
+        mask: Tensor | None,
+        text_mask: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[B, N, C]`` and ``[B, T, C]`` to the same; no text comes out of the last block."""
+        q, k, v = (self._split(linear(video)) for linear in (self.to_q, self.to_k, self.to_v))
+        text_q, text_k, text_v = (
+            self._split(linear(text)) for linear in (self.text_to_q, self.text_to_k, self.text_to_v)
+        )
+        out, text_out = skiparse.joint_attention(
+            self.norm_q(q, rotary), self.norm_k(k, rotary), v,
+            self.text_norm_q(text_q), self.text_norm_k(text_k), text_v,
+            pattern, mask=mask, text_mask=text_mask, backend=backend,
+        )  # fmt: skip
+        video = self.to_out(out.flatten(2))
+        return video, None if self.text_to_out is None else self.text_to_out(text_out.flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+
+class FeedForward(nn.Module):
+    """Four times as wide, tanh-GELU, back; no biases."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, 4 * width, bias=False)
+        self.linear_2 = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, N, C]`` to the same."""
+        return self.linear_2(F.gelu(self.linear_1(x), approximate="tanh"))
+
+
+class SUVBlock(nn.Module):
+    """Attention, then feed-forward, each adaptively normalised and gated.
+
+    Args:
+        heads, head_dim: the width is their product.
+        condition: width of the condition vector.
+        double_ff: the text has a feed-forward of its own, else it shares the video's.
+        last: nothing reads the text after this block, so it has no parameters for that.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        condition: int,
+        *,
+        double_ff: bool,
+        last: bool,
+        norm: str,
+        eps: float,
+    ) -> None:
+        super().__init__()
+        width = heads * head_dim
+        self.norm1 = AdaptiveNorm(width, condition, norm, eps, text=True)
+        self.attn = JointAttention(heads, head_dim, eps, last=last)
+        self.norm2 = AdaptiveNorm(width, condition, norm, eps, text=not last)
+        self.ff = FeedForward(width)
+        self.text_ff = FeedForward(width) if double_ff and not last else None
+        self.last = last
+
+    def forward(
+        self,
+        video: Tensor,
+        text: Tensor,
+        condition: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        pattern: SkipPattern,
+        mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        checkpoint_ff: bool = False,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """One block.
+
+        Args:
+            video: ``[B, N, C]``, in the order that ``pattern`` and ``rotary`` are for.
+            text: ``[B, T, C]``.
+            condition: ``[B, condition]`` fp32.
+            rotary: cos and sin, fp32 ``[N, head_dim / 2]``.
+            mask, text_mask: key masks ``[B, N]`` and ``[B, T]``, bool, True = attend.
+            checkpoint_ff: compute the feed-forward again in the backward pass.
+
+        Returns:
+            ``[B, N, C]`` and ``[B, T, C]`` in their dtype.
+        """
+        video, text = self._finite(video), self._finite(text)
+        inner, inner_text, gate, text_gate = self.norm1(video, text, condition)
+        inner, out_text = self.attn(inner, inner_text, rotary, pattern, mask, text_mask, backend)
+        video = recomputed(gated_residual, video, gate, inner)
+        if out_text is not None:
+            text = recomputed(gated_residual, text, text_gate, out_text)
+
+        video, text = self._finite(video), self._finite(text)
+        inner, inner_text, gate, text_gate = self.norm2(video, text, condition)
+        video = recomputed(gated_residual, video, gate, self._feed(self.ff, inner, checkpoint_ff))
+        if not self.last:
+            text_ff = self.ff if self.text_ff is None else self.text_ff
+            update = self._feed(text_ff, inner_text, checkpoint_ff)
+            text = recomputed(gated_residual, text, text_gate, update)
+        return video, text
+
+    def _finite(self, x: Tensor) -> Tensor:
+        return x if self.training or x.dtype != torch.float16 else clamp_fp16(x)
+
+    @staticmethod
+    def _feed(ff: Callable[[Tensor], Tensor], x: Tensor, again: bool) -> Tensor:
+        return checkpoint(ff, x, use_reentrant=False) if again else ff(x)
+
+    def init_weights(self) -> None:
+        """Every matrix from N(0, 0.02), biases 0, as the release was initialised."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=INIT_STD)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)

@@ -1,0 +1,540 @@
+"""SUV: the sparse U-shaped video denoiser of Open-Sora Plan v1.5.
+
+Stages of transformer blocks over the tokens of a video. Attention is sparse, sparser towards the
+middle stage; the outputs of the first half's stages come back in the second half, as in a U-Net.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from einops import rearrange
+from torch import Tensor, nn
+
+from skiparse import SkipPattern
+from skiparse.models.suv.blocks import AdaptiveLinear, Norm, SUVBlock
+from skiparse.models.suv.config import PRESETS
+from skiparse.models.suv.parts import clamp_fp16, modulated_norm, recomputed
+from skiparse.models.suv.plan import NATURAL, Plan
+from skiparse.models.suv.rope import axis_dims, rotary_angles
+
+NORMS = ("layer_norm", "rms_norm")
+CHECKPOINTS = ("none", "feed_forward", "block")
+_TABLES = 64  # rotary tables and permutations that are kept, a dozen for each shape
+
+
+class SUV(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' classes are untyped
+    """The denoiser: noisy latents, a time and a text in, a velocity out.
+
+    Args:
+        num_layers: blocks of each stage; an odd number of stages.
+        sparsity: Skiparse sparsity of each stage, 1 = dense.
+        num_heads, head_dim: their product is the width; ``head_dim`` a multiple of 16.
+        in_channels, out_channels: channels of the latents, and of the velocity.
+        text_channels: width of the text encoder's output (T5).
+        pooled_channels: width of the pooled text embedding (CLIP).
+        timestep_channels: width of the condition vector, even.
+        double_ff: text has feed-forward layers of its own, else it shares the video's.
+        skip_connection: the second half of the stages sees the outputs of the first half.
+        skip_zero_init: skips begin as ``[I | 0]``, without effect; else they are normalised and
+            initialised as any linear layer.
+        norm: ``"layer_norm"`` or ``"rms_norm"``.
+        patch_size: ``(1, p, p)``: a token is a patch of p x p latent pixels of one frame.
+        eps: of every norm.
+
+    Raises:
+        ValueError: for sizes that make no model.
+
+    Source: Open-Sora Plan v1.5 report; ``SUV.presets`` has the published sizes.
+    """
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["SUVBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["SUVBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        num_layers: Sequence[int],
+        sparsity: Sequence[int],
+        num_heads: int,
+        head_dim: int,
+        in_channels: int,
+        out_channels: int,
+        text_channels: int,
+        pooled_channels: int,
+        timestep_channels: int,
+        double_ff: bool = True,
+        skip_connection: bool = True,
+        skip_zero_init: bool = True,
+        norm: str = "layer_norm",
+        patch_size: Sequence[int] = (1, 2, 2),
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        layers, skipped = tuple(num_layers), tuple(sparsity)
+        _check(layers, skipped, head_dim, timestep_channels, norm, patch_size)
+        self.register_to_config(
+            num_layers=layers, sparsity=skipped, patch_size=tuple(patch_size)
+        )  # tuples also when they come from JSON
+        width = num_heads * head_dim
+        pixels = patch_size[1] * patch_size[2]
+        self.gradient_checkpointing = False
+        self.checkpointing: tuple[str, ...] = ("none",) * len(layers)
+        self._tables: dict[tuple[Any, ...], Any] = {}
+
+        self.patch_embed = PatchEmbed(in_channels, width, patch_size)
+        self.timestep_embed = ConditionMLP(timestep_channels, timestep_channels)
+        self.pooled_embed = ConditionMLP(pooled_channels, timestep_channels)
+        self.text_embed = nn.Linear(text_channels, width)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(
+                SUVBlock(
+                    num_heads,
+                    head_dim,
+                    timestep_channels,
+                    double_ff=double_ff,
+                    last=stage == len(layers) - 1 and layer == count - 1,
+                    norm=norm,
+                    eps=eps,
+                )
+                for layer in range(count)
+            )
+            for stage, count in enumerate(layers)
+        )
+        decoders = len(layers) // 2 if skip_connection else 0
+        kind = None if skip_zero_init else norm
+        self.skips = nn.ModuleList(Skip(width, kind, eps) for _ in range(decoders))
+        self.text_skips = nn.ModuleList(Skip(width, kind, eps) for _ in range(decoders))
+        self.norm_final = Norm(width, norm, eps)
+        self.norm_out = OutputNorm(width, timestep_channels, norm, eps)
+        self.proj_out = nn.Linear(width, pixels * out_channels)
+        for blocks in self._stages():
+            for block in blocks:
+                block.init_weights()
+
+    def forward(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        text_mask: Tensor | None = None,
+        video_mask: Tensor | None = None,
+        *,
+        trim_text: bool = True,
+        reorder: bool = True,
+        backend: str = "auto",
+    ) -> Tensor:
+        """The velocity, ``noise - clean``, at every latent pixel.
+
+        Args:
+            latents: ``[B, C, t, h, w]``; ``h`` and ``w`` multiples of the patch.
+            timestep: ``[B]``, 1000 * sigma, in [0, 1000].
+            text: ``[B, L, text_channels]``.
+            pooled: ``[B, pooled_channels]``.
+            text_mask: ``[B, L]``, True or 1 where there is text; all of it if None.
+            video_mask: ``[B, t, h, w]``, True or 1 where there is video; a patch counts if any of
+                its pixels does; all of it if None.
+            trim_text: drop what is padding in the whole batch. The velocity is the same, since
+                masked text reaches nothing, and a k = 8 layer 15 % cheaper; False keeps it.
+            reorder: keep tokens in skip order, where both patterns are views. The velocity is the
+                same; False keeps natural order.
+            backend: of ``skiparse.joint_attention``.
+
+        Returns:
+            ``[B, out_channels, t, h, w]`` in the model's dtype.
+
+        Raises:
+            ValueError: for shapes that do not fit, before any work.
+        """
+        grid = self._check_inputs(latents, timestep, text, pooled, text_mask, video_mask)
+        dtype = self.patch_embed.weight.dtype
+        plan = Plan.of(grid[0] * grid[1] * grid[2], self.config.sparsity, reorder=reorder)
+        keys, text, text_keys = self._keys(text, text_mask, video_mask, trim_text)
+
+        order = plan.orders[0]
+        patches = self._take(self.patch_embed.patches(latents.to(dtype)), plan, NATURAL, order)
+        keys = self._take(keys, plan, NATURAL, order)
+        video = self.patch_embed(patches)
+        text = self.text_embed(text.to(dtype))
+        condition = self._condition(timestep, pooled.to(dtype))
+
+        passed: list[tuple[Tensor, Tensor, int]] = []
+        middle = len(self.stages) // 2
+        for stage, blocks in enumerate(self._stages()):
+            video, keys = (self._take(x, plan, order, plan.orders[stage]) for x in (video, keys))
+            order = plan.orders[stage]
+            if self.skips and stage > middle:
+                before, text_before, its_order = passed.pop()
+                before = self._take(before, plan, its_order, order)
+                video = self.skips[stage - middle - 1](video, before)
+                text = self.text_skips[stage - middle - 1](text, text_before)
+            rotary = self._rotary(grid, plan, order, latents.device)
+            for layer, block in enumerate(blocks):
+                pattern = plan.pattern(stage, layer)
+                video, text = self._run(
+                    stage, block, video, text, condition, rotary, pattern, keys, text_keys, backend
+                )
+            if self.skips and stage < middle:
+                passed.append((video, text, order))
+
+        if video.dtype == torch.float16 and not self.training:
+            video = clamp_fp16(video)
+        video = self.norm_out(self.norm_final(video), condition)
+        return self._unpatchify(self._take(self.proj_out(video), plan, order, NATURAL), grid)
+
+    def _stages(self) -> list[list[SUVBlock]]:
+        return cast(list[list[SUVBlock]], self.stages)
+
+    def _run(
+        self,
+        stage: int,
+        block: nn.Module,
+        video: Tensor,
+        text: Tensor,
+        condition: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        pattern: SkipPattern,
+        keys: Tensor | None,
+        text_keys: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """One block, computed again in the backward pass if the stage is so set."""
+        kept = self.checkpointing[stage]
+        if self.gradient_checkpointing:
+            kept = "block"
+        training = torch.is_grad_enabled()
+        arguments = (video, text, condition, rotary, pattern, keys, text_keys)
+        if kept == "block" and training:
+            return torch.utils.checkpoint.checkpoint(
+                block, *arguments, False, backend, use_reentrant=False
+            )
+        return block(*arguments, kept == "feed_forward" and training, backend)
+
+    def _check_inputs(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        pooled: Tensor,
+        text_mask: Tensor | None,
+        video_mask: Tensor | None,
+    ) -> tuple[int, int, int]:
+        """Raise ValueError for what does not fit; else the grid of tokens (t, h, w)."""
+        config = self.config
+        if latents.ndim != 5 or latents.shape[1] != config.in_channels:
+            raise ValueError(
+                f"latents must be [batch, {config.in_channels}, t, h, w], got {list(latents.shape)}"
+            )
+        B, _, t, h, w = latents.shape
+        _, ph, pw = config.patch_size
+        if h % ph or w % pw or 0 in (t, h, w):
+            nearest = [t or 1, max(round(h / ph), 1) * ph, max(round(w / pw), 1) * pw]
+            raise ValueError(
+                f"latents have t, h, w = {[t, h, w]}, which patches of {ph}x{pw} do not fill; the "
+                f"nearest valid size is {nearest}"
+            )
+        for name, x, shape in (
+            ("timestep", timestep, [B]),
+            ("text", text, [B, text.shape[1] if text.ndim > 1 else 0, config.text_channels]),
+            ("pooled", pooled, [B, config.pooled_channels]),
+            ("text_mask", text_mask, [B, text.shape[1] if text.ndim > 1 else 0]),
+            ("video_mask", video_mask, [B, t, h, w]),
+        ):
+            if x is not None and list(x.shape) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
+            if x is not None and x.device != latents.device:
+                raise ValueError(
+                    f"{name} is on {x.device} but latents are on {latents.device}; move it there"
+                )
+        return t, h // ph, w // pw
+
+    def _keys(
+        self, text: Tensor, text_mask: Tensor | None, video_mask: Tensor | None, trim: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Key masks of the video ``[B, N]`` and of the text, and the text, trimmed.
+
+        None where every key counts: not all attention kernels take masks.
+        """
+        keys = text_keys = None
+        if video_mask is not None:
+            valid = F.max_pool3d((video_mask == 1).float(), self.config.patch_size)
+            keys = _unless_all(valid.flatten(1) > 0)
+        if text_mask is not None:
+            text_keys = text_mask == 1
+            if trim:
+                there = text_keys.any(0).nonzero()
+                length = int(there[-1]) + 1 if len(there) else 0
+                text, text_keys = text[:, :length], text_keys[:, :length]
+            text_keys = _unless_all(text_keys)
+        return keys, text, text_keys
+
+    def _condition(self, timestep: Tensor, pooled: Tensor) -> Tensor:
+        """``[B, timestep_channels]`` fp32 from the time and the pooled text."""
+        sinusoid = timestep_sinusoid(timestep, self.config.timestep_channels).to(pooled.dtype)
+        return self.timestep_embed(sinusoid).float() + self.pooled_embed(pooled).float()
+
+    def _rotary(
+        self, grid: tuple[int, int, int], plan: Plan, order: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[N, head_dim / 2]`` fp32 in a token order, computed once for a shape."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            angles = rotary_angles(grid, self.config.head_dim)
+            index = plan.permutation(NATURAL, order)
+            table = torch.from_numpy(angles if index is None else angles[index])
+            return table.cos().to(device), table.sin().to(device)
+
+        return self._kept((grid, order, device), make)
+
+    def _take(self, x: Tensor | None, plan: Plan, before: int, after: int) -> Any:
+        """Tokens ``[B, N, ...]`` from one order to another; None stays None."""
+        if x is None or before == after:
+            return x
+        device = x.device
+
+        def make() -> Tensor:
+            return torch.from_numpy(plan.permutation(before, after)).to(device)
+
+        return x.index_select(1, self._kept((plan.tokens, before, after, device), make))
+
+    def _kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What ``make`` makes, from the last time if it was made before."""
+        if torch._guards.detect_fake_mode() is not None:
+            return make()  # what a tracer makes must not outlive it
+        if key not in self._tables:
+            if len(self._tables) >= _TABLES:
+                self._tables.clear()
+            self._tables[key] = make()
+        return self._tables[key]
+
+    def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        t, h, w = grid
+        _, ph, pw = self.config.patch_size
+        return rearrange(
+            patches,
+            "b (t h w) (ph pw c) -> b c t (h ph) (w pw)",
+            t=t, h=h, w=w, ph=ph, pw=pw,
+        )  # fmt: skip
+
+    # Settings that leave the weights alone.
+
+    def set_sparsity(self, sparsity: Sequence[int]) -> None:
+        """Another sparsity for each stage, from the next forward on; weights stay as they are.
+
+        Raises:
+            ValueError: unless there is one int >= 1 for each stage.
+        """
+        skipped = tuple(sparsity)
+        _check_sparsity(self.config.num_layers, skipped)
+        self.register_to_config(sparsity=skipped)
+
+    def set_checkpointing(self, stages: Sequence[str]) -> None:
+        """What each stage computes again in the backward pass instead of keeping it.
+
+        Args:
+            stages: for each stage ``"none"``, ``"feed_forward"`` (as the release did) or
+                ``"block"``. ``enable_gradient_checkpointing()`` means ``"block"`` everywhere.
+
+        Raises:
+            ValueError: for another word, or another number of stages.
+        """
+        if len(stages) != len(self.stages) or not set(stages) <= set(CHECKPOINTS):
+            raise ValueError(
+                f"stages must be {len(self.stages)} of {CHECKPOINTS}, got {tuple(stages)}"
+            )
+        self.checkpointing = tuple(stages)
+
+    # Making one from another, and from files.
+
+    @classmethod
+    def from_dense(
+        cls, dense: SUV, *, sparsity: Sequence[int], skip_connection: bool = True
+    ) -> SUV:
+        """A sparse model with the weights of a dense one, and skips that begin without effect.
+
+        Args:
+            dense: any SUV; it is not changed. Its own skips are kept if it has them.
+            sparsity: for each stage.
+            skip_connection: whether the new model has skips; new ones are ``[I | 0]``.
+
+        Returns:
+            A model of the same dtype and device that computes exactly what ``dense`` would with
+            that sparsity.
+
+        Raises:
+            ValueError: if ``dense`` has skips and the new model should not.
+        """
+        had = dense.config.skip_connection
+        if had and not skip_connection:
+            raise ValueError(
+                "skip_connection=False would drop the skips of the given model; pass True"
+            )
+        config = {name: value for name, value in dense.config.items() if not name.startswith("_")}
+        config |= {"sparsity": tuple(sparsity), "skip_connection": skip_connection}
+        if not had:
+            config["skip_zero_init"] = True
+        with torch.device("meta"):
+            model = cls(**config)
+        state = {name: x.clone() for name, x in dense.state_dict().items()}
+        if not had:
+            weight = dense.text_embed.weight
+            skip = Skip(weight.shape[0], None, dense.config.eps).to(weight)
+            for skips in ("skips", "text_skips"):
+                for i in range(len(model.skips)):
+                    state |= {f"{skips}.{i}.{k}": x.clone() for k, x in skip.state_dict().items()}
+        model.load_state_dict(state, strict=True, assign=True)
+        return model.train(dense.training)
+
+    @classmethod
+    def from_config(cls, config: Any = None, **kwargs: Any) -> Any:
+        """As in diffusers, but unknown keys are refused.
+
+        Raises:
+            ValueError: naming the keys that are not arguments of the model.
+        """
+        if isinstance(config, dict):
+            known = set(inspect.signature(cls.__init__).parameters)
+            unknown = [k for k in config if not k.startswith("_") and k not in known]
+            if unknown:
+                raise ValueError(f"the config has keys that SUV does not know: {unknown}")
+        return super().from_config(config, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, path: Any, **kwargs: Any) -> Any:
+        """As in diffusers, but strict: every weight must be in the files, and nothing else.
+
+        Raises:
+            ValueError: with the first ten keys that are missing, unexpected or misshapen.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
+        wrong = [f"{kind}: {list(keys)[:10]}" for kind, keys in info.items() if keys]
+        if wrong:
+            raise ValueError(
+                f"{path} does not hold exactly this model's weights; " + "; ".join(wrong)
+            )
+        return (model, info) if wants_info else model
+
+
+class PatchEmbed(nn.Conv2d):
+    """A patch of latent pixels to a token. Stored as a convolution, applied to cut patches."""
+
+    def __init__(self, channels: int, width: int, patch_size: Sequence[int]) -> None:
+        size = (patch_size[1], patch_size[2])
+        super().__init__(channels, width, size, stride=size)
+
+    def patches(self, latents: Tensor) -> Tensor:
+        """``[B, C, t, h, w]`` as ``[B, N, C * ph * pw]``, tokens in order of (t, h, w)."""
+        ph, pw = self.kernel_size
+        return rearrange(latents, "b c t (h ph) (w pw) -> b (t h w) (c ph pw)", ph=ph, pw=pw)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """``[B, N, C * ph * pw]``, in any order of tokens, to ``[B, N, width]``."""
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class ConditionMLP(nn.Module):
+    """Linear, SiLU, linear."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, channels]`` to ``[B, width]``."""
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class Skip(nn.Module):
+    """What a stage of the first half left, added to the tokens of the second half.
+
+    One linear layer over both side by side, with a norm in front if ``kind`` says which; without
+    one it begins as ``[I | 0]``: the current tokens, unchanged.
+    """
+
+    def __init__(self, width: int, kind: str | None, eps: float) -> None:
+        super().__init__()
+        self.norm = None if kind is None else Norm(2 * width, kind, eps)
+        self.linear = nn.Linear(2 * width, width)
+        if self.norm is None:
+            with torch.no_grad():
+                self.linear.weight.zero_()[:, :width].fill_diagonal_(1.0)
+                self.linear.bias.zero_()
+
+    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+        """``[B, N, C]`` twice to ``[B, N, C]``."""
+        both = torch.cat([x, before], -1)
+        return self.linear(both if self.norm is None else self.norm(both))
+
+
+class OutputNorm(nn.Module):
+    """The last norm, shifted and scaled by the condition."""
+
+    def __init__(self, width: int, condition: int, kind: str, eps: float) -> None:
+        super().__init__()
+        self.linear = AdaptiveLinear(condition, width, 2)
+        self.norm = Norm(width, kind, eps)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """``[B, N, C]`` and ``[B, condition]`` fp32 to ``[B, N, C]``."""
+        shift, scale = self.linear(condition)
+        norm = self.norm
+        return recomputed(modulated_norm, x, shift, scale, norm.weight, norm.bias, norm.eps)
+
+
+def timestep_sinusoid(timestep: Tensor, channels: int) -> Tensor:
+    """``[B]`` to ``[B, channels]`` fp32: cosines, then sines, of frequencies from 1 to 1e-4.
+
+    Source: Vaswani et al. 2017; frequency ``i`` of ``half`` is ``10000**(-i / half)``.
+    """
+    half = channels // 2
+    exponent = -torch.arange(half, device=timestep.device, dtype=torch.float32) / half
+    angle = timestep.float()[:, None] * 10000.0**exponent
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+def _unless_all(mask: Tensor) -> Tensor | None:
+    """The mask, or None if it hides nothing."""
+    return None if bool(mask.all()) else mask
+
+
+def _check(
+    num_layers: tuple[int, ...],
+    sparsity: tuple[int, ...],
+    head_dim: int,
+    timestep_channels: int,
+    norm: str,
+    patch_size: Sequence[int],
+) -> None:
+    if len(num_layers) % 2 == 0 or min(num_layers, default=0) < 1:
+        raise ValueError(
+            f"num_layers must be an odd number of stages, each with a layer, got {num_layers}"
+        )
+    _check_sparsity(num_layers, sparsity)
+    axis_dims(head_dim)
+    if timestep_channels % 2 or timestep_channels < 2:
+        raise ValueError(f"timestep_channels must be even and positive, got {timestep_channels}")
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
+    if len(patch_size) != 3 or patch_size[0] != 1 or min(patch_size) < 1:
+        raise ValueError(f"patch_size must be (1, height, width), got {tuple(patch_size)}")
+
+
+def _check_sparsity(num_layers: Sequence[int], sparsity: tuple[int, ...]) -> None:
+    if len(sparsity) != len(num_layers):
+        raise ValueError(
+            f"sparsity has {len(sparsity)} entries for {len(num_layers)} stages; give one each"
+        )
+    for k in sparsity:
+        SkipPattern(k)

@@ -1,0 +1,111 @@
+"""The arithmetic between SUV's matrix products, in fp32 and without keeping fp32 copies.
+
+Each is a plain function of tensors, which ``torch.compile`` fuses into one pass. Run eagerly
+under autograd, its intermediates would stay alive for the backward pass, at several times the size
+of the activation; :func:`recomputed` keeps the inputs only and computes the rest again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skiparse.models.suv.rope import rotate
+
+FP16_MAX = 65504.0
+
+
+def modulated_norm(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """``norm(x) * (1 + scale) + shift``, in fp32, returned in the dtype of ``x``.
+
+    Args:
+        x: ``[B, N, C]``.
+        shift, scale: ``[B, C]``, fp32.
+        weight, bias: ``[C]``; LayerNorm, or RMSNorm if there is no bias.
+    """
+    normal = norm(x.float(), weight, bias, eps)
+    return torch.addcmul(shift[:, None], normal, 1 + scale[:, None]).to(x.dtype)
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last dimension, or RMSNorm if there is no bias; parameters as fp32."""
+    if bias is None:
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
+def gated_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """``x + gate * update``, in fp32, in the dtype of ``x``: ``[B, N, C]``, ``[B, C]`` fp32."""
+    return torch.addcmul(x.float(), gate[:, None], update.float()).to(x.dtype)
+
+
+def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of every head, ``[B, N, H, D]``: in fp32, cast back, then times ``weight [D]``."""
+    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) * weight
+
+
+def head_norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """:func:`head_norm`, then the rotary embedding in fp32; ``cos``, ``sin`` fp32 ``[N, D/2]``."""
+    return rotate(head_norm(x, weight, eps).float(), cos, sin).to(x.dtype)
+
+
+def fp32_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer of few rows, ``[B, C_in]`` to ``[B, C_out]``, in fp32 whatever its weights."""
+    return F.linear(F.silu(x), weight.float(), bias.float())
+
+
+def clamp_fp16(x: Tensor) -> Tensor:
+    """NaN to 0 and infinities to the largest fp16 number, as the release does in fp16 inference."""
+    return x.nan_to_num(0.0, FP16_MAX, -FP16_MAX)
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor | float | None) -> Tensor:
+    """``function(*inputs)``, outside autocast; autograd keeps ``inputs`` and nothing else.
+
+    Under ``torch.compile`` it is the bare call: the compiler makes that choice itself.
+    """
+    with torch.autocast(_device_type(inputs), enabled=False):
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return function(*inputs)
+        return _Recomputed.apply(function, *inputs)
+
+
+def _device_type(inputs: tuple[Any, ...]) -> str:
+    return next(x.device.type for x in inputs if isinstance(x, Tensor))
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        ctx.function = function
+        ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
+        ctx.others = [x for x in inputs if not isinstance(x, Tensor)]
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+        return function(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved, others = iter(ctx.saved_tensors), iter(ctx.others)
+        needs = ctx.needs_input_grad[1:]
+        inputs = [
+            next(saved).detach().requires_grad_(needed) if is_tensor else next(others)
+            for is_tensor, needed in zip(ctx.is_tensor, needs, strict=True)
+        ]
+        wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed]
+        device = _device_type(tuple(inputs))
+        with torch.enable_grad(), torch.autocast(device, enabled=False):
+            out = ctx.function(*inputs)
+        found = iter(torch.autograd.grad(out, wanted, grad))
+        return (None, *(next(found) if needed else None for needed in needs))
