@@ -192,9 +192,14 @@ class SkipPattern:
 # plain views (single stays w = 1, group becomes block). No order serves two different k.
 
 
-def _check_skip_order(N: int, k: int) -> None:
+def has_skip_order(N: int, k: int) -> bool:
+    """Whether ``N`` tokens have a skip order for sparsity ``k``: where ``k*k`` divides ``N``."""
     SkipPattern(k)
-    if N % (k * k):
+    return N % (k * k) == 0
+
+
+def _check_skip_order(N: int, k: int) -> None:
+    if not has_skip_order(N, k):
         raise ValueError(
             f"skip order needs k*k to divide N, got N={N}, k={k}; keep the tokens in natural order"
         )

@@ -235,20 +235,22 @@ class SUV(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' classes 
             raise ValueError(
                 f"latents must be [batch, {config.in_channels}, t, h, w], got {list(latents.shape)}"
             )
-        B, _, t, h, w = latents.shape
-        _, ph, pw = config.patch_size
-        if h % ph or w % pw or 0 in (t, h, w):
-            nearest = [t or 1, max(round(h / ph), 1) * ph, max(round(w / pw), 1) * pw]
+        B, _, *size = latents.shape
+        nearest = [
+            max(round(length / patch), 1) * patch
+            for length, patch in zip(size, config.patch_size, strict=True)
+        ]
+        if size != nearest:
             raise ValueError(
-                f"latents have t, h, w = {[t, h, w]}, which patches of {ph}x{pw} do not fill; the "
-                f"nearest valid size is {nearest}"
+                f"latents have t, h, w = {size}, which patches of {config.patch_size} do not fill; "
+                f"the nearest valid size is {nearest}"
             )
         for name, x, shape in (
             ("timestep", timestep, [B]),
             ("text", text, [B, text.shape[1] if text.ndim > 1 else 0, config.text_channels]),
             ("pooled", pooled, [B, config.pooled_channels]),
             ("text_mask", text_mask, [B, text.shape[1] if text.ndim > 1 else 0]),
-            ("video_mask", video_mask, [B, t, h, w]),
+            ("video_mask", video_mask, [B, *size]),
         ):
             if x is not None and list(x.shape) != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {list(x.shape)}")
@@ -256,7 +258,8 @@ class SUV(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' classes 
                 raise ValueError(
                     f"{name} is on {x.device} but latents are on {latents.device}; move it there"
                 )
-        return t, h // ph, w // pw
+        t, h, w = (n // patch for n, patch in zip(size, config.patch_size, strict=True))
+        return t, h, w
 
     def _keys(
         self, text: Tensor, text_mask: Tensor | None, video_mask: Tensor | None, trim: bool

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from skiparse import SkipPattern
-from skiparse.pattern import inverse_order, skip_order
+from skiparse.pattern import has_skip_order, inverse_order, skip_order
 
 NATURAL = 1  # an order is named by the sparsity it serves
 
@@ -35,7 +35,7 @@ class Plan:
     def of(cls, tokens: int, sparsity: Sequence[int], *, reorder: bool = True) -> Plan:
         """The plan with the fewest permutations; all in natural order if not ``reorder``."""
         wanted = [
-            None if k == 1 else k if reorder and tokens % (k * k) == 0 else NATURAL
+            None if k == 1 else k if reorder and has_skip_order(tokens, k) else NATURAL
             for k in sparsity
         ]  # None: dense, any order will do
         orders: list[int] = []
