@@ -10,6 +10,8 @@ setup(
         "skiparse.models",
         "skiparse.models.data",
         "skiparse.models.suv",
+        "skiparse.models.train",
+        "skiparse.models.wfvae",
         "skiparse.bench",
     ],
     package_dir={

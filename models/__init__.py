@@ -11,9 +11,10 @@ if __name__ == "models":
 _EXPORTS = {
     "SUV": "skiparse.models.suv.model",
     "SUVPipeline": "skiparse.models.pipeline",
+    "WFVAE": "skiparse.models.wfvae.model",
 }
 
-__all__ = ["SUV", "SUVPipeline"]  # loaded when asked for: they need diffusers
+__all__ = ["SUV", "WFVAE", "SUVPipeline"]  # loaded when asked for: they need diffusers
 
 
 def __getattr__(name: str) -> Any:

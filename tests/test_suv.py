@@ -3,6 +3,7 @@
 import json
 import re
 
+import golden as recording
 import numpy as np
 import pytest
 import torch
@@ -19,13 +20,8 @@ FORWARD, GRADIENT = 2e-5, 1e-4  # recorded with the goldens, relative to the lar
 
 
 @pytest.fixture(scope="module")
-def golden(data):
-    return load_file(data / "suv_tiny.safetensors")
-
-
-@pytest.fixture(scope="module")
-def data(request):
-    return request.path.parent / "data"
+def golden():
+    return recording.load("suv_tiny.safetensors")
 
 
 def our_name(name):

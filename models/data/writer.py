@@ -1,0 +1,142 @@
+"""How frames become a file that any player opens, and is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from torch import Tensor
+
+CRF = 23  # x264's own default
+MAX_CRF = 51
+MAX_FPS = 1000
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary name beside ``path``; what is written there takes the place of ``path``.
+
+    The file is flushed to the disk and renamed when the block ends, and removed if the block
+    raises: whoever looks at ``path`` sees the old file or the whole new one.
+    """
+    target = Path(path).absolute()
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_video(
+    path: str | os.PathLike[str],
+    frames: Tensor,
+    *,
+    fps: float | Fraction = 24,
+    crf: int = CRF,
+) -> None:
+    """Write frames as H.264 in an mp4 that plays while it loads.
+
+    8-bit 4:2:0, tagged and converted as BT.709 with limited range, so that players need not guess.
+
+    Args:
+        path: ends in ``.mp4``; an older file of that name is replaced.
+        frames: uint8 ``[T, height, width, 3]``, RGB, any device; even height and width.
+        fps: frames per second, above 0.
+        crf: x264's constant rate factor, 0 (lossless but for the colours) to 51 (worst).
+
+    Raises:
+        ValueError: for arguments that make no sense, before anything is written.
+    """
+    _check(path, ".mp4", frames, 4)
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"frames must have even height and width for 4:2:0, got {height}x{width}")
+    check_settings(fps=fps, crf=crf)
+    rate = Fraction(fps).limit_denominator(100_000)
+    options = {"movflags": "+faststart"}
+    with (
+        replacing(path) as temporary,
+        av.open(str(temporary), "w", format="mp4", options=options) as container,
+    ):
+        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        codec = stream.codec_context
+        codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
+        codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        for picture in frames:
+            frame = VideoFrame.from_ndarray(picture.cpu().contiguous().numpy(), format="rgb24")
+            container.mux(
+                stream.encode(
+                    frame.reformat(
+                        format="yuv420p",
+                        dst_colorspace=Colorspace.ITU709,
+                        dst_color_range=ColorRange.MPEG,
+                    )
+                )
+            )
+        container.mux(stream.encode())
+
+
+def check_settings(*, fps: float | Fraction, crf: int) -> None:
+    """ValueError unless :func:`write_video` takes these; for callers with long work before it."""
+    if not 0 < fps <= MAX_FPS:
+        raise ValueError(f"fps must be above 0 and at most {MAX_FPS}, got {fps}")
+    if not 0 <= crf <= MAX_CRF:
+        raise ValueError(f"crf must be from 0 to {MAX_CRF}, got {crf}")
+
+
+def write_image(path: str | os.PathLike[str], picture: Tensor) -> None:
+    """Write one picture as PNG, without loss.
+
+    Args:
+        path: ends in ``.png``; an older file of that name is replaced.
+        picture: uint8 ``[height, width, 3]``, RGB, any device.
+
+    Raises:
+        ValueError: for arguments that make no sense, before anything is written.
+    """
+    _check(path, ".png", picture, 3)
+    codec = av.CodecContext.create("png", "w")
+    codec.height, codec.width = picture.shape[:2]
+    codec.pix_fmt, codec.time_base = "rgb24", Fraction(1)
+    frame = VideoFrame.from_ndarray(picture.cpu().contiguous().numpy(), format="rgb24")
+    data = b"".join(map(bytes, [*codec.encode(frame), *codec.encode(None)]))
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write ``value`` as indented JSON in UTF-8; an older file of that name is replaced.
+
+    Raises:
+        ValueError: if a number in it is not finite, before anything is written.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _check(path: str | os.PathLike[str], suffix: str, pixels: Tensor, dims: int) -> None:
+    if Path(path).suffix.lower() != suffix:
+        raise ValueError(f"path must end in {suffix}, got {os.fspath(path)!r}")
+    if pixels.dtype != torch.uint8 or pixels.dim() != dims or pixels.shape[-1] != 3:
+        shape = "[height, width, 3]" if dims == 3 else "[T, height, width, 3]"
+        raise ValueError(
+            f"pixels must be uint8 {shape}, got {pixels.dtype} {list(pixels.shape)}; frames in "
+            "[-1, 1] become so by SUVPipeline, or by (x * 127.5 + 127.5).round()"
+        )
+    if not pixels.numel():
+        raise ValueError(f"there are no pixels to write, the shape is {list(pixels.shape)}")

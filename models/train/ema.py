@@ -1,0 +1,48 @@
+"""The exponential moving average of a model's weights, which is what one uses after training."""
+
+from __future__ import annotations
+
+import copy
+from typing import Generic, TypeVar
+
+import torch
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class EMA(Generic[Model]):
+    """A second copy of a model that follows it slowly: ``decay * average + (1 - decay) * now``.
+
+    It starts as the model is, without a correction for the start.
+
+    Args:
+        model: its parameters must be float32 or float64: in fewer bits a small step is lost.
+        decay: from 0, which copies, to below 1.
+
+    Attributes:
+        model: the average, a model of the same class; takes no gradients.
+
+    Raises:
+        ValueError: for a decay out of range or parameters of few bits.
+    """
+
+    def __init__(self, model: Model, *, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
+        for name, parameter in model.named_parameters():
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise ValueError(
+                    f"{name} is {parameter.dtype}, too coarse for an average; keep the model in "
+                    "float32 and use autocast"
+                )
+        self.decay = decay
+        self.model = copy.deepcopy(model).requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: Model) -> None:
+        """One step towards ``model``; buffers are copied."""
+        averages, now = list(self.model.parameters()), list(model.parameters())
+        torch._foreach_lerp_(averages, now, 1 - self.decay)
+        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            average.copy_(buffer)

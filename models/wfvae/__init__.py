@@ -1,0 +1,1 @@
+"""WF-VAE, the wavelet-flow video autoencoder: model, streaming, conversion of released weights."""

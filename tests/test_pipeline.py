@@ -1,0 +1,499 @@
+"""What SUVPipeline and `skiparse sample` promise: Euler's steps, checked, and files to match."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from safetensors.torch import load_file, save_file
+from test_text import tiny_encoders
+
+import skiparse.models
+from skiparse.cli import main
+from skiparse.models import flow, vbench
+from skiparse.models.data import writer
+from skiparse.models.data.video import probe
+from skiparse.models.pipeline import NEGATIVE_PROMPT, TEMPLATE, SUVPipeline
+from skiparse.models.suv.model import SUV
+from skiparse.models.wfvae.model import WFVAE
+
+SIZE = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 3}
+
+
+class TinyVAE(ModelMixin, ConfigMixin):
+    """The decoder's interface: 8 x 8 x 8 nearest neighbours of a mix of the channels."""
+
+    spatial_factor = temporal_factor = 8
+
+    @register_to_config
+    def __init__(self, latent_channels: int = 4) -> None:
+        super().__init__()
+        self.mix = torch.nn.Conv3d(latent_channels, 3, 1)
+
+    def denormalize(self, latents):
+        return latents / 2 + 0.25
+
+    @apply_forward_hook
+    def decode(self, latents):
+        frames = self.mix(latents).repeat_interleave(8, 2)[:, :, 7:]
+        return SimpleNamespace(sample=frames.repeat_interleave(8, 3).repeat_interleave(8, 4))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a tiny random pipeline."""
+    torch.manual_seed(1)
+    parts = dict(
+        zip(
+            ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"),
+            tiny_encoders(),
+            strict=True,
+        )
+    )
+    model = SUV(**SUV.presets["tiny"])
+    for parameter in model.parameters():  # as initialised, the text hardly matters
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("pipeline")
+    SUVPipeline(model.eval(), TinyVAE(), **parts).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pipe(saved):
+    pipeline = SUVPipeline.from_pretrained(saved)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def by_hand(pipe, prompts, negative, noise, *, scale, rescale, steps, shift):
+    """The latents by the formulas alone, each prompt by itself."""
+    found = []
+    sigmas = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    sigmas = (shift * sigmas / (1 + (shift - 1) * sigmas)).float()
+    for prompt, x in zip(prompts, noise.split(1), strict=True):
+        cond = pipe.text.encode(TEMPLATE.format(prompt=prompt))
+        uncond = pipe.text.encode(negative)
+        for sigma, following in itertools.pairwise(sigmas):
+            u, c = (
+                pipe.transformer(x, 1000 * sigma[None], e.text, e.pooled, text_mask=e.text_mask)
+                for e in (uncond, cond)
+            )
+            v = u + scale * (c - u)
+            v = rescale * v * c.std() / v.std() + (1 - rescale) * v
+            x = x + (following - sigma) * v
+        found.append(x)
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def test_sampling_is_the_formulas(pipe):
+    """CFG with rescale, shift, template, negative prompt; to twice what fp32 loses by hand."""
+    prompts, noise = ["a cat", "a very long dog"], torch.randn(2, 4, 2, 4, 6, generator=generator())
+    asked = {"scale": 5.0, "rescale": 0.6, "steps": 3, "shift": 4.0}
+    found = pipe(
+        prompts, **SIZE, latents=noise, output_type="latent", guidance_scale=5.0,
+        guidance_rescale=0.6, shift=4.0,
+    ).frames  # fmt: skip
+    assert found.dtype == torch.float32
+    hand = by_hand(pipe, prompts, NEGATIVE_PROMPT, noise, **asked)
+    pipe.transformer.double()
+    exact = by_hand(pipe, prompts, NEGATIVE_PROMPT, noise.double(), **asked)
+    own = (hand - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
+    assert (found - exact).abs().max() <= 2 * own
+    other = by_hand(pipe, prompts, "", noise.double(), **asked)
+    assert (other - exact).abs().max() > 100 * own  # the negative prompt counts
+
+
+def test_saving_and_loading_is_exact(pipe, saved, tmp_path):
+    index = json.loads((saved / "model_index.json").read_text())
+    assert index["transformer"] == ["skiparse.models.suv.model", "SUV"]
+    first = pipe("a cat", **SIZE, generator=generator()).frames
+    assert first.dtype == torch.uint8
+    assert first.shape == (1, 9, 32, 48, 3)
+    assert first.unique().numel() > 20
+    pipe.save_pretrained(tmp_path)
+    again = SUVPipeline.from_pretrained(tmp_path)
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        a, b = getattr(pipe, name).state_dict(), getattr(again, name).state_dict()
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert torch.equal(again("a cat", **SIZE, generator=generator()).frames, first)
+    assert not torch.equal(again("a cat", **SIZE, generator=generator(1)).frames, first)
+    assert not torch.equal(again("a dog", **SIZE, generator=generator()).frames, first)
+    assert skiparse.models.SUVPipeline is SUVPipeline
+
+
+@torch.no_grad()
+def test_frames_are_the_decoded_latents(pipe):
+    pipe.vae.mix.weight.mul_(10)  # far beyond [-1, 1], where frames are clipped, not wrapped
+    latents = pipe("a cat", **SIZE, generator=generator(), output_type="latent").frames
+    frames = pipe("a cat", **SIZE, generator=generator()).frames
+    pixels = pipe.vae.mix(latents / 2 + 0.25)[0].permute(1, 2, 3, 0)  # [t, h, w, 3]
+    levels = (127.5 * (pixels + 1)).round().clamp(0, 255).to(torch.uint8)
+    assert torch.equal(frames[0, 0, ::8, ::8], levels[0])
+    assert torch.equal(frames[0, 8, 7::8, 7::8], levels[1])
+    assert levels.min() == 0
+    assert levels.max() == 255
+
+
+@torch.no_grad()
+def test_with_the_vae_of_the_release(pipe, tmp_path):
+    """WF-VAE in its place: saved, loaded and decoded, a chunk or the whole of the latents."""
+    torch.manual_seed(2)
+    vae = WFVAE(**WFVAE.presets["tiny"] | {"latent_channels": 4, "scale": (0.5,) * 4}).eval()
+    SUVPipeline(pipe.transformer, vae).save_pretrained(tmp_path)
+    again = SUVPipeline.from_pretrained(tmp_path)
+    assert type(again.vae) is WFVAE
+    noise = torch.randn(1, 4, 2, 4, 6, generator=generator())
+    text = pipe.text.encode("a cat")
+    frames = again(
+        **SIZE, prompt_embeds=text, latents=noise, guidance_scale=1, output_type="latent"
+    ).frames
+    made = again(**SIZE, prompt_embeds=text, latents=noise, guidance_scale=1).frames
+    right = vae.decode(frames / 0.5).sample[0].add(1).mul(127.5).round().clamp(0, 255)
+    assert torch.equal(made[0].movedim(-1, 0).float(), right)
+
+
+def test_what_is_missing_is_refused(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json is not there"):
+        SUVPipeline.from_pretrained(tmp_path)  # and never a download
+    shutil.copytree(saved, tmp_path / "x")
+    file = tmp_path / "x" / "text_encoder_2" / "model.safetensors"
+    state = load_file(file)
+    del state["text_projection.weight"]
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"text_encoder_2 lacks weights.*text_projection"):
+        SUVPipeline.from_pretrained(tmp_path / "x")
+
+
+def test_dtypes(saved):
+    pipe = SUVPipeline.from_pretrained(saved, dtype=torch.bfloat16)
+    pipe.set_progress_bar_config(disable=True)
+    for name in ("transformer", "vae", "text_encoder_2"):
+        assert getattr(pipe, name).dtype == torch.bfloat16
+    seen = []
+    forward = pipe.transformer.forward
+
+    def watch(latents, timestep, text, pooled, **rest):
+        seen.append((latents.dtype, timestep.dtype, text.dtype, pooled.dtype))
+        return forward(latents, timestep, text, pooled, **rest)
+
+    pipe.transformer.forward = watch
+    noise, sigmas = torch.randn(1, 4, 2, 4, 6, generator=generator()), flow.inference_sigmas(3)
+    kept = [noise]
+
+    def step(pipeline, i, timestep, tensors):
+        following = flow.euler_step(kept[-1], tensors["velocity"], sigmas[i], sigmas[i + 1])
+        assert torch.equal(tensors["latents"], following)  # not one bit lost to bf16
+        kept.append(tensors["latents"])
+        return {}
+
+    pipe(
+        "a cat", **SIZE, latents=noise, callback_on_step_end=step,
+        callback_on_step_end_tensor_inputs=["latents", "velocity"],
+    )  # fmt: skip
+    bf16 = torch.bfloat16
+    assert set(seen) == {(bf16, torch.float32, bf16, bf16)}
+    assert [x.dtype for x in kept] == [torch.float32] * 4
+    mixed = SUVPipeline.from_pretrained(
+        saved, dtype={"transformer": bf16, "default": torch.float32}
+    )
+    assert (mixed.transformer.dtype, mixed.text_encoder.dtype) == (bf16, torch.float32)
+
+
+@torch.no_grad()
+def test_one_branch_after_the_other(pipe):
+    """The same to twice fp32's own error; half the batch in every call."""
+    sizes = []
+    pipe.transformer.register_forward_pre_hook(lambda m, x: sizes.append(len(x[0])))
+    noise = torch.randn(1, 4, 2, 4, 6, generator=generator())
+    together = pipe("a cat", **SIZE, latents=noise, output_type="latent").frames
+    assert sizes == [2] * 3
+    apart = pipe("a cat", **SIZE, latents=noise, output_type="latent", sequential_cfg=True).frames
+    assert sizes == [2] * 3 + [1] * 6
+    asked = {"scale": 7.0, "rescale": 0.7, "steps": 3, "shift": 7.0}
+    pipe.transformer.double()
+    exact = by_hand(pipe, ["a cat"], NEGATIVE_PROMPT, noise.double(), **asked)
+    own = (together - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
+    assert (apart - exact).abs().max() <= 2 * own
+
+
+def test_without_guidance_there_is_no_negative_prompt(pipe):
+    sizes = []
+    pipe.transformer.register_forward_pre_hook(lambda m, x: sizes.append(len(x[0])))
+    pipe(["a cat", "a dog"], **SIZE, guidance_scale=1.0, generator=generator())
+    assert sizes == [2] * 3
+    with pytest.raises(ValueError, match="does nothing at guidance_scale=1"):
+        pipe("a cat", **SIZE, guidance_scale=1.0, negative_prompt="blur")
+
+
+def test_encoded_prompts_and_freed_encoders(pipe):
+    asked = {**SIZE, "negative_prompt": ["grey", "dark"]}
+    first = pipe(["a cat", "a dog"], **asked, generator=generator()).frames
+    positive = pipe.text.encode(["a cat", "a dog"], template=TEMPLATE)
+    negative = pipe.text.encode(["grey", "dark"])
+    pipe.free_text_encoders()
+    assert pipe.text_encoder is pipe.text_encoder_2 is None
+    assert torch.equal(pipe(["a cat", "a dog"], **asked, generator=generator()).frames, first)
+    given = pipe(
+        prompt_embeds=positive, negative_prompt_embeds=negative, **SIZE, generator=generator()
+    ).frames
+    assert torch.equal(given, first)
+    with pytest.raises(ValueError, match="'high quality, a bird' was not encoded before"):
+        pipe("a bird", **asked)
+
+
+def test_a_generator_for_each_video(pipe):
+    both = pipe(["a cat", "a cat"], **SIZE, generator=[generator(3), generator(4)]).frames
+    swapped = pipe(["a cat", "a cat"], **SIZE, generator=[generator(4), generator(3)]).frames
+    assert torch.equal(both, swapped.flip(0))
+    assert not torch.equal(both[0], both[1])
+
+
+def test_progress_and_callback(pipe, capsys):
+    pipe.set_progress_bar_config(disable=False)
+    seen = []
+
+    def callback(pipeline, step, timestep, tensors):
+        assert pipeline is pipe
+        seen.append((step, round(float(timestep), 2), sorted(tensors)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 2 else {}
+
+    out = pipe(
+        "a cat", **SIZE, output_type="latent", generator=generator(),
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["latents", "velocity"],
+    ).frames  # fmt: skip
+    names = ["latents", "velocity"]
+    sigmas = flow.inference_sigmas(3)
+    assert seen == [(i, round(1000 * float(sigmas[i]), 2), names) for i in range(3)]
+    assert not out.any()
+    assert "3/3" in capsys.readouterr().err
+
+
+def test_a_picture_is_a_video_of_one_frame(pipe):
+    frames = pipe("a cat", **{**SIZE, "num_frames": 1}, generator=generator()).frames
+    assert frames.shape == (1, 1, 32, 48, 3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_failing_step_is_named(pipe, value):
+    count = []
+
+    def spoil(module, inputs, output):
+        count.append(1)
+        if len(count) == 2:
+            output.view(-1)[7] = value
+
+    pipe.transformer.register_forward_hook(spoil)
+    with pytest.raises(FloatingPointError, match=r"after step 2 of 3 .*float32"):
+        pipe("a cat", **SIZE, generator=generator())
+    assert len(count) == 2
+
+
+def test_spoilt_text_and_frames_are_refused(pipe):
+    embeds = pipe.text.encode("a cat")
+    embeds.pooled[0, 3] = float("nan")
+    with pytest.raises(FloatingPointError, match="pooled text embeddings are not finite"):
+        pipe(prompt_embeds=embeds, **SIZE)
+    embeds = pipe.text.encode("a dog")
+    embeds.text[0, 0, 3] = float("inf")
+    with pytest.raises(FloatingPointError, match="the text embeddings are not finite"):
+        pipe(prompt_embeds=embeds, **SIZE)
+    torch.nn.init.constant_(pipe.vae.mix.bias, float("nan"))
+    with pytest.raises(FloatingPointError, match="the VAE gave frames that are not finite"):
+        pipe("a bird", **SIZE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"height": 40}, "height=40 must be a multiple of 16: take 32 or 48"),
+        ({"width": 3}, "width=3 must be a multiple of 16: take 16"),
+        ({"num_frames": 10}, r"num_frames=10 must be 8n \+ 1: take 9 or 17"),
+        ({"num_frames": 0}, r"num_frames=0 must be 8n \+ 1: take 1$"),
+        ({"height": 8, "num_frames": 8}, r"height=8 .*take 16; num_frames=8 .*: take 1 or 9"),
+        ({"guidance_scale": 0.5}, "guidance_scale must be at least 1, got 0.5"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be at least 1"),
+        ({"guidance_rescale": 2.0}, r"guidance_rescale must be in \[0, 1\], got 2.0"),
+        ({"output_type": "pil"}, "output_type must be 'uint8' or 'latent', got 'pil'"),
+        ({"num_inference_steps": 0}, "steps"),
+        ({"schedule": "cosine"}, "schedule"),
+        ({"prompt": None}, "give either prompt or prompt_embeds"),
+        ({"negative_prompt": ["a", "b", "c"]}, "one negative prompt or one for each of 1 prompts"),
+        ({"latents": torch.zeros(1, 4, 2, 4, 4)}, r"latents must be \[1, 4, 2, 4, 6\] for 1"),
+        ({"callback_on_step_end_tensor_inputs": ["text"]}, r"has \['text'\]; choose from"),
+    ],
+)
+def test_arguments_that_make_no_sense(pipe, change, message):
+    pipe.transformer.forward = None  # nothing runs before the arguments are right
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"prompt": "a cat", **SIZE, **change})
+
+
+def sample(saved, *arguments):
+    sizes = ["--height", "32", "--width", "48", "--steps", "2", "--device", "cpu"]
+    return main(["sample", "--model", str(saved), *sizes, *map(str, arguments)])
+
+
+def test_sample_writes_a_video_and_its_record(saved, pipe, tmp_path):
+    out = tmp_path / "new" / "x.mp4"
+    asked = ["--frames", 9, "--seed", 5, "--guidance", 3, "--crf", 0]
+    assert sample(saved, "--prompt", "A Cat", "--out", out, *asked) == 0
+    info = probe(out)
+    assert (info.width, info.height, info.frames, info.fps) == (48, 32, 9, 24)
+    record = json.loads(out.with_suffix(".json").read_text())
+    config = (saved / "transformer" / "config.json").read_bytes()
+    assert record["prompt"] == "A Cat"
+    assert record["seed"] == 5
+    assert record["config_sha256"] == hashlib.sha256(config).hexdigest()
+    assert record["dtype"] == "float32"
+    assert sorted(p.name for p in out.parent.iterdir()) == ["x.json", "x.mp4"]
+    settings = {
+        name: record[name]
+        for name in (
+            "height", "width", "num_frames", "num_inference_steps", "guidance_scale",
+            "guidance_rescale", "shift", "schedule", "template", "negative_prompt",
+        )
+    }  # fmt: skip
+    frames = pipe(record["prompt"], generator=generator(record["seed"]), **settings).frames[0]
+    writer.write_video(tmp_path / "again.mp4", frames, crf=record["crf"])
+    assert (tmp_path / "again.mp4").read_bytes() == out.read_bytes()
+
+
+def test_sample_writes_a_picture(saved, pipe, tmp_path):
+    import av
+
+    out = tmp_path / "x.png"
+    assert sample(saved, "--prompt", "a cat", "--out", out, "--frames", 1, "--guidance", 1) == 0
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert "negative_prompt" not in record
+    with av.open(str(out)) as container:
+        picture = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    asked = {**SIZE, "num_frames": 1, "num_inference_steps": 2, "guidance_scale": 1.0}
+    frames = pipe("a cat", **asked, generator=generator()).frames
+    assert (picture == frames[0, 0].numpy()).all()
+
+
+def test_sample_takes_a_file_of_prompts(saved, tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\n\na dog\n")
+    out = tmp_path / "out"
+    assert sample(saved, "--prompts", tmp_path / "p.txt", "--out", out, "--frames", 1) == 0
+    names = ["00000.json", "00000.png", "00001.json", "00001.png"]
+    assert sorted(p.name for p in out.iterdir()) == names
+    assert json.loads((out / "00001.json").read_text())["prompt"] == "a dog"
+
+
+def test_sample_lays_out_vbench(saved, tmp_path, capsys, monkeypatch):
+    prompts, folder = ["A cat runs.", "a dog: 100% \u00fc"], tmp_path / "videos"
+    (tmp_path / "p.txt").write_text("\n".join(prompts), encoding="utf-8")
+    asked = ["--prompts", tmp_path / "p.txt", "--vbench", folder, "--samples", 2, "--frames", 9]
+    assert sample(saved, *asked, "--list") == 0
+    names = [f"{prompt}-{i}.mp4" for prompt in prompts for i in (0, 1)]
+    assert capsys.readouterr().out.splitlines()[1:] == names
+    assert not folder.exists()
+
+    assert sample(saved, *asked, "--seed", 7) == 0
+    assert sorted(p.name for p in folder.iterdir()) == sorted(names)  # videos, nothing else
+    records = [json.loads(vbench.sidecar(folder, name).read_text()) for name in names]
+    assert [(r["prompt"], r["seed"]) for r in records] == [(p, s) for p in prompts for s in (7, 8)]
+    assert (folder / names[0]).read_bytes() != (folder / names[1]).read_bytes()
+
+    times = {name: (folder / name).stat().st_mtime_ns for name in names}
+    (folder / names[2]).unlink()
+    capsys.readouterr()
+    assert sample(saved, *asked, "--seed", 7) == 0  # goes on where it was stopped
+    assert "1 of 4 videos missing" in capsys.readouterr().out
+    again = {name: (folder / name).stat().st_mtime_ns for name in names}
+    assert [name for name in names if again[name] != times[name]] == [names[2]]
+    assert sample(saved, *asked, "--seed", 7, "--shift", 5) == 2  # and mixes nothing
+    assert "made with other settings" in capsys.readouterr().err
+
+
+def test_sample_writes_nothing_that_is_not_finite(saved, tmp_path, capsys, monkeypatch):
+    real = SUVPipeline.from_pretrained.__func__
+
+    def spoilt(cls, path, **kwargs):
+        pipeline = real(cls, path, **kwargs)
+        torch.nn.init.constant_(pipeline.transformer.proj_out.bias, float("nan"))
+        return pipeline
+
+    monkeypatch.setattr(SUVPipeline, "from_pretrained", classmethod(spoilt))
+    out = tmp_path / "x.mp4"
+    assert sample(saved, "--prompt", "a cat", "--out", out, "--frames", 9) == 1
+    assert "latents are not finite after step 1 of 2" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "x.png", "--frames", "9"], "--out x.png: --frames 9 makes a .mp4"),
+        (["--out", "x.mp4", "--frames", "1"], "--out x.mp4: --frames 1 makes a .png"),
+        (["--frames", "10"], "num_frames=10 must be 8n + 1: take 9 or 17"),
+        (["--height", "33"], "height=33 must be a multiple of 16: take 32 or 48"),
+        (["--crf", "60"], "crf must be from 0 to 51, got 60"),
+        (["--fps", "0"], "fps must be above 0"),
+        (["--samples", "3"], "--samples and --list go with --vbench DIR"),
+        (["--list"], "--samples and --list go with --vbench DIR"),
+        (["--vbench", "v", "--out", "x.mp4"], "--vbench DIR is for videos"),
+        (["--vbench", "v", "--frames", "1"], "--vbench DIR is for videos"),
+        (["--vbench", "v", "--samples", "0"], "samples must be at least 1, got 0"),
+        (["--model", "nowhere"], "--model nowhere: nowhere/transformer/config.json is not there"),
+        (["--offload"], "--offload moves models off a GPU"),
+        (["--dtype", "int8"], "--dtype int8: give float32"),
+    ],
+)
+def test_sample_refuses(saved, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert sample(saved, "--prompt", "a cat", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_vbench_names():
+    assert vbench.file_name("A 1800s house.", 4) == "A 1800s house.-4.mp4"
+    assert vbench.file_names(["a", "b"]) == [f"{p}-{i}.mp4" for p in "ab" for i in range(5)]
+    for bad in ("this/that", "x\0y"):
+        with pytest.raises(ValueError, match=r"cannot name a file; .*custom_input"):
+            vbench.file_name(bad, 0)
+    longest = "\u00fc" * 124  # 248 bytes, and "-0.mp4"
+    assert len(vbench.file_name(longest, 0).encode()) == 254
+    with pytest.raises(ValueError, match="a file name of 255 bytes, over 254"):
+        vbench.file_name(longest + "x", 0)
+    side = vbench.sidecar("some/videos", vbench.file_name(longest, 0))
+    assert side.parent.name == "videos-sidecars"
+    assert len(side.name.encode()) == 255
+
+
+def test_vbench_finds_what_is_missing(tmp_path):
+    assert vbench.missing(tmp_path / "none", ["a"], samples=2) == ["a-0.mp4", "a-1.mp4"]
+    (tmp_path / "a-0.mp4").write_bytes(b"x")
+    (tmp_path / "a-1.mp4").write_bytes(b"")
+    (tmp_path / ".1234.tmp").write_bytes(b"x")
+    assert vbench.missing(tmp_path, ["a"], samples=2) == ["a-1.mp4"]
+    assert vbench.strays(tmp_path, ["a"], samples=2) == [".1234.tmp"]
+
+
+def test_prompt_files(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_bytes("a cat. \r\n\r\nna\u00efve\u2028x\na cat. \n".encode())
+    assert vbench.read_prompts(path) == ["a cat. ", "na\u00efve\u2028x"]
+    path.write_text("\n \n")
+    with pytest.raises(ValueError, match="no prompt in"):
+        vbench.read_prompts(path)
