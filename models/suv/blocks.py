@@ -217,17 +217,17 @@ class SUVBlock(nn.Module):
         video, text = self._finite(video), self._finite(text)
         inner, inner_text, gate, text_gate = self.norm1(video, text, condition)
         inner, out_text = self.attn(inner, inner_text, rotary, pattern, mask, text_mask, backend)
-        video = recomputed(gated_residual, video, gate, inner)
+        video = gated_residual(video, gate, inner)
         if out_text is not None:
-            text = recomputed(gated_residual, text, text_gate, out_text)
+            text = gated_residual(text, text_gate, out_text)
 
         video, text = self._finite(video), self._finite(text)
         inner, inner_text, gate, text_gate = self.norm2(video, text, condition)
-        video = recomputed(gated_residual, video, gate, self._feed(self.ff, inner, checkpoint_ff))
+        video = gated_residual(video, gate, self._feed(self.ff, inner, checkpoint_ff))
         if not self.last:
             text_ff = self.ff if self.text_ff is None else self.text_ff
             update = self._feed(text_ff, inner_text, checkpoint_ff)
-            text = recomputed(gated_residual, text, text_gate, update)
+            text = gated_residual(text, text_gate, update)
         return video, text
 
     def _finite(self, x: Tensor) -> Tensor:

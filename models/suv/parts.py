@@ -46,8 +46,39 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
 
 
 def gated_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """``x + gate * update``, in fp32, in the dtype of ``x``: ``[B, N, C]``, ``[B, C]`` fp32."""
+    """``x + gate * update``, in fp32, in the dtype of ``x``; autograd keeps ``gate``, ``update``.
+
+    Args:
+        x, update: ``[B, N, C]``.
+        gate: ``[B, C]``, fp32.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return _add_gated(x, gate, update)
+        return _GatedResidual.apply(x, gate, update)
+
+
+def _add_gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     return torch.addcmul(x.float(), gate[:, None], update.float()).to(x.dtype)
+
+
+class _GatedResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, update)
+        return _add_gated(x, gate, update)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, update = ctx.saved_tensors
+        wants_gate, wants_update = ctx.needs_input_grad[1:]
+        wide = grad.float()
+        return (
+            grad,
+            torch.einsum("bnc,bnc->bc", wide, update.float()) if wants_gate else None,
+            (wide * gate[:, None]).to(update.dtype) if wants_update else None,
+        )
 
 
 def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

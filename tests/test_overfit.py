@@ -1,0 +1,143 @@
+"""Both tiny models learn the scenes, the same way every time, and the files say what they did."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("av")
+pytest.importorskip("matplotlib")
+
+from PIL import Image  # comes with matplotlib
+
+from skiparse.bench import demo, overfit
+from skiparse.models import flow
+
+QUICK = overfit.SIZES["quick"]
+STEPS = 25
+
+
+@pytest.fixture(scope="module")
+def clip():
+    try:
+        return demo.bundled_clip()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def scenes(clip):
+    return overfit.scenes_of(clip, QUICK)
+
+
+@pytest.fixture(scope="module")
+def folder(clip, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("overfit") / "new" / "out"
+    before = torch.get_num_threads()
+    assert overfit.run(folder, steps=STEPS, size=QUICK) == folder / "overfit.png"
+    assert torch.get_num_threads() == before
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return json.loads((folder / "overfit.json").read_text())
+
+
+def test_both_models_learn(found):
+    assert [point["step"] for point in found["curve"]] == [0, 20, 25]
+    first, *_, last = found["curve"]
+    assert first["dense"] != first["sparse"]  # the same weights, another attention
+    assert first["dense"] == pytest.approx(first["sparse"], rel=1e-2)
+    for name, one in found["models"].items():
+        assert one["last"] < 0.8 * one["first"]
+        assert one["factor"] == one["first"] / one["last"]
+        assert (one["first"], one["last"]) == (first[name], last[name])
+    assert found["sparse_over_dense"] == last["sparse"] / last["dense"]
+
+
+def test_the_files_are_whole_and_alone(folder, found):
+    assert sorted(path.name for path in folder.iterdir()) == ["overfit.json", "overfit.png"]
+    with Image.open(folder / "overfit.png") as picture:
+        picture.load()
+        assert picture.width > 1000
+    assert "stand-ins" in found["method"]
+    assert "Big Buck Bunny" in found["credit"]
+
+
+def test_it_gives_the_same_again(clip, folder, tmp_path):
+    torch.manual_seed(77)  # nothing depends on the global generator, nor changes it
+    before = torch.get_rng_state()
+    overfit.run(tmp_path, steps=STEPS, size=QUICK)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name in ("overfit.json", "overfit.png"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_the_pairs_are_those_of_the_layers(found, scenes):
+    N, T = 16, QUICK.text
+    assert found["tokens"] == N
+    k = 4
+    sparse = 4 * (N + T) ** 2 + 4 * 2 * (N // 2 + T) ** 2 + 2 * k * (N // k + T) ** 2
+    assert found["models"]["sparse"]["attention_pairs"] == sparse
+    assert found["pairs_ratio"] == 10 * (N + T) ** 2 / sparse
+
+
+def test_k_squared_divides_the_tokens_of_every_size():
+    for size in overfit.SIZES.values():
+        steps = 1 + (size.frames - 1) // demo.GROUP
+        tokens = steps * (size.height // 32) * (size.width // 32)
+        assert all(tokens % k**2 == 0 for k in size.sparsity)
+
+
+def test_latents_are_normal_and_lead_back_to_the_picture(scenes):
+    x = scenes.latents
+    assert x.shape == (2, 9, 2, 4, 8)
+    flat = x.movedim(1, 0).flatten(1)
+    torch.testing.assert_close(flat.mean(1), torch.zeros(9))
+    torch.testing.assert_close(flat.std(1), torch.ones(9))
+    grey = torch.zeros(1, 9, 2, 4, 8)
+    constant = scenes.basis[0, 0]  # of the lowest coefficient, at every pixel
+    for colour, level in enumerate((0.1, 0.4, 0.7)):
+        grey[:, 3 * colour] = level / constant
+    pictures = scenes.pictures((grey - scenes.mean) / scenes.spread)
+    assert pictures.shape == (1, 2, 64, 128, 3)
+    expected = torch.tensor([0.1, 0.4, 0.7]).expand_as(pictures)
+    torch.testing.assert_close(pictures, expected)
+
+
+def test_pictures_keep_what_the_basis_can_hold(clip, scenes):
+    """Pixels, to latents, to pixels: the projection of each patch, right where it was."""
+    frames = overfit.read_video(clip, frames=1, fps=demo.FPS, size=(QUICK.height, QUICK.width))
+    pictures = scenes.pictures(scenes.latents)[0, 0]
+    patches = demo._patches(frames[0].float() / 255)
+    held = (patches @ scenes.basis @ scenes.basis.T).clamp(0, 1)
+    torch.testing.assert_close(demo._patches(pictures), held)
+
+
+def test_a_perfect_model_has_no_loss_and_samples_the_scenes(scenes):
+    def perfect(latents, timestep, text, pooled):
+        sigma = (timestep / 1000)[:, None, None, None, None]
+        return (latents - scenes.latents) / sigma
+
+    assert overfit.evaluate(perfect, scenes) < 1e-8
+    torch.testing.assert_close(overfit.sample(perfect, scenes), scenes.latents)
+
+
+def test_every_scene_of_the_evaluation_meets_every_level(scenes):
+    seen = []
+
+    def zero(latents, timestep, text, pooled):
+        seen.append(timestep)
+        return torch.zeros_like(latents)
+
+    loss = overfit.evaluate(zero, scenes)
+    assert loss == pytest.approx(2, rel=0.1)  # the variance of noise and of latents
+    levels = (torch.arange(overfit.LEVELS) + 0.5) / overfit.LEVELS
+    assert torch.equal(torch.stack(seen, 1), flow.timesteps(levels).expand(QUICK.scenes, -1))
+
+
+def test_arguments_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        overfit.run(tmp_path / "out", steps=0)
+    assert not (tmp_path / "out").exists()
