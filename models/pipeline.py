@@ -43,8 +43,8 @@ class SUVPipelineOutput(BaseOutput):  # type: ignore[misc]  # diffusers' classes
 class SUVPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers' classes are untyped
     """Text to video with a :class:`SUV`; a picture is a video of one frame.
 
-    ``vae`` is a :class:`WFVAE`, or any diffusers model with ``decode(latents).sample`` (``[B, C, t, h, w]`` to
-    ``[B, 3, T, height, width]`` in [-1, 1]) and the attributes ``spatial_factor`` and
+    ``vae`` is a :class:`WFVAE`, or any diffusers model with ``decode(latents).sample`` (``[B, C, t,
+    h, w]`` to ``[B, 3, T, height, width]`` in [-1, 1]) and the attributes ``spatial_factor`` and
     ``temporal_factor``, 8 each for the released one, where ``T = temporal_factor * (t - 1) + 1``.
     If it has ``denormalize(latents)``, its latents are stored normalised and pass through that
     first. For ``enable_model_cpu_offload`` its ``decode`` needs diffusers' ``apply_forward_hook``.

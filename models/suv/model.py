@@ -6,18 +6,17 @@ middle stage; the outputs of the first half's stages come back in the second hal
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
 from skiparse import SkipPattern
+from skiparse.models.strict import StrictModelMixin
 from skiparse.models.suv.blocks import AdaptiveLinear, Norm, SUVBlock
 from skiparse.models.suv.config import PRESETS
 from skiparse.models.suv.parts import clamp_fp16, modulated_norm, recomputed
@@ -29,7 +28,7 @@ CHECKPOINTS = ("none", "feed_forward", "block")
 _TABLES = 64  # rotary tables and permutations that are kept, a dozen for each shape
 
 
-class SUV(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' classes are untyped
+class SUV(StrictModelMixin):
     """The denoiser: noisy latents, a time and a text in, a velocity out.
 
     Args:
@@ -329,8 +328,6 @@ class SUV(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' classes 
             t=t, h=h, w=w, ph=ph, pw=pw,
         )  # fmt: skip
 
-    # Settings that leave the weights alone.
-
     def set_sparsity(self, sparsity: Sequence[int]) -> None:
         """Another sparsity for each stage, from the next forward on; weights stay as they are.
 
@@ -356,8 +353,6 @@ class SUV(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' classes 
                 f"stages must be {len(self.stages)} of {CHECKPOINTS}, got {tuple(stages)}"
             )
         self.checkpointing = tuple(stages)
-
-    # Making one from another, and from files.
 
     @classmethod
     def from_dense(
@@ -397,36 +392,6 @@ class SUV(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' classes 
                     state |= {f"{skips}.{i}.{k}": x.clone() for k, x in skip.state_dict().items()}
         model.load_state_dict(state, strict=True, assign=True)
         return model.train(dense.training)
-
-    @classmethod
-    def from_config(cls, config: Any = None, **kwargs: Any) -> Any:
-        """As in diffusers, but unknown keys are refused.
-
-        Raises:
-            ValueError: naming the keys that are not arguments of the model.
-        """
-        if isinstance(config, dict):
-            known = set(inspect.signature(cls.__init__).parameters)
-            unknown = [k for k in config if not k.startswith("_") and k not in known]
-            if unknown:
-                raise ValueError(f"the config has keys that SUV does not know: {unknown}")
-        return super().from_config(config, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, path: Any, **kwargs: Any) -> Any:
-        """As in diffusers, but strict: every weight must be in the files, and nothing else.
-
-        Raises:
-            ValueError: with the first ten keys that are missing, unexpected or misshapen.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
-        wrong = [f"{kind}: {list(keys)[:10]}" for kind, keys in info.items() if keys]
-        if wrong:
-            raise ValueError(
-                f"{path} does not hold exactly this model's weights; " + "; ".join(wrong)
-            )
-        return (model, info) if wants_info else model
 
 
 class PatchEmbed(nn.Conv2d):

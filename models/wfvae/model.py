@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from skiparse.models.strict import StrictModelMixin
 from skiparse.models.wfvae.blocks import (
     CausalConv,
     ChannelNorm,
@@ -209,7 +209,7 @@ class Outflow(nn.Module):
         return self.conv(x, stream)
 
 
-class WFVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' classes are untyped
+class WFVAE(StrictModelMixin):
     """Video to latents an eighth as long, high and wide, and back.
 
     Args:

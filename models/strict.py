@@ -1,0 +1,44 @@
+"""A model loads from exactly its weights and its config, or not at all."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from diffusers import ConfigMixin, ModelMixin
+
+
+class StrictModelMixin(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' are untyped
+    """diffusers' ``ModelMixin`` and ``ConfigMixin``, which by themselves warn and go on."""
+
+    @classmethod
+    def from_config(cls, config: Any = None, **kwargs: Any) -> Any:
+        """As in diffusers, but unknown keys are refused.
+
+        Raises:
+            ValueError: naming the keys that are not arguments of the model.
+        """
+        if isinstance(config, dict):
+            known = set(inspect.signature(cls.__init__).parameters)
+            unknown = [k for k in config if not k.startswith("_") and k not in known]
+            if unknown:
+                raise ValueError(
+                    f"the config has keys that {cls.__name__} does not know: {unknown}"
+                )
+        return super().from_config(config, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, path: Any, **kwargs: Any) -> Any:
+        """As in diffusers, but strict: every weight must be in the files, and nothing else.
+
+        Raises:
+            ValueError: with the first ten keys that are missing, unexpected or misshapen.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
+        wrong = [f"{kind}: {list(keys)[:10]}" for kind, keys in info.items() if keys]
+        if wrong:
+            raise ValueError(
+                f"{path} does not hold exactly this model's weights; " + "; ".join(wrong)
+            )
+        return (model, info) if wants_info else model
