@@ -54,7 +54,8 @@ class Haar:
     doubled, so that an image has coefficients too. Or over height and width alone.
 
     Args:
-        gain: of every coefficient, in both directions; None for that of orthonormal filters.
+        gain: of every coefficient over three axes, in both directions; None for that of orthonormal
+            filters, which over two axes it always is.
         temporal: whether time is halved.
 
     Source: Li et al. 2024, "WF-VAE", section 3.1.
@@ -63,8 +64,7 @@ class Haar:
     def __init__(self, gain: float | None, *, temporal: bool = True) -> None:
         exact = EXACT_3D if temporal else EXACT_2D
         self.axes = (2, 3, 4) if temporal else (3, 4)
-        # Of a 3D filter, 0.3536; over two axes the same filter's share of 1/2.
-        self.gain = exact if gain is None else gain * (exact / EXACT_3D)
+        self.gain = exact if gain is None or not temporal else gain
         self.temporal = temporal
 
     @property
