@@ -6,7 +6,7 @@ import copy
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,7 +42,8 @@ class EMA(Generic[Model]):
     @torch.no_grad()
     def update(self, model: Model) -> None:
         """One step towards ``model``; buffers are copied."""
-        averages, now = list(self.model.parameters()), list(model.parameters())
+        averages: list[Tensor] = list(self.model.parameters())
+        now: list[Tensor] = list(model.parameters())
         torch._foreach_lerp_(averages, now, 1 - self.decay)
         for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)

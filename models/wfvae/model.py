@@ -83,13 +83,21 @@ class Encoder(nn.Module):
 
     def forward(self, video: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
         """Moments ``[B, 2 * latent, t, h, w]``, and the coefficients of the two further levels."""
+        x, level1, level2 = self.down(video, stream)
+        return self.finish(x, stream), level1, level2
+
+    def down(self, video: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+        """All before the middle, which sees a neighbourhood of each pixel and no more."""
         coefficients = self.wavelets.video.analyse(video, stream)
         level1 = self.wavelets.level1.analyse(coefficients[:, :COLOURS], stream)
         level2 = self.wavelets.level2.analyse(level1[:, :COLOURS], stream)
         x = self.level1(coefficients, stream)
         x = self.level2(torch.cat([x, self.inflow1(level1, stream)], 1), stream)
-        x = self.mid(torch.cat([x, self.inflow2(level2, stream)], 1), stream)
-        return self.conv_out(F.silu(self.norm_out(x)), stream), level1, level2
+        return torch.cat([x, self.inflow2(level2, stream)], 1), level1, level2
+
+    def finish(self, x: Tensor, stream: Stream) -> Tensor:
+        """The middle, whose attention sees whole frames, and the moments."""
+        return self.conv_out(F.silu(self.norm_out(self.mid(x, stream))), stream)
 
 
 class Decoder(nn.Module):
@@ -125,7 +133,15 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
         """Video, and the coefficients of the two further levels, as the encoder gives them."""
-        x, flow = self._split(self.mid(self.conv_in(latents, stream), stream))
+        return self.up(self.start(latents, stream), stream)
+
+    def start(self, latents: Tensor, stream: Stream) -> Tensor:
+        """The middle, whose attention sees whole frames."""
+        return self.mid(self.conv_in(latents, stream), stream)
+
+    def up(self, x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+        """All behind the middle, which sees a neighbourhood of each pixel and no more."""
+        x, flow = self._split(x)
         level2 = self.outflow2(flow, stream)
         x, flow = self._split(self.level2(x, stream))
         low = self.wavelets.level2.synthesise(level2, stream)

@@ -1,0 +1,524 @@
+"""A WF-VAE learns, a stopped run goes on bit for bit, and no accident costs a checkpoint."""
+
+import itertools
+import json
+import os
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from skiparse import cli
+from skiparse.models.data.writer import write_video
+from skiparse.models.train.ema import EMA
+from skiparse.models.wfvae import losses
+from skiparse.models.wfvae import train as training
+from skiparse.models.wfvae.losses import LPIPS, Weights
+from skiparse.models.wfvae.model import WFVAE
+from skiparse.models.wfvae.train import STAGES, Clips, Settings, checkpoints, train
+
+TINY = {
+    "base_channels": 8,
+    "latent_channels": 4,
+    "encoder_energy_channels": 4,
+    "decoder_energy_channels": 4,
+    "encoder_res_blocks": 1,
+    "decoder_res_blocks": 1,
+}
+SETTINGS = Settings(
+    frames=9, size=(16, 16), batch=2, learning_rate=2e-3, discriminator_width=2, ema=0.9
+)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class Scenes:
+    """Four smooth clips that repeat; remembers which were asked for."""
+
+    def __init__(self, settings=SETTINGS):
+        generator = torch.Generator().manual_seed(0)
+        coarse = torch.rand(4, 3, 2, 3, 3, generator=generator)
+        size = (settings.frames, *settings.size)
+        fine = nn.functional.interpolate(coarse, size=size, mode="trilinear", align_corners=True)
+        self.clips = (255 * fine).byte().movedim(1, -1).contiguous()
+        self.asked = []
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        return self.clips[index % 4]
+
+
+def tiny(seed=0, **changes):
+    torch.manual_seed(seed)
+    return WFVAE(**{**TINY, **changes})
+
+
+def run(out, steps, *, settings=SETTINGS, vae=None, clips=None, **how):
+    clips = Scenes(settings) if clips is None else clips
+    return train(vae or tiny(), clips, out=out, steps=steps, settings=settings, **how)
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_ema_by_hand():
+    model = nn.Linear(1, 1, bias=False)
+    model.register_buffer("count", torch.zeros(()))
+    nn.init.constant_(model.weight, 1)
+    ema = EMA(model, decay=0.5)
+    for value, expected in ((3, 2), (5, 3.5)):  # (1 + 3) / 2, (2 + 5) / 2
+        nn.init.constant_(model.weight, value)
+        model.count += 1
+        ema.update(model)
+        assert ema.model.weight.item() == expected
+        assert ema.model.count == model.count
+        assert model.weight.item() == value
+    assert not ema.model.weight.requires_grad
+    assert model.weight.requires_grad
+
+
+def test_ema_closed_form():
+    model = nn.Linear(3, 1, bias=False).double()
+    trail = [model.weight.detach().clone()]
+    ema = EMA(model, decay=0.999)
+    for seed in range(20):
+        nn.init.normal_(model.weight, generator=torch.Generator().manual_seed(seed))
+        trail.append(model.weight.detach().clone())
+        ema.update(model)
+    expected = 0.999**20 * trail[0]
+    for k, weight in enumerate(trail[1:], 1):
+        expected = expected + 0.001 * 0.999 ** (20 - k) * weight
+    scale = max(weight.abs().max() for weight in trail)
+    # 20 steps of three roundings, and 1 - 0.999 is off by eps of 1, not of 0.001
+    bound = 4 * 20 * torch.finfo(torch.float64).eps * scale
+    assert (ema.model.weight - expected).abs().max() <= bound
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+def test_ema_refuses_a_decay_out_of_range(decay):
+    with pytest.raises(ValueError, match="decay must be at least 0 and below 1"):
+        EMA(nn.Linear(1, 1), decay=decay)
+
+
+def test_ema_refuses_few_bits():
+    with pytest.raises(ValueError, match=r"weight is torch\.bfloat16, too coarse"):
+        EMA(nn.Linear(1, 1).bfloat16(), decay=0.999)
+
+
+def test_the_published_stages():
+    assert {name: steps for name, (steps, _) in STAGES.items()} == {
+        "I": 800_000, "II": 200_000, "III": 200_000
+    }  # fmt: skip
+    found = [(s.frames, s.size, s.every, s.batch, s.weights.lpips) for _, s in STAGES.values()]
+    size = (256, 256)
+    assert found == [(25, size, 1, 8, 1.0), (49, size, 2, 8, 1.0), (49, size, 2, 8, 0.1)]
+    for _, s in STAGES.values():
+        assert (s.learning_rate, s.weight_decay, s.ema) == (1e-5, 1e-4, 0.999)
+        assert (s.discriminator_start, s.discriminator_width, s.reduction) == (0, 64, "sum")
+
+
+def test_the_loss_falls(tmp_path):
+    for reduction in losses.REDUCTIONS:
+        out = tmp_path / reduction
+        settings = replace(SETTINGS, batch=1, weights=Weights(adversarial=0), reduction=reduction)
+        run(out, 30, settings=settings)
+        loss = [row["loss"] for row in rows(out)]
+        assert len(loss) == 30
+        assert sum(loss[-4:]) < 0.8 * sum(loss[:4])  # all four scenes in each
+
+
+def test_resuming_is_bit_exact(tmp_path):
+    settings = replace(SETTINGS, discriminator_start=1)  # both networks have dropout or sampling
+    whole, parts = Scenes(), Scenes()
+    run(tmp_path / "whole", 4, clips=whole, settings=settings, save_every=2)
+    run(tmp_path / "parts", 2, clips=parts, settings=settings)
+    torch.manual_seed(77)  # nothing outside the run matters: neither random state nor weights
+    run(tmp_path / "parts", 4, clips=parts, settings=settings, vae=tiny(seed=5), save_every=2)
+    ours, theirs = checkpoints(tmp_path / "whole"), checkpoints(tmp_path / "parts")
+    assert [path.name for path in ours] == ["step-00000002", "step-00000004"]
+    for a, b in zip(ours, theirs, strict=True):
+        assert files(a) == files(b)
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert whole.asked == parts.asked == list(range(8))
+    names = load_file(ours[-1] / "train.safetensors").keys()
+    for kind in ("vae", "vae_optimizer", "discriminator", "discriminator_optimizer"):
+        assert any(name.startswith(f"{kind}.") for name in names), kind
+    assert {name.rpartition(".")[2] for name in names if "optimizer" in name} == {
+        "step", "exp_avg", "exp_avg_sq"
+    }  # fmt: skip
+    assert not any(path.suffix in (".pt", ".pkl", ".bin") for path in ours[-1].iterdir())
+
+
+def test_processes_that_read_ahead_change_nothing(tmp_path):
+    a, b = run(tmp_path / "a", 2), run(tmp_path / "b", 2, workers=2)
+    assert files(a) == files(b)
+
+
+def test_steps_differ_in_their_noise_and_seeds_in_everything(tmp_path):
+    class Same(Scenes):
+        def __getitem__(self, index):
+            return self.clips[0]
+
+    # Almost no learning: what differs from step to step is the sample of the latents.
+    still = replace(SETTINGS, learning_rate=1e-30, weights=Weights(adversarial=0))
+    run(tmp_path / "a", 2, settings=still, clips=Same())
+    first, second = (row["loss"] for row in rows(tmp_path / "a"))
+    run(tmp_path / "b", 1, settings=replace(still, seed=1), clips=Same())
+    assert len({first, second, rows(tmp_path / "b")[0]["loss"]}) == 3
+
+
+def test_the_callers_random_state_is_left_alone(tmp_path):
+    vae = tiny()
+    before = torch.random.get_rng_state()
+    run(tmp_path, 2, vae=vae)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def parts_of(folder):
+    """The vae, its average and the trained parameters of the discriminator, in a checkpoint."""
+    tensors = load_file(folder / "train.safetensors")
+    found = {kind: {} for kind in ("vae", "discriminator")}
+    for name, value in tensors.items():
+        kind, _, key = name.partition(".")
+        if kind in found and not key.rpartition(".")[2].startswith(("running", "num_batches")):
+            found[kind][key] = value
+    return {**found, "ema": load_file(folder / WEIGHTS)}
+
+
+def equal(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_networks_take_turns_from_the_discriminators_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "KEEP", 6)
+    run(tmp_path, 6, settings=replace(SETTINGS, discriminator_start=3), save_every=1)
+    kept = [parts_of(folder) for folder in checkpoints(tmp_path)]
+    changed = [
+        {kind for kind in before if not equal(before[kind], after[kind])}
+        for before, after in itertools.pairwise(kept)
+    ]  # in steps 1 to 5
+    vae, discriminator = {"vae", "ema"}, {"discriminator"}
+    assert changed == [vae, vae, discriminator, vae, discriminator]
+    turns = ["vae", "vae", "vae", "discriminator", "vae", "discriminator"]
+    assert [row["of"] for row in rows(tmp_path)] == turns
+    assert ["balance" in row for row in rows(tmp_path)] == [*4 * [False], True, False]
+
+
+def test_the_average_follows_the_weights(tmp_path):
+    vae = tiny()
+    begin = {name: value.clone() for name, value in vae.state_dict().items()}
+    found = parts_of(run(tmp_path, 1, vae=vae))
+    for name, value in found["ema"].items():
+        assert torch.equal(value, torch.lerp(begin[name], found["vae"][name], 1 - 0.9)), name
+
+
+def test_what_the_objective_is_given(tmp_path, monkeypatch):
+    seen = []
+    real = losses.objective
+    monkeypatch.setattr(losses, "objective", lambda *a, **k: seen.append((a, k)) or real(*a, **k))
+    clips, vae = Scenes(), tiny()
+    run(tmp_path, 1, vae=vae, clips=clips, lpips=LPIPS())
+    (video, made), given = seen[0]
+    pixels = clips.clips[:2].movedim(-1, 1).double()
+    assert torch.equal(video, ((pixels.float() / 127.5) - 1))
+    assert video.shape == made.shape == (2, 3, 9, 16, 16)
+    # Level 1 and 2 of the Haar transform, in time 9 -> 5 -> 3 -> 2.
+    shapes = [(2, 24, 3, 4, 4), (2, 24, 2, 2, 2)]
+    for name in ("coefficients", "made_coefficients"):
+        assert [tuple(x.shape) for x in given[name]] == shapes
+    low = video.double()
+    for level in range(3):
+        low = torch.cat([low[:, :, :1], low], 2)
+        low = nn.functional.avg_pool3d(low, 2) * 8**0.5  # the low band: 8 pixels by 1 / sqrt(8)
+        if level:
+            found = given["coefficients"][level - 1][:, :3]
+            # in float32, three sums of two for each level so far, and one product
+            bound = 4 * 3 * torch.finfo(torch.float32).eps * low.abs().max()
+            assert (found - low).abs().max() <= bound
+    assert given["last"] is vae.decoder.conv_out.weight
+    assert given["mean"].shape == given["logvar"].shape == (2, 4, 2, 2, 2)
+    assert given["perceptual"].shape == (18,)
+    assert given["judgement"].shape[:2] == (2, 1)
+    row = rows(tmp_path)[0]
+    assert {"l1", "kl", "wavelet", "lpips", "adversarial", "balance"} <= row.keys()
+    expected = (
+        row["l1"] + 3 * 16 * 16 * row["lpips"] + 1e-6 * row["kl"] + 0.1 * row["wavelet"]
+        + row["balance"] * row["adversarial"]
+    )  # fmt: skip
+    assert abs(row["loss"] - expected) <= 16 * torch.finfo(torch.float32).eps * expected
+
+
+def test_bfloat16_computes_in_fewer_bits_and_keeps_float32(tmp_path):
+    coarse = run(tmp_path / "bf16", 2, dtype=torch.bfloat16)
+    run(tmp_path / "fp32", 2)
+    for tensor in load_file(coarse / "train.safetensors").values():
+        assert tensor.dtype in (torch.float32, torch.int64)
+    for a, b in zip(rows(tmp_path / "bf16"), rows(tmp_path / "fp32"), strict=True):
+        assert a["loss"] != b["loss"]
+        # 2 to the power of -8 is a rounding; the network is some 30 layers deep
+        assert abs(a["loss"] - b["loss"]) <= 30 * 2**-8 * abs(b["loss"])
+
+
+def test_a_loss_that_is_not_finite_stops_and_changes_nothing(tmp_path):
+    settings = replace(SETTINGS, weights=Weights(adversarial=0))
+    folder = run(tmp_path, 2, settings=settings)
+    kept = files(folder)
+
+    vae = tiny()
+    real = vae.decoder.forward
+    calls = iter(range(9))
+
+    def broken(*arguments):
+        made, *rest = real(*arguments)
+        return (made * float("nan") if next(calls) == 1 else made), *rest
+
+    vae.decoder.forward = broken
+    with pytest.raises(FloatingPointError, match=r"step 3 of the vae: not finite.*step-00000002"):
+        run(tmp_path, 6, settings=settings, vae=vae)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002"]
+    assert files(folder) == kept
+    assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2]
+    run(tmp_path, 6, settings=settings)  # goes on from step 2
+    assert [row["step"] for row in rows(tmp_path)] == list(range(6))
+
+
+def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
+    vae = tiny()
+    vae.decoder.conv_out.bias.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(FloatingPointError, match=r"step 0 of the vae.*no checkpoint is the last"):
+        run(tmp_path, 1, vae=vae)
+    assert checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize("moment", ["save_file", "rename"])
+def test_a_killed_write_leaves_the_former_checkpoint(tmp_path, moment):
+    folder = run(tmp_path, 2)
+    kept = files(folder)
+    child = os.fork()
+    if not child:  # dies without cleaning up
+        if moment == "save_file":
+            training.save_file = lambda tensors, path: path.write_bytes(b"half") and os._exit(9)
+        else:
+            os.rename = lambda *_: os._exit(9)
+        run(tmp_path, 3)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert len(list(tmp_path.glob(".step-00000003*"))) == 1  # what was half written
+    assert checkpoints(tmp_path) == [folder]
+    assert files(folder) == kept
+    assert run(tmp_path, 3).name == "step-00000003"
+
+
+def test_checkpoints_are_whole_models_and_old_ones_go(tmp_path):
+    folder = run(tmp_path, 4, save_every=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "log.jsonl", "step-00000003", "step-00000004"
+    ]  # fmt: skip
+    vae = WFVAE.from_pretrained(folder)
+    assert equal(dict(vae.state_dict()), load_file(folder / WEIGHTS))
+    assert json.loads((folder / "state.json").read_text())["step"] == 4
+
+
+def test_another_kind_of_run_does_not_continue(tmp_path):
+    folder = run(tmp_path, 1)
+    kept = files(folder)
+    with pytest.raises(ValueError, match=r"settings \{'batch': 2\}, not \{'batch': 3\}; continue"):
+        run(tmp_path, 2, settings=replace(SETTINGS, batch=3))
+    with pytest.raises(ValueError, match=r"model \{'base_channels': 8\}, not \{'base_channels'"):
+        run(tmp_path, 2, vae=tiny(base_channels=4))
+    with pytest.raises(ValueError, match="with lpips False, not True"):
+        run(tmp_path, 2, lpips=LPIPS())
+    with pytest.raises(ValueError, match=r"steps must be above 1, which .* has reached, got 1"):
+        run(tmp_path, 1)
+    assert files(folder) == kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": 8}, "frames must be 8n \\+ 1, got 8: take 1 or 9"),
+        ({"size": (16, 12)}, "size must be multiples of 8"),
+        ({"size": (0, 16)}, "size must be multiples of 8"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"every": 0}, "every must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+        ({"reduction": "none"}, "reduction must be one of sum, mean"),
+        ({"weights": Weights(kl=-1)}, "weights.kl must be at least 0"),
+        ({"ema": 1.0}, "ema must be at least 0 and below 1"),
+    ],
+)
+def test_settings_that_make_no_sense(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "out", 1, settings=replace(SETTINGS, **changes), clips=Scenes())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"save_every": 0}, "save_every must be at least 1"),
+        ({"dtype": torch.float16}, r"dtype must be torch.float32 or torch.bfloat16"),
+    ],
+)
+def test_arguments_that_make_no_sense(tmp_path, how, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "out", 1, **how)
+    assert not (tmp_path / "out").exists()
+
+
+def test_clips_of_another_size_than_the_settings(tmp_path):
+    clips = Scenes(replace(SETTINGS, size=(16, 24)))
+    with pytest.raises(
+        ValueError, match=r"clips must be \[9, 16, 16, 3\] by settings, got \[9, 16"
+    ):
+        run(tmp_path, 1, clips=clips)
+
+
+def grey(path, frames, size=32, fps=10):
+    """Frame i has the grey level 8 * i."""
+    levels = torch.arange(frames, dtype=torch.uint8) * 8
+    picture = levels[:, None, None, None].expand(frames, size, size, 3)
+    write_video(path, picture, fps=fps, crf=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clips")
+    (path / "below").mkdir()
+    grey(path / "a.mp4", 20)
+    grey(path / "below" / "b.mp4", 14)
+    grey(path / "c.mp4", 9, fps=25)
+    grey(path / "short.mp4", 8)
+    grey(path / "small.mp4", 20, size=8)
+    (path / "notes.txt").write_text("no video")
+    return path
+
+
+def levels(cut):
+    """The number of each frame of a grey clip."""
+    return np.rint(cut.float().mean((1, 2, 3)).numpy() / 8).astype(int).tolist()
+
+
+def test_cuts_are_whole_random_and_repeatable(folder):
+    clips = Clips(folder, SETTINGS)
+    assert [(path.name, rate, frames) for path, rate, frames in clips.files] == [
+        ("a.mp4", Fraction(10), 20), ("b.mp4", Fraction(10), 14), ("c.mp4", Fraction(25), 9)
+    ]  # fmt: skip
+    assert {path.name for path in clips.left_out} == {"short.mp4", "small.mp4", "notes.txt"}
+    assert "8 frames, too few for 9 of every 1" in clips.left_out[folder / "short.mp4"]
+    starts = []
+    for index in range(12):
+        cut = clips[index]
+        assert (cut.dtype, cut.shape) == (torch.uint8, (9, 16, 16, 3))
+        numbers = levels(cut)
+        assert numbers == list(range(numbers[0], numbers[0] + 9))
+        starts.append(numbers[0])
+    assert all(min(starts[i : i + 3]) == 0 for i in range(0, 12, 3))  # c.mp4, once an epoch
+    assert max(starts) <= 11
+    assert len(set(starts)) > 4
+    again = Clips(folder, SETTINGS)
+    assert [levels(again[index])[0] for index in (11, 3, 7)] == [starts[i] for i in (11, 3, 7)]
+    other = Clips(folder, replace(SETTINGS, seed=1))
+    assert [levels(other[index])[0] for index in range(12)] != starts
+
+
+def test_each_file_comes_once_an_epoch_in_another_order(folder, monkeypatch):
+    clips = Clips(folder, SETTINGS)
+    read = []
+    monkeypatch.setattr(
+        training, "read_video", lambda path, **k: read.append(path.name) or torch.zeros(20)
+    )
+    for index in range(24):
+        clips[index]
+    epochs = [tuple(read[i : i + 3]) for i in range(0, 24, 3)]
+    assert all(sorted(epoch) == ["a.mp4", "b.mp4", "c.mp4"] for epoch in epochs)
+    assert len(set(epochs)) > 1
+
+
+def test_every_second_frame(folder):
+    clips = Clips(folder, replace(SETTINGS, every=2))
+    assert [(path.name, rate, frames) for path, rate, frames in clips.files] == [
+        ("a.mp4", Fraction(5), 10)
+    ]
+    seen = {tuple(levels(clips[index])) for index in range(8)}
+    assert seen == {tuple(range(0, 18, 2)), tuple(range(2, 20, 2))}
+
+
+def test_folders_with_nothing_to_train_on(tmp_path):
+    with pytest.raises(ValueError, match="is no folder"):
+        Clips(tmp_path / "missing", SETTINGS)
+    with pytest.raises(ValueError, match="no video to train on: there are no files"):
+        Clips(tmp_path, SETTINGS)
+    (tmp_path / "notes.txt").write_text("no video")
+    with pytest.raises(ValueError, match=r"no video to train on: .*notes\.txt"):
+        Clips(tmp_path, SETTINGS)
+
+
+def command(folder, out, *more):
+    return cli.main(
+        ["train-vae", str(folder), "--out", str(out), "--model", "tiny", "--frames", "9",
+         "--size", "16x16", "--batch", "1", "--discriminator-width", "2", "--workers", "0",
+         "--device", "cpu", "--adversarial-weight", "0.25", *more]
+    )  # fmt: skip
+
+
+def test_the_command(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert command(folder, out, "--steps", "1", "--stage", "III", "--reduction", "mean") == 0
+    said = capsys.readouterr().out
+    assert "without --lpips FILE" in said
+    assert "short.mp4" in said
+    assert "files to train on: 1\n" in said  # every second frame: only a.mp4 is long enough
+    state = json.loads((out / "step-00000001" / "state.json").read_text())
+    settings = state["settings"]
+    assert settings["weights"] == {"lpips": 0.1, "kl": 1e-6, "wavelet": 0.1, "adversarial": 0.25}
+    assert (settings["every"], settings["reduction"], settings["size"]) == (2, "mean", [16, 16])
+    vae = WFVAE.from_pretrained(out / "step-00000001")
+    assert vae.config.base_channels == WFVAE.presets["tiny"]["base_channels"]
+
+    second = tmp_path / "second"
+    arguments = [
+        "train-vae", str(folder), "--out", str(second), "--init", str(out / "step-00000001"),
+        "--frames", "9", "--size", "16x16", "--batch", "1", "--discriminator-width", "2",
+        "--steps", "1", "--learning-rate", "1e-30", "--workers", "0", "--device", "cpu",
+    ]  # fmt: skip
+    assert cli.main(arguments) == 0
+    assert equal(load_file(second / "step-00000001" / WEIGHTS), dict(vae.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--size", "16"], "--size 16: give height and width"),
+        (["--stage", "IV"], "stage must be one of I, II, III, got 'IV'"),
+        (["--model", "huge"], "model must be one of v1.5-M, S, L, tiny, got 'huge'"),
+        (["--lpips", "missing.safetensors"], "missing.safetensors is missing"),
+        (["--frames", "10"], "frames must be 8n + 1, got 10"),
+        (["--steps", "0"], "steps must be above 0"),
+    ],
+)
+def test_the_command_refuses(folder, tmp_path, capsys, more, message):
+    assert command(folder, tmp_path / "run", *more) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_new_model_has_exact_wavelets_and_no_statistics_of_another(tmp_path, monkeypatch, folder):
+    seen = []
+    monkeypatch.setattr(training, "train", lambda vae, *a, **k: seen.append(vae.config))
+    small = {**WFVAE.presets["v1.5-M"], **TINY, "shift": 4 * [1.0], "scale": 4 * [2.0]}
+    monkeypatch.setitem(WFVAE.presets, "v1.5-M", small)
+    given = {"frames": 9, "size": (16, 16)}
+    training.train_folder(folder, out=tmp_path, given=given)
+    assert (seen[0].haar_gain, seen[0].shift, seen[0].scale) == (None, None, None)
