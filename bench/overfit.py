@@ -19,7 +19,6 @@ gives the same numbers again.
 from __future__ import annotations
 
 import io
-import json
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -34,6 +33,7 @@ from tqdm import tqdm
 
 from skiparse.bench import demo
 from skiparse.models import flow
+from skiparse.models.data.atomic import replacing, write_json
 from skiparse.models.data.video import read_video
 from skiparse.models.suv.model import SUV
 from skiparse.models.suv.plan import Plan
@@ -122,8 +122,9 @@ def run(
         torch.set_num_threads(threads)
     found = result(models, scenes, size, steps, curve, samples)
     picture = folder / "overfit.png"
-    _write(folder / "overfit.json", (json.dumps(found, indent=1) + "\n").encode())
-    _write(picture, draw(found, scenes, samples))
+    write_json(folder / "overfit.json", found)
+    with replacing(picture) as aside:
+        aside.write_bytes(draw(found, scenes, samples))
     for name, one in found["models"].items():
         print(
             f"{name:7} loss {one['first']:.4f} -> {one['last']:.4f}, {one['factor']:.1f} times "
@@ -332,16 +333,3 @@ def draw(found: dict[str, Any], scenes: Scenes, samples: dict[str, Tensor]) -> b
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write the file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

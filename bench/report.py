@@ -6,7 +6,6 @@ import base64
 import html
 import io
 import math
-import os
 import re
 import statistics
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from skiparse.models.data.atomic import replacing
 from skiparse.pattern import SkipPattern
 
 _PANEL = 448  # width in pixels of a picture with tokens marked on it
@@ -109,15 +109,8 @@ def _noise(rows: Sequence[Row]) -> str:
 
 def write(path: Path, result: Result) -> Path:
     """Write the report, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(render(result))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as aside:
+        aside.write_text(render(result), encoding="utf-8")
     return path
 
 

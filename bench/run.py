@@ -31,6 +31,7 @@ from skiparse import registry
 from skiparse.bench import baselines
 from skiparse.bench.baselines import Contender, Work
 from skiparse.bench.cases import Case
+from skiparse.models.data.atomic import replacing
 from skiparse.pattern import attention_flops
 from skiparse.testing import Problem, check_sample, make_problem
 
@@ -295,12 +296,8 @@ def row(
 def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Add rows to a JSON-lines file: the whole new file is written aside, synced, and renamed."""
     old = path.read_text() if path.exists() else ""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w") as file:
-        file.write(old + "".join(json.dumps(r) + "\n" for r in rows))
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with replacing(path) as aside:
+        aside.write_text(old + "".join(json.dumps(r) + "\n" for r in rows))
 
 
 def device_name(device: str) -> str:

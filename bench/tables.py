@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from skiparse.bench.cases import CASES
 from skiparse.bench.run import RESULTS
+from skiparse.models.data.atomic import replacing
 from skiparse.registry import BACKENDS
 
 HOW = {
@@ -79,12 +79,9 @@ def render(text: str) -> str:
 
 def main(path: Path) -> None:
     """Render the file in place: written aside, synced, renamed."""
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w") as file:
-        file.write(render(path.read_text()))
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    made = render(path.read_text())
+    with replacing(path) as aside:
+        aside.write_text(made)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 import skiparse
 from skiparse.models import vbench
 from skiparse.models.data import writer
+from skiparse.models.data.atomic import write_json
 from skiparse.models.pipeline import NEGATIVE_PROMPT, TEMPLATE, SUVPipeline
 
 Job = tuple[str, int, Path, Path]  # prompt, seed, video, side-car
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
         frames = pipeline(
             prompt, generator=noise, sequential_cfg=options.sequential_cfg, **settings
         ).frames[0]
-        writer.write_json(sidecar, made_from)
+        write_json(sidecar, made_from)
         if len(frames) == 1:
             writer.write_image(video, frames[0])
         else:

@@ -11,7 +11,7 @@ import torch
 
 av = pytest.importorskip("av")
 
-from skiparse.models.data import writer  # noqa: E402  # after the check that av is there
+from skiparse.models.data import atomic, writer  # noqa: E402  # after the check that av is there
 from skiparse.models.data.video import probe, read_video  # noqa: E402
 
 COLOURS = [[200, 40, 60], [30, 180, 90], [20, 60, 220], [128, 128, 128], [0, 0, 0], [255, 255, 255]]
@@ -85,12 +85,12 @@ def test_a_picture_is_exact(tmp_path):
 
 
 def test_json_is_readable(tmp_path):
-    writer.write_json(tmp_path / "x.json", {"prompt": "ünder 'the' sea", "seed": 3})
+    atomic.write_json(tmp_path / "x.json", {"prompt": "ünder 'the' sea", "seed": 3})
     text = (tmp_path / "x.json").read_text("utf-8")
     assert json.loads(text) == {"prompt": "ünder 'the' sea", "seed": 3}
     assert "ünder" in text
     with pytest.raises(ValueError, match="JSON"):
-        writer.write_json(tmp_path / "y.json", {"shift": float("nan")})
+        atomic.write_json(tmp_path / "y.json", {"shift": float("nan")})
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
@@ -99,7 +99,7 @@ def test_a_failure_leaves_the_old_file(tmp_path):
     path.write_text("old")
 
     def write():
-        with writer.replacing(path) as temporary:
+        with atomic.replacing(path) as temporary:
             assert temporary.parent == tmp_path
             temporary.write_text("half of the ne")
             raise RuntimeError("unplugged")
@@ -112,10 +112,10 @@ def test_a_failure_leaves_the_old_file(tmp_path):
 
 def test_what_is_written_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
     calls = []
-    fsync, replace = writer.os.fsync, writer.Path.replace
-    monkeypatch.setattr(writer.os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd)))
+    fsync, replace = atomic.os.fsync, atomic.Path.replace
+    monkeypatch.setattr(atomic.os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd)))
     monkeypatch.setattr(
-        writer.Path, "replace", lambda self, to: (calls.append("rename"), replace(self, to))
+        atomic.Path, "replace", lambda self, to: (calls.append("rename"), replace(self, to))
     )
     writer.write_video(tmp_path / "x.mp4", clip())
     assert calls == ["fsync", "rename"]

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import torch
@@ -17,27 +12,11 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from torch import Tensor
 
+from skiparse.models.data.atomic import replacing
+
 CRF = 23  # x264's own default
 MAX_CRF = 51
 MAX_FPS = 1000
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name beside ``path``; what is written there takes the place of ``path``.
-
-    The file is flushed to the disk and renamed when the block ends, and removed if the block
-    raises: whoever looks at ``path`` sees the old file or the whole new one.
-    """
-    target = Path(path).absolute()
-    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_video(
@@ -116,17 +95,6 @@ def write_image(path: str | os.PathLike[str], picture: Tensor) -> None:
     data = b"".join(map(bytes, [*codec.encode(frame), *codec.encode(None)]))
     with replacing(path) as temporary:
         temporary.write_bytes(data)
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write ``value`` as indented JSON in UTF-8; an older file of that name is replaced.
-
-    Raises:
-        ValueError: if a number in it is not finite, before anything is written.
-    """
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    with replacing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def _check(path: str | os.PathLike[str], suffix: str, pixels: Tensor, dims: int) -> None:

@@ -1,0 +1,40 @@
+"""Files that are there whole or not at all, whatever interrupts the writing of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary name beside ``path``; what is written there takes the place of ``path``.
+
+    The file is flushed to the disk and renamed when the block ends, and removed if the block
+    raises: whoever looks at ``path`` sees the old file or the whole new one.
+    """
+    target = Path(path).absolute()
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write ``value`` as indented JSON in UTF-8; an older file of that name is replaced.
+
+    Raises:
+        ValueError: if a number in it is not finite, before anything is written.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
