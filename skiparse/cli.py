@@ -43,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument(
         "--block", action="store_true", help="instead, the parts of one SUV block: time and memory"
     )
+    bench.add_argument(
+        "--vae", action="store_true", help="instead, WF-VAE: encode, decode, time and memory"
+    )
     bench.set_defaults(run=_bench, extra="bench")
 
     demo = commands.add_parser("demo", help="dense and Skiparse attention on a real clip")
@@ -65,6 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     suv.add_argument("--sparsity", help="such as 1,2,4,8,4,2,1; default: that of the preset")
     suv.add_argument("--key", help="where IN keeps the weights, such as ema_state_dict")
     suv.set_defaults(run=_convert_suv, extra="models")
+    vae = kinds.add_parser(
+        "vae", help="WF-VAE, the video autoencoder: a .ckpt or .safetensors file"
+    )
+    vae.add_argument("src", metavar="IN", help="a file, or a folder of indexed safetensors")
+    vae.add_argument("dst", metavar="OUT", help="the folder to make; it must not exist")
+    vae.add_argument("--key", help="where IN keeps the weights; default: averaged ones if any")
+    vae.set_defaults(run=_convert_vae, extra="models")
 
     sample = commands.add_parser("sample", help="make videos from prompts with a trained model")
     sample.add_argument("--model", required=True, help="a folder that SUVPipeline saved")
@@ -109,6 +119,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--offload", action="store_true", help="keep on the GPU only the model that runs"
     )
     sample.set_defaults(run=_sample, extra="models,video")
+
+    train_vae = commands.add_parser("train-vae", help="train a WF-VAE on a folder of clips")
+    train_vae.add_argument("folder", help="with video files of some seconds, at any depth")
+    train_vae.add_argument(
+        "--out", required=True, help="folder of the run; the same command again continues it"
+    )
+    origin = train_vae.add_mutually_exclusive_group()
+    origin.add_argument("--model", default="v1.5-M", help="a size, from random (%(default)s)")
+    origin.add_argument("--init", metavar="DIR", help="a trained one, as of the stage before")
+    train_vae.add_argument("--stage", default="I", help="I, II or III, as published (%(default)s)")
+    train_vae.add_argument("--lpips", metavar="FILE", help="its weights, as safetensors")
+    train_vae.add_argument("--size", metavar="HxW", help="of a clip; default: 256x256")
+    train_vae.add_argument("--reduction", help="sum or mean; default: sum, as published")
+    for name, kind, what in (
+        ("--steps", int, "in all; default, as below: that of the stage"),
+        ("--frames", int, "of a clip, 8n + 1"),
+        ("--every", int, "take every so many frames"),
+        ("--batch", int, "clips in a step"),
+        ("--learning-rate", float, "of both networks"),
+        ("--lpips-weight", float, "of the perceptual term"),
+        ("--kl-weight", float, "of the divergence of latents from normal ones"),
+        ("--wavelet-weight", float, "of the wavelet coefficients"),
+        ("--adversarial-weight", float, "0 for no discriminator"),
+        ("--discriminator-start", int, "step before which there is none"),
+        ("--discriminator-width", int, "of its first layer"),
+        ("--seed", int, "of everything random"),
+    ):
+        train_vae.add_argument(name, type=kind, metavar="N", help=what)
+    train_vae.add_argument(
+        "--save-every", type=int, default=1000, metavar="N", help="steps (%(default)s)"
+    )
+    train_vae.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="processes that read (%(default)s)"
+    )
+    train_vae.add_argument("--device", help='"cpu" or "cuda"; default: cuda if there is one')
+    train_vae.add_argument("--dtype", help="default: bfloat16 on cuda, float32 on cpu")
+    train_vae.set_defaults(run=_train_vae, extra="models,video")
+
+    evaluate = commands.add_parser("eval-vae", help="code clips and back, and measure what is lost")
+    evaluate.add_argument("--model", required=True, help="a folder that WFVAE saved")
+    evaluate.add_argument("clips", nargs="+", metavar="CLIP", help="a video file")
+    evaluate.add_argument("--out", required=True, help="folder for evaluation.json and pictures")
+    evaluate.add_argument("--frames", type=int, default=33, help="8n + 1 a clip (%(default)s)")
+    evaluate.add_argument("--height", type=int, default=256, help="pixels (%(default)s)")
+    evaluate.add_argument("--width", type=int, default=256, help="pixels (%(default)s)")
+    evaluate.add_argument("--fps", type=float, help="frames per second; default: those of a clip")
+    evaluate.add_argument("--tile", type=int, help="code tiles of so many pixels; default: whole")
+    evaluate.add_argument("--overlap", type=int, help="pixels that tiles share; with --tile")
+    evaluate.add_argument(
+        "--lpips", metavar="FILE", help="the network of LPIPS: safetensors (VGG) or TorchScript"
+    )
+    evaluate.add_argument(
+        "--fvd",
+        metavar="FILE",
+        help="the feature network of FVD, TorchScript; run none you distrust",
+    )
+    evaluate.add_argument("--device", help='"cpu" or "cuda"; default: cuda if there is one')
+    evaluate.add_argument("--dtype", help="default: bfloat16 on cuda, float32 on cpu")
+    evaluate.set_defaults(run=_eval_vae, extra="models,video")
 
     options = parser.parse_args(arguments)
     try:
@@ -184,6 +253,9 @@ def _bench(options: argparse.Namespace) -> None:
     if options.block:
         _bench_block(options, device, dtype)
         return
+    if options.vae:
+        _bench_vae(options, device, dtype)
+        return
     backends, others = options.backends.split(","), options.against.split(",")
     for name in backends:
         registry.check_name(name)
@@ -224,6 +296,24 @@ def _bench_block(options: argparse.Namespace, device: str, dtype: torch.dtype) -
     )
 
 
+def _bench_vae(options: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
+    from pathlib import Path
+
+    from skiparse.bench import vae
+
+    if options.cases or (options.backends, options.against) != (_BACKENDS, _AGAINST):
+        raise ValueError("--vae takes no cases, --backends or --against; leave them out")
+    kept = Path("bench/vae.jsonl")
+    checkout = Path("bench/results.jsonl").exists()
+    results = kept if options.results is None and checkout else Path(options.results or "")
+    vae.run(
+        device=device,
+        dtype=dtype,
+        rounds=options.rounds,
+        results=results if results.name else None,
+    )
+
+
 def _demo(options: argparse.Namespace) -> None:
     from skiparse.bench import demo
 
@@ -254,6 +344,19 @@ def _convert_suv(options: argparse.Namespace) -> None:
     print(f"left out, without effect: {', '.join(report.dropped) or 'nothing'}")
 
 
+def _convert_vae(options: argparse.Namespace) -> None:
+    from skiparse.models.wfvae.convert import convert_file
+
+    report = convert_file(options.src, options.dst, key=options.key, progress=True)
+    where = f"under {report.found}" if report.found else "at the top"
+    latents = "none, so latents stay as they are"
+    if report.config["shift"] is not None:
+        latents = "of the weights" if "shift" in report.dropped else "of the preset of this size"
+    print(f"{options.dst}: {report.names} names, weights found {where}")
+    print(f"Haar gain {report.config['haar_gain'] or 'exact'}; shift and scale: {latents}")
+    print(f"left out, for the config holds it: {', '.join(report.dropped) or 'nothing'}")
+
+
 def _sample(options: argparse.Namespace) -> None:
     from skiparse.models import sample
 
@@ -261,6 +364,57 @@ def _sample(options: argparse.Namespace) -> None:
         sample.plan(options)
     else:
         sample.run(options, *_device_and_dtype(options))
+
+
+def _train_vae(options: argparse.Namespace) -> None:
+    from skiparse.models.wfvae.train import train_folder
+
+    names = (
+        "frames", "every", "batch", "learning_rate", "reduction", "seed", "discriminator_start",
+        "discriminator_width", "lpips_weight", "kl_weight", "wavelet_weight", "adversarial_weight",
+    )  # fmt: skip
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if options.size is not None:
+        sides = options.size.split("x")
+        if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+            raise ValueError(f"--size {options.size}: give height and width, such as 256x256")
+        given["size"] = (int(sides[0]), int(sides[1]))
+    device, dtype = _device_and_dtype(options)
+    checkpoint = train_folder(
+        options.folder,
+        out=options.out,
+        model=options.model,
+        init=options.init,
+        stage=options.stage,
+        steps=options.steps,
+        lpips=options.lpips,
+        given=given,
+        save_every=options.save_every,
+        device=device,
+        dtype=dtype,
+        workers=options.workers,
+    )
+    print(checkpoint)
+
+
+def _eval_vae(options: argparse.Namespace) -> None:
+    from skiparse.models.wfvae import evaluate
+
+    device, dtype = _device_and_dtype(options)
+    evaluate.run(
+        options.model,
+        options.clips,
+        options.out,
+        frames=options.frames,
+        size=(options.height, options.width),
+        fps=options.fps,
+        tile=options.tile,
+        overlap=options.overlap,
+        lpips=options.lpips,
+        fvd=options.fvd,
+        device=device,
+        dtype=dtype,
+    )
 
 
 if __name__ == "__main__":
