@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin  # a pipeline looks for it in the module of a model
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ CHECKPOINTS = ("none", "feed_forward", "block")
 _TABLES = 64  # rotary tables and permutations that are kept, a dozen for each shape
 
 
-class SUV(StrictModelMixin):
+class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are untyped
     """The denoiser: noisy latents, a time and a text in, a velocity out.
 
     Args:

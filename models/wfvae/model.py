@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin  # a pipeline looks for it in the module of a model
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -225,7 +226,7 @@ class Outflow(nn.Module):
         return self.conv(x, stream)
 
 
-class WFVAE(StrictModelMixin):
+class WFVAE(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are untyped
     """Video to latents an eighth as long, high and wide, and back.
 
     Args:
