@@ -295,7 +295,10 @@ def test_an_mp4_cut_short(tmp_path: Path, front: bool) -> None:
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4", "mpeg2video"])
 def test_flipped_bytes_in_the_middle(tmp_path: Path, codec: str) -> None:
-    path = make(tmp_path / "a.mkv", smooth(24), codec=codec, pixels="yuv420p")
+    # On one thread, which writes the same file every time: H.264 has no checksums, so in some of
+    # the files that several threads write such damage may happen to be a valid picture.
+    one = {"threads": "1"}
+    path = make(tmp_path / "a.mkv", smooth(24), codec=codec, pixels="yuv420p", options=one)
     read(path, 24)
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
