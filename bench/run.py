@@ -337,7 +337,8 @@ def commit() -> str | None:
     """The checkout's commit, with ``+`` if it had changes; None outside a checkout."""
     here = ["git", "-C", str(Path(__file__).parent)]
     head = _output([*here, "rev-parse", "--short=12", "HEAD"])
-    changed = _output([*here, "status", "--porcelain", "--untracked-files=no", "--", "../skiparse"])
+    code = ("../skiparse", "../models", "*.py")
+    changed = _output([*here, "status", "--porcelain", "--untracked-files=no", "--", *code])
     return (head + ("+" if changed else "")) or None
 
 

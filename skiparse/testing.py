@@ -161,7 +161,7 @@ class Way:
 
 WAYS = (
     *(Way(how, shuffle) for shuffle in range(2) for how in ("softmax", "lse", "kernel")),
-    *(Way("kernel", shuffle) for shuffle in range(2, 16)),  # whose rounding varies most
+    *(Way("kernel", shuffle) for shuffle in range(2, 6)),  # whose rounding varies most
 )
 
 
@@ -260,15 +260,15 @@ def run(problem: Problem, backend: str) -> Answer:
     return Answer(out.detach(), text_out.detach(), lse, text_lse, *grads)
 
 
-def check(actual: Answer, problem: Problem) -> None:
-    """Hold every output and gradient of ``actual`` against :func:`budget`.
+def check(actual: Answer, problem: Problem, ways: Sequence[Way] = WAYS) -> None:
+    """Hold every output and gradient of ``actual`` against :func:`budget` of eager's ``ways``.
 
     Raises:
         AssertionError: naming the tensor, its error and the budget.
     """
     dtype = problem.q.dtype
     exact = oracle(problem)._asdict()
-    eagers = (oracle(problem, yardstick(dtype), way)._asdict() for way in WAYS)
+    eagers = (oracle(problem, yardstick(dtype), way)._asdict() for way in ways)
     within_budget(actual._asdict(), exact, eagers, dtype)
 
 
