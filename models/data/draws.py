@@ -24,15 +24,16 @@ class Use(IntEnum):
     POSTERIOR = 4  # the sample of the autoencoder's posterior
     SIGMA = 5  # the noise level
     NOISE = 6
-    STEP = 7  # whatever else happens in a step
+    STAGE = 7  # the seed of a stage of a run
     REPLACE = 8  # which sample stands in for one that cannot be read
+    SHORT = 9  # which clips shorter than asked for stay
 
 
 class Place(NamedTuple):
     """One sample of a run: ``row`` of the data, at ``index`` of the global batch of ``step``."""
 
     step: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides the method of tuples, which nobody needs
     row: int
 
 
@@ -45,3 +46,8 @@ def torch_numbers(seed: int, step: int, index: int, use: Use) -> torch.Generator
     """The same as a torch generator, on the CPU: so the numbers are those of every device."""
     value = int(numbers(seed, step, index, use).integers(2**63))
     return torch.Generator().manual_seed(value)
+
+
+def stage_seed(seed: int, stage: int) -> int:
+    """The seed of a stage of a run, by its number in the chain."""
+    return int(numbers(seed, stage, 0, Use.STAGE).integers(2**63))

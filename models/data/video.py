@@ -7,6 +7,8 @@ at all.
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -33,6 +35,9 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: `C:` 
 
 # H.264 and HEVC show a frame at most this many frames after those that may be predicted from it.
 _REORDER = 16
+
+# Containers that stamp every picture with its time, so that it is the same time after a jump.
+_SEEKABLE = {"mov", "matroska"}
 
 _UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED, the colour matrix of an untagged frame
 _BT709 = 1  # AVCOL_SPC_BT709
@@ -82,6 +87,13 @@ class VideoInfo:
     fps: Fraction | None  # average frames per second
     duration: Fraction | None  # seconds
     rotation: int  # degrees counter-clockwise that turn the stored picture upright
+    pixel_aspect: Fraction  # width of a stored pixel over its height
+
+    def upright(self) -> tuple[int, int]:
+        """Height and width to show it at, in square pixels, so that neither side is enlarged."""
+        height = int(self.height / max(self.pixel_aspect, Fraction(1)))
+        width = int(self.width * min(self.pixel_aspect, Fraction(1)))
+        return (height, width) if self.rotation % 180 == 0 else (width, height)
 
 
 def probe(
@@ -109,6 +121,7 @@ def probe(
             stream.average_rate,
             _duration(container, stream),
             first.rotation,
+            stream.sample_aspect_ratio or Fraction(1),
         )
 
 
@@ -118,24 +131,32 @@ def read_video(
     frames: int,
     fps: float | Fraction,
     size: tuple[int, int],
+    start: float | Fraction = 0,
+    crop: tuple[int, int, int, int] | None = None,
     root: str | os.PathLike[str] | None = None,
     limits: Limits | None = None,
     allow_upscale: bool = False,
     threads: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """The first ``frames`` frames of a video, sampled by time, cropped and scaled to ``size``.
+    """``frames`` frames of a video from ``start`` on, sampled by time, cut and scaled to ``size``.
 
-    Frame ``i`` is the picture on screen ``i / fps`` seconds after the first one, by the time
-    stamps of the file, so a variable frame rate comes out right. Pictures are turned upright, cut
-    about the centre to the aspect of ``size`` and scaled (bicubic, antialiased). Frames without a
-    colour tag are taken as BT.709 from 720 lines up and BT.601 below; there is no tone mapping.
+    Frame ``i`` is the picture on screen ``start + i / fps`` seconds after the first one, by the
+    time stamps of the file, so a variable frame rate comes out right. Pictures are turned upright,
+    cut about the centre to the aspect of ``size`` and scaled (bicubic, antialiased). Frames without
+    a colour tag are taken as BT.709 from 720 lines up and BT.601 below; there is no tone mapping.
+
+    In mp4, mov, Matroska and WebM decoding begins at a key frame before ``start``, if that gives
+    the frame on screen at ``start``; else, and in other formats, at the beginning. The frames are
+    the same.
 
     Args:
         path: a plain file. A name with a colon near its start needs a folder before it, ``./a:b``.
         frames: how many frames to return, at least 1.
         fps: frames per second to return, above 0.
         size: height and width to return, in pixels.
+        start: seconds after the first frame at which the clip begins, at least 0.
+        crop: top, left, height and width, in pixels of the upright picture, of the part to use.
         root: if given, ``path`` is relative to it and may not leave it, by symlink or otherwise.
         limits: the largest source to decode; ``Limits()`` if None.
         allow_upscale: whether a source smaller than ``size`` is enlarged instead of refused.
@@ -147,10 +168,10 @@ def read_video(
 
     Raises:
         VideoError: if the file is no plain local file, holds no video, exceeds the limits, has
-            less to show than was asked for, is too small, or is damaged anywhere up to the last
-            frame needed. Damage is what the decoder notices: in H.264, MPEG-4 and AV1 nearly all
-            of it, in HEVC and VP9 little, as they carry no checksums. Where that matters, compare
-            a hash of the file first.
+            less to show than was asked for, is too small, or is damaged anywhere from where
+            decoding begins up to the last frame needed. Damage is what the decoder notices: in
+            H.264, MPEG-4 and AV1 nearly all of it, in HEVC and VP9 little, as they carry no
+            checksums. Where that matters, compare a hash of the file first.
         ValueError: for arguments that make no sense.
     """
     height, width = size
@@ -159,22 +180,32 @@ def read_video(
     rate = Fraction(fps).limit_denominator(100_000)
     if rate <= 0:
         raise ValueError(f"fps must be above 0, got {fps}")
+    if not 0 <= start < math.inf:
+        raise ValueError(f"start must be at least 0 seconds, got {start}")
+    begin = Fraction(start)
+    if crop is not None and (min(crop[:2]) < 0 or min(crop[2:]) < 1):
+        raise ValueError(f"crop must be (top, left, height, width) of some pixels, got {crop}")
     limits = limits or Limits()
+    entry = _entry(path, root, limits, begin)
     clip = torch.empty((frames, height, width, 3), dtype=torch.uint8)
     done, spare, end = 0, _REORDER, Fraction(0)
     with _opened(path, root, limits) as (container, stream):
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = threads
+        pictures = _frames(container, stream, limits)
+        if entry is not None:
+            pictures = _after_jump(container, stream, limits, entry)
+        zero = None if entry is None else entry.zero
         try:
-            for end, frame in _shown(_frames(container, stream, limits), stream, limits):
+            for end, frame in _shown(pictures, stream, limits, zero):
                 if done == frames:
                     spare -= 1
                     if not spare:
                         break
                 first = done
-                while done < frames and done / rate < end:
+                while done < frames and begin + done / rate < end:
                     if done == first:
-                        clip[done] = _picture(frame, stream, size, allow_upscale)
+                        clip[done] = _picture(frame, stream, size, crop, allow_upscale)
                     else:
                         clip[done] = clip[first]
                     done += 1
@@ -183,10 +214,11 @@ def read_video(
         except VideoError as error:
             raise VideoError(f"{error} (with {done} of {frames} frames done)") from error
         if done < frames:
+            promised = _promised_frames(container, stream) or "no number of"
             raise VideoError(
                 f"ends after {float(end):.3f} s, enough for {done} of the {frames} frames asked "
-                f"for: the last is due at {float((frames - 1) / rate):.3f} s. The container speaks "
-                f"of {_promised_frames(container, stream) or 'no number of'} frames"
+                f"for: the last is due at {float(begin + (frames - 1) / rate):.3f} s. The "
+                f"container speaks of {promised} frames"
             )
     return clip
 
@@ -198,7 +230,7 @@ def _opened(
     """The container and its video stream, sizes checked; all errors leave as VideoError."""
     try:
         with (
-            _plain_file(path, root).open("rb") as file,
+            plain_file(path, root).open("rb") as file,
             av.open(
                 file,
                 mode="r",
@@ -234,12 +266,10 @@ def _opened(
         ) from error
 
 
-def _plain_file(path: str | os.PathLike[str], root: str | os.PathLike[str] | None) -> Path:
+def plain_file(path: str | os.PathLike[str], root: str | os.PathLike[str] | None) -> Path:
+    """The file ``path``, of ``root`` if given; VideoError if it is none, empty, or outside."""
     name = os.fspath(path)
-    if "\0" in name:
-        raise VideoError("NUL in the name; only plain local files are read")
-    if _SCHEME.match(name):
-        raise VideoError("looks like a URL; only plain local files are read (./a:b for a name)")
+    check_name(name)
     try:
         real = (Path(root or ".") / name).resolve(strict=True)
         if root is not None and not real.is_relative_to(Path(root).resolve(strict=True)):
@@ -251,6 +281,14 @@ def _plain_file(path: str | os.PathLike[str], root: str | os.PathLike[str] | Non
     if not real.stat().st_size:
         raise VideoError("the file is empty")
     return real
+
+
+def check_name(name: str) -> None:
+    """VideoError if a name is none of a plain local file: a URL, or with NUL in it."""
+    if "\0" in name:
+        raise VideoError("NUL in the name; only plain local files are read")
+    if _SCHEME.match(name):
+        raise VideoError("looks like a URL; only plain local files are read (./a:b for a name)")
 
 
 def _video_stream(container: InputContainer) -> VideoStream:
@@ -300,22 +338,80 @@ def _frames(container: InputContainer, stream: VideoStream, limits: Limits) -> I
         raise VideoError(f"damaged after {count} frames: {error.strerror}") from error
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """Where to enter a file: in ticks of its clock."""
+
+    zero: int  # the first frame of the file
+    jump: int  # what to ask the container for, to arrive at a key frame early enough
+
+
+def _entry(
+    path: str | os.PathLike[str],
+    root: str | os.PathLike[str] | None,
+    limits: Limits,
+    begin: Fraction,
+) -> _Entry | None:
+    """A way to the frame on screen at ``begin`` without decoding all before it, or None.
+
+    It has been tried: it leads to a key frame that can be decoded and is not too late. Containers
+    look for key frames by the time of decoding, which is up to ``_REORDER`` frames before that of
+    showing; so the jump is that much shorter.
+    """
+    if not begin:
+        return None
+    with _opened(path, root, limits) as (container, stream):
+        rate = stream.average_rate
+        if not rate or begin <= _REORDER / rate or _SEEKABLE.isdisjoint(_formats(container)):
+            return None
+        first = next(_frames(container, stream, limits), None)
+        if first is None or first.pts is None or first.time_base is None:
+            return None
+        tick = first.time_base
+        jump = first.pts + math.floor((begin - _REORDER / rate) / tick)
+        entry = _Entry(first.pts, jump)
+        try:
+            found = next(_after_jump(container, stream, limits, entry), None)
+        except VideoError:  # frames shown before the key frame may lack what they are made from
+            return None
+        early = found is not None and found.pts is not None and found.pts <= jump
+        return entry if early else None
+
+
+def _formats(container: InputContainer) -> list[str]:
+    return container.format.name.split(",")
+
+
+def _after_jump(
+    container: InputContainer, stream: VideoStream, limits: Limits, entry: _Entry
+) -> Iterator[VideoFrame]:
+    """The frames from the key frame on to which ``entry`` leads; those before it may be broken."""
+    try:
+        container.seek(entry.jump, stream=stream)
+    except av.FFmpegError as error:
+        raise VideoError(f"no jump to {entry.jump} in it: {error.strerror}") from error
+    frames = _frames(container, stream, limits)
+    yield from itertools.dropwhile(lambda frame: not frame.key_frame, frames)
+
+
 def _shown(
-    frames: Iterator[VideoFrame], stream: VideoStream, limits: Limits
+    frames: Iterator[VideoFrame], stream: VideoStream, limits: Limits, zero: int | None
 ) -> Iterator[tuple[Fraction, VideoFrame]]:
-    """Each frame, with the time at which the next one replaces it; the first appears at 0.
+    """Each frame, with the time at which the next one replaces it, counted from ``zero``.
+
+    ``zero`` is in ticks of the container's clock; if None, it is the first of the frames.
 
     In seconds, exact but for half a tick of the container's clock by which all ends are early:
     time stamps are rounded to that clock, and ``i / fps`` has to fall on the right side.
     """
     current: VideoFrame | None = None
-    zero = pts = 0
+    pts = 0
     tick = Fraction(0)
     for frame in frames:
         if frame.pts is None or frame.time_base is None:
             raise VideoError("its frames have no time stamps; put them into a container, say mp4")
         if current is None:
-            zero, tick = frame.pts, frame.time_base
+            zero, tick = frame.pts if zero is None else zero, frame.time_base
         elif frame.pts < pts:
             raise VideoError(f"time goes backwards, from {pts * tick} s to {frame.pts * tick} s")
         elif (frame.pts - pts) * tick > limits.max_hold:
@@ -324,9 +420,10 @@ def _shown(
                 f"{limits.max_hold}; frames may be lost. If not, pass larger limits"
             )
         else:
+            assert zero is not None
             yield (frame.pts - zero) * tick - tick / 2, current
         current, pts = frame, frame.pts
-    if current is not None:
+    if current is not None and zero is not None:
         lasts = current.duration * tick
         if not lasts and stream.average_rate:
             lasts = 1 / stream.average_rate
@@ -334,7 +431,11 @@ def _shown(
 
 
 def _picture(
-    frame: VideoFrame, stream: VideoStream, size: tuple[int, int], allow_upscale: bool
+    frame: VideoFrame,
+    stream: VideoStream,
+    size: tuple[int, int],
+    crop: tuple[int, int, int, int] | None,
+    allow_upscale: bool,
 ) -> Tensor:
     """One frame upright, cut and scaled: uint8 ``[height, width, 3]``."""
     if frame.colorspace == _UNSPECIFIED and frame.height >= 720:
@@ -347,8 +448,45 @@ def _picture(
     mirrored = [axis for axis, sign in ((0, b + d), (1, a + c)) if sign < 0]
     picture = picture.flip(mirrored) if mirrored else picture
 
-    aspect = Fraction(size[1], size[0]) / pixel_aspect  # of the cut, in pixels as stored
+    return fit(
+        picture, size=size, crop=crop, pixel_aspect=pixel_aspect, allow_upscale=allow_upscale
+    )
+
+
+def fit(
+    picture: Tensor,
+    *,
+    size: tuple[int, int],
+    crop: tuple[int, int, int, int] | None = None,
+    pixel_aspect: Fraction = Fraction(1),
+    allow_upscale: bool = False,
+) -> Tensor:
+    """A picture cut about its centre to the aspect of ``size`` and scaled to it.
+
+    Args:
+        picture: uint8 ``[height, width, 3]``.
+        size: height and width to return, in pixels.
+        crop: top, left, height and width of the part to use, in pixels; all of it if None.
+        pixel_aspect: width of a pixel of ``picture`` over its height; that of the result is 1.
+        allow_upscale: whether a cut smaller than ``size`` is enlarged instead of refused.
+
+    Returns:
+        uint8 ``[*size, 3]``, bicubic and antialiased.
+
+    Raises:
+        VideoError: if ``crop`` is not inside the picture, or the cut is too small.
+    """
     height, width = picture.shape[:2]
+    if crop is not None:
+        top, left = crop[:2]
+        if top + crop[2] > height or left + crop[3] > width:
+            raise VideoError(
+                f"the crop {crop} (top, left, height, width) is not inside its {width}x{height} "
+                "pixels; correct the crop"
+            )
+        height, width = crop[2:]
+        picture = picture[top : top + height, left : left + width]
+    aspect = Fraction(size[1], size[0]) / pixel_aspect  # of the cut, in pixels as stored
     cut_height = min(height, max(1, round(width / aspect)))
     cut_width = min(width, max(1, round(height * aspect)))
     if (cut_height < size[0] or cut_width < size[1]) and not allow_upscale:

@@ -1,0 +1,177 @@
+"""How rows of a manifest become clips: decoded at the training rate, in the bucket's shape."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from skiparse.models.data.buckets import Buckets, Rule
+from skiparse.models.data.draws import Place, Use, numbers
+from skiparse.models.data.image import read_image
+from skiparse.models.data.manifest import DataError, Manifest, Record
+from skiparse.models.data.video import Limits, VideoError, read_video
+
+_BAD_SHARE = 0.01  # of the files tried, above which a run stops
+_JUDGED = 100  # files tried before that is asked
+_TRIES = 20  # of other samples in place of one that cannot be read
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One sample.
+
+    Attributes:
+        frames: uint8 ``[T, H, W, 3]``, RGB; T is 1 for an image.
+        captions: at least one, none empty.
+        key: names the clip and the window of it, and no other.
+        place: in the run, with the row that was read.
+    """
+
+    frames: Tensor
+    captions: tuple[str, ...]
+    key: str
+    place: Place
+
+
+class Clips(Dataset[Clip]):
+    """The clips of a manifest, by :class:`~skiparse.models.data.draws.Place`.
+
+    A clip depends on the seed, the place and the files alone, however many workers read it.
+
+    A file that cannot be read, or has less in it than the manifest says, is replaced by another
+    sample of its bucket and written down in ``bad``. Each worker counts its own files: once more
+    than 1 % of those it tried are bad (of 100, or of all if there are fewer), it raises.
+
+    Args:
+        manifest, buckets, rule: the rows, and their shapes by that rule.
+        seed: of windows and replacements.
+        windows: which part of a longer clip: "random", another one each time, or "fixed", which
+            follows from the seed and the row, so that it can be kept.
+        limits: the largest source to decode.
+        bad: file that a JSON line is added to for every bad file: path, reason. None: nowhere.
+
+    Raises:
+        ValueError: for arguments that do not fit together.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        buckets: Buckets,
+        rule: Rule,
+        *,
+        seed: int = 0,
+        windows: Literal["random", "fixed"] = "random",
+        limits: Limits | None = None,
+        bad: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if len(buckets.bucket) != len(manifest):
+            raise ValueError(
+                f"buckets are of {len(buckets.bucket)} rows and the manifest has {len(manifest)}; "
+                "assign them anew"
+            )
+        if windows not in ("random", "fixed"):
+            raise ValueError(f"windows must be random or fixed, got {windows!r}")
+        self.manifest, self.buckets, self.rule = manifest, buckets, rule
+        self.seed, self.windows, self.limits = seed, windows, limits
+        self.bad = None if bad is None else Path(bad)
+        self.reasons: dict[int, str] = {}  # of the rows found bad in this process
+        self._rows = int(buckets.counts.sum())
+        self._tried = 0
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, place: Place) -> Clip:
+        """The clip at ``place``, or one of its bucket in its stead.
+
+        Raises:
+            DataError: if too many files are bad, with the first reasons.
+        """
+        others = None
+        for _ in range(_TRIES):
+            clip = self._try(place)
+            if clip is not None:
+                return clip
+            if others is None:
+                bucket = self.buckets.bucket
+                rows = np.flatnonzero(bucket == bucket[place.row])
+                chance = numbers(self.seed, place.step, place.index, Use.REPLACE)
+                others = iter(chance.choice(rows, _TRIES))
+            place = place._replace(row=int(next(others)))
+        raise DataError(f"no clip could be read in {_TRIES} tries. {self._summary()}")
+
+    def _try(self, place: Place) -> Clip | None:
+        """The clip, or None if its file is bad, which is written down."""
+        if place.row in self.reasons:
+            return None
+        self._tried += 1
+        clip = None
+        try:
+            clip = self.read(place)
+        except VideoError as error:
+            self._set_aside(place.row, str(error))
+        share = len(self.reasons) / self._tried
+        if share > _BAD_SHARE and self._tried >= min(_JUDGED, self._rows):
+            raise DataError(f"{share:.1%} of the files tried are bad. {self._summary()}")
+        return clip
+
+    def read(self, place: Place) -> Clip:
+        """The clip at ``place`` and no other; VideoError if it cannot be read."""
+        bucket = int(self.buckets.bucket[place.row])
+        if bucket < 0:
+            raise ValueError(f"row {place.row} has no bucket: the rule or rarity drops it")
+        frames, *size = self.buckets.shapes[bucket]
+        record = self.manifest.record(place.row)
+        key = f"{record.root.name}/{record.path}[{place.row}"
+        if not record.is_video:
+            image = read_image(
+                record.path, size=(size[0], size[1]), root=record.root, limits=self.limits
+            )
+            return Clip(image, record.captions, f"{key}]", place)
+        interval = float(self.rule.interval(np.array(record.fps)))
+        first = record.start + self._window(place, record, math.floor((frames - 1) * interval))
+        clip = read_video(
+            record.path,
+            frames=frames,
+            fps=record.fps / interval,
+            size=(size[0], size[1]),
+            start=first / record.fps,
+            crop=record.crop,
+            root=record.root,
+            limits=self.limits,
+            threads=1,
+        )
+        return Clip(clip, record.captions, f"{key}:{first}+{frames}]", place)
+
+    def _window(self, place: Place, record: Record, span: int) -> int:
+        """The first frame to take, so that another ``span`` of the clip's come after it."""
+        step, index = (place.step, place.index) if self.windows == "random" else (0, place.row)
+        last = max(record.frames - 1 - span, 0)
+        chance = numbers(self.seed, step, index, Use.WINDOW)
+        return int(chance.integers(last, endpoint=True))
+
+    def _set_aside(self, row: int, reason: str) -> None:
+        self.reasons[row] = reason
+        if self.bad is None:
+            return
+        record = self.manifest.record(row)
+        line = json.dumps({"path": str(record.root / record.path), "reason": reason}) + "\n"
+        file = os.open(self.bad, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            os.write(file, line.encode())  # in one piece, so that workers do not mix theirs
+        finally:
+            os.close(file)
+
+    def _summary(self) -> str:
+        first = "; ".join(list(self.reasons.values())[:3])
+        more = f", see {self.bad}" if self.bad else ""
+        return f"The first reasons: {first}{more}. Mend or remove these files"
