@@ -227,7 +227,7 @@ def _shapes(manifest: Manifest, rows: slice, rule: Rule) -> _Shape:
     height = manifest.height[rows].astype(np.int64)
     width = manifest.width[rows].astype(np.int64)
     frames = np.where(manifest.is_video[rows], _resampled(manifest, rows, rule), 1)
-    frames = np.asarray(rule.kept_frames(np.minimum(frames, rule.frames)))
+    frames = np.maximum(rule.kept_frames(np.minimum(frames, rule.frames)), 0)
     if rule.size is not None:
         return frames, np.full_like(height, rule.size[0]), np.full_like(width, rule.size[1])
     assert rule.max_pixels is not None
