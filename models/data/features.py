@@ -114,7 +114,6 @@ class Encoders:
         encoders = TextEncoders.from_pretrained(text, dtype=dtype)
         return cls(WFVAE.from_pretrained(vae, torch_dtype=dtype), encoders, device)
 
-    @torch.no_grad()
     def features(self, clip: Clip) -> Features:
         """The features of one clip, on the CPU; those of the same clip are always the same.
 
@@ -226,14 +225,14 @@ def _latents(features: Features, seed: int, mode: Mode) -> Tensor:
 
 
 def _settings(encoder: Any, tokenizer: Any) -> dict[str, Any]:
-    """The config of a text encoder and its tokenizer, without what a use of them changes."""
+    """The config of a text encoder and its tokenizer, without what their last use left."""
     config, backend = (
         encoder.config.to_diff_dict(),
         json.loads(tokenizer.backend_tokenizer.to_str()),
     )
     for name in ("transformers_version", "architectures", "dtype"):
         config.pop(name, None)
-    for name in ("truncation", "padding"):  # of the last call
+    for name in ("truncation", "padding"):
         backend.pop(name, None)
     return {**config, "tokenizer": backend}
 
