@@ -1,0 +1,129 @@
+"""What a run learned leaves it as a pipeline that `skiparse sample` takes, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from test_text import save, tiny_encoders
+
+from skiparse.cli import main
+from skiparse.models.pipeline import SUVPipeline
+from skiparse.models.suv.model import SUV
+from skiparse.models.train.checkpoint import CheckpointError, Checkpoints
+from skiparse.models.train.export import export
+from skiparse.models.wfvae.model import WFVAE
+
+VAE = {
+    "base_channels": 8,
+    "latent_channels": 4,
+    "encoder_energy_channels": 4,
+    "decoder_energy_channels": 4,
+    "encoder_res_blocks": 1,
+    "decoder_res_blocks": 1,
+}
+
+
+def model(seed):
+    torch.manual_seed(seed)
+    made = SUV(**SUV.presets["tiny"])
+    for parameter in made.parameters():  # as initialised, the text hardly matters
+        torch.nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+def save_run(run, step, **models):
+    """A checkpoint as a run has it: models, something of the optimiser, and the config."""
+    tensors = {"optimizer.x.step": torch.tensor(float(step))}
+    for name, made in models.items():
+        tensors |= {f"{name}.{key}": x for key, x in made.state_dict().items()}
+    config = {k: v for k, v in made.config.items() if not k.startswith("_")}
+    Checkpoints(run / "checkpoints").save(step, tensors, {"model": config, "clipper": {}})
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """A run of two checkpoints, and the folders of the encoders."""
+    save_run(tmp_path / "run", 1, model=model(1), ema=model(2))
+    save_run(tmp_path / "run", 2, model=model(3), ema=model(4))
+    torch.manual_seed(0)
+    WFVAE(**VAE).save_pretrained(tmp_path / "vae")
+    save(tmp_path / "text", tiny_encoders())
+    return {"run": tmp_path / "run", "vae": tmp_path / "vae", "text": tmp_path / "text"}
+
+
+def equal(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(("weights", "seed"), [({}, 4), ({"weights": "model"}, 3)])
+def test_the_newest_weights_and_the_encoders(parts, tmp_path, weights, seed):
+    out = tmp_path / "out"
+    assert export(out=out, **parts, **weights) == out
+    pipe = SUVPipeline.from_pretrained(out)
+    assert equal(pipe.transformer, model(seed))
+    assert pipe.transformer.config.sparsity == SUV.presets["tiny"]["sparsity"]
+    assert not pipe.transformer.training
+    assert equal(pipe.vae, WFVAE.from_pretrained(parts["vae"]))
+    _, t5, _, clip = tiny_encoders()
+    assert equal(pipe.text_encoder, t5)
+    assert equal(pipe.text_encoder_2, clip)
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".json", ".safetensors"}
+
+
+def test_sample_takes_it(parts, tmp_path):
+    pytest.importorskip("av")
+    out = export(out=tmp_path / "out", **parts)
+    video = tmp_path / "x.mp4"
+    size = ["--height", "32", "--width", "48", "--frames", "9", "--steps", "2", "--device", "cpu"]
+    asked = ["--prompt", "cat", "--out", str(video)]
+    assert main(["sample", "--model", str(out), *size, *asked]) == 0
+    assert video.stat().st_size
+    assert json.loads(video.with_suffix(".json").read_text())["prompt"] == "cat"
+
+
+def without(name):
+    return lambda parts: shutil.rmtree(parts[name])
+
+
+def damaged(parts):
+    path = next(parts["run"].glob("checkpoints/step-00000002/*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+def of_another_size(parts):
+    models = {name: SUV(**{**SUV.presets["tiny"], "num_heads": 3}) for name in ("model", "ema")}
+    save_run(parts["run"], 3, **models, small=model(1))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "change", "kind", "message"),
+    [
+        (None, {"weights": "best"}, ValueError, "weights must be one of ema, model, got 'best'"),
+        (lambda parts: os.mkdir(parts["run"].parent / "out"), {}, ValueError, "out exists"),
+        (without("run"), {}, FileNotFoundError, "no complete checkpoint in .*run/checkpoints"),
+        (without("vae"), {}, FileNotFoundError, "vae/config.json is not there; give a WFVAE"),
+        (without("text"), {}, FileNotFoundError, "no text encoder in "),
+        (damaged, {}, CheckpointError, "step-00000002.*does not have the SHA-256"),
+        (of_another_size, {}, ValueError, "step-00000003 does not hold its SUV: .*size mismatch"),
+        (
+            lambda parts: Checkpoints(parts["run"] / "checkpoints").save(3, {}, {}),
+            {}, ValueError, "step-00000003 is of no SUV",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_exported(parts, tmp_path, spoil, change, kind, message):
+    if spoil:
+        spoil(parts)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(kind, match=f"(?s){message}"):
+        export(out=tmp_path / "out", **parts, **change)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
