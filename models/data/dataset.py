@@ -134,7 +134,11 @@ class Clips(Dataset[Clip]):
         key = f"{record.root.name}/{record.path}[{place.row}"
         if not record.is_video:
             image = read_image(
-                record.path, size=(size[0], size[1]), root=record.root, limits=self.limits
+                record.path,
+                size=(size[0], size[1]),
+                crop=record.crop,
+                root=record.root,
+                limits=self.limits,
             )
             return Clip(image, record.captions, f"{key}]", place)
         interval = float(self.rule.interval(np.array(record.fps)))

@@ -35,6 +35,7 @@ def read_image(
     path: str | os.PathLike[str],
     *,
     size: tuple[int, int],
+    crop: tuple[int, int, int, int] | None = None,
     root: str | os.PathLike[str] | None = None,
     limits: Limits | None = None,
 ) -> Tensor:
@@ -43,7 +44,7 @@ def read_image(
     It is turned upright by its EXIF orientation; transparency is dropped.
 
     Args:
-        path, root, limits: as for :func:`~skiparse.models.data.video.read_video`.
+        path, crop, root, limits: as for :func:`~skiparse.models.data.video.read_video`.
         size: height and width to return, in pixels.
 
     Returns:
@@ -55,7 +56,7 @@ def read_image(
     """
     with _opened(path, root, limits or Limits()) as image:
         upright = ImageOps.exif_transpose(image).convert("RGB")
-        return fit(torch.from_numpy(np.array(upright)), size=size)[None]
+        return fit(torch.from_numpy(np.array(upright)), size=size, crop=crop)[None]
 
 
 @contextmanager

@@ -7,13 +7,14 @@ them, and kept as columns that are mapped from disk: ten million rows cost no Py
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -110,17 +111,17 @@ class Manifest:
                 - a text file with lines ``root,annotations``, such as ``data.txt``;
                 - annotations, a ``.json`` array or ``.jsonl`` lines, of clips in the same folder.
                   Keys: ``path``, ``cap`` (text or a list), ``resolution`` (``height``, ``width``),
-                  and for videos ``num_frames``, ``fps`` (24 if left out), ``cut``
-                  (``[first, end]`` in frames), ``crop`` (``[x0, x1, y0, y1]``);
+                  ``crop`` (``[x0, x1, y0, y1]``, or none), and for videos ``num_frames``, ``fps``
+                  (24 if there is none), ``cut`` (``[first, end]`` in frames, or none);
                 - a folder of clips and images, each with its caption in a ``.txt`` of its name.
 
-            index: folder to keep the rows in, for large data sets and many processes; made or
-                brought up to date as needed. If None they are kept in memory.
+            index: folder to keep the rows in, for large data sets and many processes; made anew
+                if a file was added, removed or changed, by size and time. None: in memory.
 
         Raises:
             DataError: naming the file, the record and the key that will not do, or if no row is
-                left. Records without caption or resolution, and clips of a folder that cannot be
-                opened, are counted in ``dropped`` instead.
+                left. Records without caption or resolution are counted in ``dropped`` instead,
+                and so are clips of a folder that cannot be opened, with a warning.
         """
         found = _source(Path(source))
         if index is None:
@@ -190,7 +191,7 @@ def _column(table: pa.Table, name: str) -> np.ndarray:
 
 
 def _is_current(about: Path, stamp: list[Any]) -> bool:
-    return about.is_file() and json.loads(about.read_bytes())["stamp"] == stamp
+    return about.is_file() and json.loads(about.read_bytes()).get("stamp") == stamp
 
 
 # Writing the index.
@@ -293,7 +294,7 @@ def _annotations(path: Path) -> Iterator[tuple[str, Any]]:
 def _json(data: bytes, where: str) -> Any:
     try:
         return json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: no JSON: {error}") from error
 
 
@@ -317,14 +318,22 @@ def _folder_records(folder: Path, dropped: Counter[str]) -> Iterator[tuple[str, 
             f"{len(without)} of {len(clips)} clips have no caption in a .txt of their name, such "
             f"as {', '.join(without[:3])}; write them, or move the clips"
         )
+    unreadable = []
     with ThreadPoolExecutor() as pool:
         looked = pool.map(lambda path: _look(folder, path), clips)
         bar = tqdm(looked, "looking at clips", len(clips), unit="file", leave=False)
         for path, found in zip(clips, bar, strict=True):
             if isinstance(found, str):
-                dropped["cannot be opened"] += 1
+                unreadable.append(found)
             else:
                 yield str(path), {**found, "cap": _text(path.with_suffix(".txt"))}
+    if unreadable:
+        dropped["cannot be opened"] = len(unreadable)
+        warnings.warn(
+            f"{len(unreadable)} of {len(clips)} clips in {folder} cannot be opened and are left "
+            f"out: {'; '.join(unreadable[:3])}",
+            stacklevel=2,
+        )
 
 
 def _look(folder: Path, path: Path) -> dict[str, Any] | str:
@@ -350,6 +359,9 @@ def _look(folder: Path, path: Path) -> dict[str, Any] | str:
 
 @dataclass(frozen=True)
 class _Row:
+    """As :class:`Record`; no crop is -1."""
+
+    root: int
     path: str
     captions: list[str]
     height: int
@@ -362,7 +374,7 @@ class _Row:
     left: int = -1
 
 
-def _row(record: Any, where: str) -> _Row | str:
+def _row(root: int, where: str, record: Any) -> _Row | str:
     """The row of a record, or why there is none; DataError if the record makes no sense."""
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a record, got {type(record).__name__}")
@@ -370,122 +382,142 @@ def _row(record: Any, where: str) -> _Row | str:
     captions = _captions(record.get("cap"), where)
     if not captions:
         return "no caption"
-    size = record.get("resolution")
-    if size is None:
+    if record.get("resolution") is None:
         return "no resolution"
-    if not isinstance(size, dict):
-        raise DataError(f"{where}: resolution must be {{height, width}}, got {size!r}")
-    height, width = (_whole(size.get(key), f"resolution.{key}", where, 1) for key in _SIDES)
+    height, width, top, left = _picture(record, where)
+    row = _Row(root, path, captions, height, width, top=top, left=left)
     suffix = PurePosixPath(path).suffix.lower()
     if suffix in IMAGES:
-        return _Row(path, captions, height, width)
-    if suffix not in VIDEOS:
-        raise DataError(
-            f"{where}: {path!r} is neither a video ({', '.join(sorted(VIDEOS))}) nor an image "
-            f"({', '.join(sorted(IMAGES))}); convert it, or remove the record"
-        )
-    frames = _whole(record.get("num_frames"), "num_frames", where, 1)
-    start = 0
-    if record.get("cut") is not None:
-        start, end = _list(record["cut"], "cut", 2, where)
-        frames = min(frames, end - start)
-        if frames < 1:
-            raise DataError(f"{where}: cut must be [first, end] with first < end, got {start, end}")
-    fps = record.get("fps", 24)
-    if not isinstance(fps, int | float) or not 0 < fps <= 1000:
-        raise DataError(f"{where}: fps must be above 0 and at most 1000, got {fps!r}")
-    top = left = -1
-    if record.get("crop") is not None:
-        left, right, top, bottom = _list(record["crop"], "crop", 4, where)
-        if not (left < right <= width and top < bottom <= height):
-            raise DataError(
-                f"{where}: crop must be [x0, x1, y0, y1] inside {width}x{height} pixels, got "
-                f"{record['crop']}"
-            )
-        height, width = bottom - top, right - left
-    return _Row(path, captions, height, width, frames, float(fps), 1, start, top, left)
-
-
-_SIDES = ("height", "width")
+        return row
+    if suffix in VIDEOS:
+        start, frames = _part(record, where)
+        return replace(row, is_video=1, frames=frames, fps=_fps(record, where), start=start)
+    raise DataError(
+        f"{where}: {path!r} is neither a video ({', '.join(sorted(VIDEOS))}) nor an image "
+        f"({', '.join(sorted(IMAGES))}); convert it, or remove the record"
+    )
 
 
 def _path(record: dict[str, Any], where: str) -> str:
     """The path of a record, refused unless it is a plain one that stays in its root."""
     path = record.get("path")
-    if not isinstance(path, str) or not path:
+    if not path:
         raise DataError(f"{where}: path must be the name of a file, got {path!r}")
+    _check_text(path, "path", where)
     try:
         check_name(path)
     except VideoError as error:
         raise DataError(f"{where}: path {path!r}: {error}") from error
-    windows = PureWindowsPath(path)
-    if path.startswith("/") or windows.anchor or ".." in (*windows.parts, *Path(path).parts):
+    parsed = PureWindowsPath(path)  # which knows both kinds of slashes
+    if parsed.anchor or ".." in parsed.parts:
         raise DataError(f"{where}: path {path!r} leads out of its root; it must lie inside")
     return path
 
 
 def _captions(value: Any, where: str) -> list[str]:
+    """Those that are not empty."""
     texts = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{where}: cap must be text or a list of texts, got {value!r}")
+    for text in texts:
+        _check_text(text, "cap", where)
     return [text.strip() for text in texts if text.strip()]
 
 
-def _whole(value: Any, name: str, where: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{where}: {name} must be a whole number, got {value!r}")
-    if value != int(value) or not least <= value <= _MOST:
-        raise DataError(f"{where}: {name} must be a whole number from {least} on, got {value!r}")
-    return int(value)
+def _picture(record: dict[str, Any], where: str) -> tuple[int, int, int, int]:
+    """Height, width, top and left of the part of the picture to use; -1 where that is all."""
+    size = record["resolution"]
+    if not isinstance(size, dict):
+        raise DataError(f"{where}: resolution must hold height and width, got {size!r}")
+    height = _whole(size.get("height"), "resolution.height", where, 1)
+    width = _whole(size.get("width"), "resolution.width", where, 1)
+    if record.get("crop") is None:
+        return height, width, -1, -1
+    left, right, top, bottom = _numbers(record["crop"], "crop", 4, where)
+    if not (left < right <= width and top < bottom <= height):
+        raise DataError(
+            f"{where}: crop must be [x0, x1, y0, y1] inside {width}x{height} pixels, got "
+            f"{record['crop']}"
+        )
+    return bottom - top, right - left, top, left
 
 
-def _list(value: Any, name: str, length: int, where: str) -> list[int]:
+def _part(record: dict[str, Any], where: str) -> tuple[int, int]:
+    """The first frame to use, and how many there are."""
+    frames = _whole(record.get("num_frames"), "num_frames", where, 1)
+    if record.get("cut") is None:
+        return 0, frames
+    start, end = _numbers(record["cut"], "cut", 2, where)
+    if start >= end:
+        raise DataError(f"{where}: cut must be [first, end] with first < end, got {[start, end]}")
+    return start, min(frames, end - start)
+
+
+def _fps(record: dict[str, Any], where: str) -> float:
+    fps = 24 if record.get("fps") is None else record["fps"]
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= 1000:
+        raise DataError(f"{where}: fps must be above 0 and at most 1000, got {fps!r}")
+    return float(fps)
+
+
+def _numbers(value: Any, name: str, length: int, where: str) -> list[int]:
     if not isinstance(value, list) or len(value) != length:
         raise DataError(f"{where}: {name} must be a list of {length} numbers, got {value!r}")
     return [_whole(item, name, where, 0) for item in value]
 
 
+def _whole(value: Any, name: str, where: str, least: int) -> int:
+    """A whole number from ``least`` on, which JSON may spell with a point."""
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value
+    if type(whole) is not int or not least <= whole <= _MOST:
+        raise DataError(
+            f"{where}: {name} must be a whole number from {least} to {_MOST}, got {value!r}"
+        )
+    return whole
+
+
+def _check_text(value: Any, name: str, where: str) -> None:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {name} must be text, got {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: {name} is no Unicode text, {value!r}; correct it") from error
+
+
+def _rows(source: _Source, dropped: Counter[str]) -> Iterator[_Row]:
+    for root, where, record in source.records(dropped):
+        row = _row(root, where, record)
+        if isinstance(row, str):
+            dropped[row] += 1
+        else:
+            yield row
+
+
 def _write(source: _Source, numbers: Any, texts: Any) -> dict[str, Any]:
-    """Write the rows of ``source`` as Arrow files; returns what else is to be known of them."""
+    """Write the rows of ``source`` as two Arrow files; returns what else is to be known of them.
+
+    The numbers are one batch, so that a column is one piece of the file; the texts are many, so
+    that they need not be in memory together.
+    """
     dropped: Counter[str] = Counter()
-    digest = hashlib.sha256(json.dumps([Path(root).name for root in source.roots()]).encode())
-    done: list[dict[str, np.ndarray]] = []
-    rows: list[tuple[int, _Row]] = []
-
-    def flush() -> None:
-        columns = {
-            name: np.array(
-                [root if name == "root" else getattr(row, name) for root, row in rows], dtype
-            )
-            for name, dtype in _TYPES.items()
-        }
-        paths, captions = [row.path for _, row in rows], [row.captions for _, row in rows]
-        for column in columns.values():
-            digest.update(column.tobytes())
-        digest.update(json.dumps([paths, captions]).encode())
-        writer.write_batch(pa.record_batch([pa.array(paths), pa.array(captions)], schema=_TEXT))
-        done.append(columns)
-        rows.clear()
-
+    digest = hashlib.sha256(json.dumps([root.name for root, _ in source.parts]).encode())
+    done = []
+    rows = _rows(source, dropped)
     with pa.ipc.new_file(texts, _TEXT) as writer:
-        for root, where, record in source.records(dropped):
-            row = _row(record, where)
-            if isinstance(row, str):
-                dropped[row] += 1
-                continue
-            rows.append((root, row))
-            if len(rows) == _ROWS:
-                flush()
-        if rows:
-            flush()
+        while part := list(itertools.islice(rows, _ROWS)):
+            columns = {
+                name: np.array([getattr(row, name) for row in part], dtype)
+                for name, dtype in _TYPES.items()
+            }
+            paths, captions = [row.path for row in part], [row.captions for row in part]
+            writer.write_batch(pa.record_batch([pa.array(paths), pa.array(captions)], schema=_TEXT))
+            for column in columns.values():
+                digest.update(column.tobytes())
+            digest.update(json.dumps([paths, captions]).encode())
+            done.append(columns)
     if not done:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise DataError(f"no clip in {', '.join(source.roots())}: {reasons or 'no records'}")
     table = pa.table({name: np.concatenate([part[name] for part in done]) for name in _TYPES})
     with pa.ipc.new_file(numbers, table.schema) as writer:
         writer.write_table(table)
-    return {
-        "roots": source.roots(),
-        "dropped": dict(dropped),
-        "fingerprint": digest.hexdigest(),
-    }
+    return {"roots": source.roots(), "dropped": dict(dropped), "fingerprint": digest.hexdigest()}

@@ -1,0 +1,406 @@
+"""What a manifest promises: every record is a row, a counted loss, or an error that names it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pickle
+import re
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+av = pytest.importorskip("av")
+pa = pytest.importorskip("pyarrow")
+Image = pytest.importorskip("PIL.Image")
+
+from skiparse.models.data import manifest  # noqa: E402  # after the checks
+from skiparse.models.data.manifest import DataError, Manifest, Record  # noqa: E402
+
+VIDEO = {
+    "path": "a/b.mp4",
+    "cap": "a cat",
+    "resolution": {"height": 720, "width": 1280},
+    "num_frames": 100,
+    "fps": 30,
+}
+IMAGE = {"path": "c.jpg", "cap": ["a dog", "a hound"], "resolution": {"height": 64, "width": 48}}
+
+
+def without(record: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in keys}
+
+
+def write(path: Path, records: Any) -> Path:
+    lines = [json.dumps(record) for record in records]
+    path.write_text("\n".join(lines) if path.suffix == ".jsonl" else f"[{','.join(lines)}]")
+    return path
+
+
+def clip(path: Path, frames: int = 9, size: tuple[int, int] = (48, 64), fps: int = 25) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        for i in range(frames):
+            picture = np.full((*size, 3), 10 * i, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+# Annotations.
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_records_become_rows(tmp_path: Path, suffix: str, indexed: bool) -> None:
+    second = {**VIDEO, "cut": [20, 60], "crop": [16, 640, 0, 360], "aesthetic": 5.5}
+    third = {**without(VIDEO, "fps"), "num_frames": 7.0, "path": "./x:y.MKV", "cut": [3, 999]}
+    source = write(tmp_path / f"a{suffix}", [VIDEO, IMAGE, second, third])
+    read = Manifest.open(source, index=tmp_path / "index" if indexed else None)
+    first = Record(tmp_path, "a/b.mp4", ("a cat",), 720, 1280, 100, 30.0, 0, None, True)
+    assert [read.record(row) for row in range(len(read))] == [
+        first,
+        Record(tmp_path, "c.jpg", ("a dog", "a hound"), 64, 48, 1, 0.0, 0, None, False),
+        replace(first, height=360, width=624, frames=40, start=20, crop=(0, 16, 360, 624)),
+        replace(first, path="./x:y.MKV", frames=7, fps=24.0, start=3),
+    ]
+    assert read.height.tolist() == [720, 64, 360, 720]
+    assert read.width.tolist() == [1280, 48, 624, 1280]
+    assert read.frames.tolist() == [100, 1, 40, 7]
+    assert read.fps.tolist() == [30.0, 0.0, 30.0, 24.0]
+    assert read.is_video.tolist() == [1, 0, 1, 1]
+    assert read.dropped == {}
+    for row in (-1, 4):
+        with pytest.raises(IndexError, match="of a manifest of 4 rows"):
+            read.record(row)
+
+
+def test_data_txt(tmp_path: Path) -> None:
+    """Lines of a root and its annotations, relative to the file or absolute."""
+    for name in ("one", "two, too"):
+        (tmp_path / "media" / name).mkdir(parents=True)
+    write(tmp_path / "one.json", [VIDEO])
+    write(tmp_path / "two.jsonl", [IMAGE, VIDEO])
+    source = tmp_path / "data.txt"
+    source.write_text(f"media/one,one.json\n\n{tmp_path}/media/two, too , two.jsonl\n")
+    read = Manifest.open(source)
+    assert [read.record(row).root for row in range(3)] == [
+        tmp_path / "media" / "one",
+        *[tmp_path / "media" / "two, too"] * 2,
+    ]
+    assert [read.record(row).path for row in range(3)] == ["a/b.mp4", "c.jpg", "a/b.mp4"]
+
+
+def test_what_has_no_caption_or_size_is_counted(tmp_path: Path) -> None:
+    records = [
+        without(VIDEO, "cap"),
+        {**VIDEO, "cap": ""},
+        {**VIDEO, "cap": [" ", "\n"]},
+        {**VIDEO, "cap": []},
+        {**VIDEO, "cap": ["", " kept "]},
+        without(VIDEO, "resolution"),
+    ]
+    read = Manifest.open(write(tmp_path / "a.jsonl", records))
+    assert len(read) == 1
+    assert read.record(0).captions == ("kept",)
+    assert read.dropped == {"no caption": 4, "no resolution": 1}
+    with pytest.raises(DataError, match=r"no clip in .*: 4 no caption$"):
+        Manifest.open(write(tmp_path / "a.json", records[:4]))
+    with pytest.raises(DataError, match=r"no clip in .*: no records$"):
+        Manifest.open(write(tmp_path / "a.json", []))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"path": 5}, "path must be text, got 5"),
+        ({"path": ""}, "path must be the name of a file, got ''"),
+        ({"path": "a.gif"}, r"'a\.gif' is neither a video \(\.avi, .*\) nor an image \(\.jpeg, "),
+        ({"path": "a\ud800.mp4"}, "path is no Unicode text"),
+        ({"cap": 5}, "cap must be text, got 5"),
+        ({"cap": ["a", None]}, "cap must be text, got None"),
+        ({"cap": "\udfff"}, "cap is no Unicode text"),
+        ({"resolution": [720, 1280]}, "resolution must hold height and width"),
+        ({"resolution": {"height": 720}}, r"resolution\.width must be a whole number from 1"),
+        ({"resolution": {"height": 0, "width": 1}}, r"resolution\.height .* got 0"),
+        (
+            {"resolution": {"height": 2**31, "width": 1}},
+            r"resolution\.height .* to 2147483647",
+        ),
+        ({"num_frames": None}, "num_frames must be a whole number"),
+        ({"num_frames": 1.5}, r"num_frames .* got 1\.5"),
+        ({"num_frames": True}, "num_frames .* got True"),
+        ({"num_frames": float("nan")}, "num_frames .* got nan"),
+        ({"num_frames": 10**400}, "num_frames must be"),
+        ({"fps": 0}, "fps must be above 0 and at most 1000, got 0"),
+        ({"fps": float("nan")}, "fps must be above 0"),
+        ({"fps": "24"}, "fps must be above 0 and at most 1000, got '24'"),
+        ({"cut": [5]}, r"cut must be a list of 2 numbers, got \[5\]"),
+        ({"cut": [5, 5]}, r"cut must be \[first, end\] with first < end, got \[5, 5\]"),
+        ({"cut": [-1, 5]}, "cut must be a whole number from 0"),
+        ({"crop": [0, 1281, 0, 720]}, r"crop must be \[x0, x1, y0, y1\] inside 1280x720 pixels"),
+        ({"crop": [8, 8, 0, 720]}, "crop must be"),
+    ],
+)
+def test_a_record_that_makes_no_sense_is_named(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    for name, where in (("a.jsonl", ":2"), ("a.json", r"\[1\]")):
+        source = write(tmp_path / name, [VIDEO, {**VIDEO, **change}])
+        with pytest.raises(DataError, match=f"{re.escape(str(source))}{where}: {message}"):
+            Manifest.open(source)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("../x.mp4", "leads out of its root"),
+        ("a/../../x.mp4", "leads out of its root"),
+        ("a/..\\x.mp4", "leads out of its root"),
+        ("/etc/x.mp4", "leads out of its root"),
+        ("C:/x.mp4", "leads out of its root"),
+        ("\\\\host\\x.mp4", "leads out of its root"),
+        ("x\0.mp4", "only plain local files"),
+        ("file:///x.mp4", "only plain local files"),
+        ("http://host/x.mp4", "only plain local files"),
+        ("concat:a.mp4|b.mp4", "only plain local files"),
+    ],
+)
+def test_paths_stay_in_their_root(tmp_path: Path, path: str, message: str) -> None:
+    source = write(tmp_path / "a.jsonl", [{**VIDEO, "path": path}])
+    with pytest.raises(DataError, match=rf"a\.jsonl:1: path .*{message}"):
+        Manifest.open(source)
+
+
+def test_sources_that_make_no_sense(tmp_path: Path) -> None:
+    def check(content: str | bytes, name: str, message: str) -> None:
+        data = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match=message):
+            Manifest.open(tmp_path / name)
+
+    write(tmp_path / "good.json", [VIDEO])
+    (tmp_path / "a.pkl").write_bytes(b"")
+    pickled = r"a\.pkl is a pickle, which may run code .*convert it to \.jsonl"
+    check(b"", "b.pkl", pickled.replace("a", "b", 1))
+    check("\n.,good.json\n.,a.pkl\n", "data.txt", rf"data\.txt:3: .*{pickled}")
+    check("nothing", "data.txt", r"data\.txt:1: expected `root,annotations`, got 'nothing'")
+    check("gone,good.json", "data.txt", r"data\.txt:1: the root .*gone is no folder")
+    check(".,gone.json", "data.txt", r"data\.txt:1: .*gone\.json does not exist")
+    check(".,data.txt", "data.txt", r"data\.txt:1: annotations must be \.json or \.jsonl")
+    check("\n", "data.txt", r"data\.txt is empty")
+    check(b"\xff", "data.txt", r"data\.txt is not UTF-8")
+    check("{}", "a.json", r"a\.json must hold an array of records, got dict")
+    check("[", "a.json", r"a\.json: no JSON")
+    check("[" * 10**5, "a.json", r"a\.json: no JSON")
+    check("\n{}x", "a.jsonl", r"a\.jsonl:2: no JSON")
+    check("5", "a.jsonl", r"a\.jsonl:1: expected a record, got int")
+    check(b"\xff", "a.jsonl", r"a\.jsonl:1: no JSON")
+    check("", "a.csv", r"annotations must be \.json or \.jsonl")
+    with pytest.raises(DataError, match=r"gone does not exist"):
+        Manifest.open(tmp_path / "gone")
+
+
+# A folder.
+
+
+def test_a_folder_of_clips(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    clip(tmp_path / "b.mp4")
+    clip(tmp_path / "in" / "a.MKV", frames=12, size=(32, 48), fps=30)
+    Image.new("RGB", (40, 20)).save(tmp_path / "c.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "d.jpg", exif=turned)
+    for name in ("b", "in/a", "c", "d"):
+        (tmp_path / f"{name}.txt").write_text(f" the caption\nof {name}\n")
+    (tmp_path / ".hidden.mp4").write_bytes(b"x")
+    (tmp_path / "notes.md").write_text("x")
+    read = Manifest.open(tmp_path)
+    assert [read.record(row) for row in range(len(read))] == [
+        Record(tmp_path, "b.mp4", ("the caption\nof b",), 48, 64, 9, 25.0, 0, None, True),
+        Record(tmp_path, "c.png", ("the caption\nof c",), 20, 40, 1, 0.0, 0, None, False),
+        Record(tmp_path, "d.jpg", ("the caption\nof d",), 40, 20, 1, 0.0, 0, None, False),
+        Record(tmp_path, "in/a.MKV", ("the caption\nof in/a",), 32, 48, 12, 30.0, 0, None, True),
+    ]
+
+
+def test_captions_that_are_missing_in_a_folder(tmp_path: Path) -> None:
+    for name in "abc":
+        clip(tmp_path / f"{name}.mp4")
+    (tmp_path / "b.txt").write_text("b")
+    with pytest.raises(DataError, match=r"2 of 3 clips have no caption .*a\.mp4, .*c\.mp4; write"):
+        Manifest.open(tmp_path)
+    for name in "ac":
+        (tmp_path / f"{name}.txt").write_text("\n")
+    assert Manifest.open(tmp_path).dropped == {"no caption": 2}
+
+
+def test_clips_that_cannot_be_opened_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    clip(tmp_path / "a.mp4")
+    (tmp_path / "b.mp4").write_bytes(b"no video")
+    (tmp_path / "c.png").write_bytes(b"no image")
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("x")
+    with pytest.warns(UserWarning, match=r"2 of 3 clips .*'b\.mp4': not a video.*'c\.png': no ima"):
+        read = Manifest.open(tmp_path)
+    assert len(read) == 1
+    assert read.dropped == {"cannot be opened": 2}
+
+
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    clip(tmp_path / "secret.mp4")
+    (folder / "a.mp4").symlink_to(tmp_path / "secret.mp4")
+    (folder / "a.txt").write_text("x")
+    with (
+        pytest.warns(UserWarning, match="leads out of root"),
+        pytest.raises(DataError, match=r"no clip in .*: 1 cannot be opened"),
+    ):
+        Manifest.open(folder)
+
+
+# The index.
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A number for every time that records were read."""
+    times: list[int] = []
+    write = manifest._write
+
+    def counted(*args: Any) -> Any:
+        times.append(len(times))
+        return write(*args)
+
+    monkeypatch.setattr(manifest, "_write", counted)
+    return times
+
+
+def test_an_index_is_read_again_until_something_changes(tmp_path: Path, built: list[int]) -> None:
+    (tmp_path / "clips").mkdir()
+    index = tmp_path / "index"
+    write(tmp_path / "a.jsonl", [VIDEO])
+    (tmp_path / "data.txt").write_text("clips,a.jsonl\n")
+    first = Manifest.open(tmp_path / "data.txt", index=index)
+    again = Manifest.open(tmp_path / "data.txt", index=index)
+    assert len(built) == 1
+    assert again.record(0) == first.record(0)
+    assert again.fingerprint == first.fingerprint
+    write(tmp_path / "a.jsonl", [VIDEO, IMAGE])
+    assert len(Manifest.open(tmp_path / "data.txt", index=index)) == 2
+    assert len(built) == 2
+    assert first.record(0).path == "a/b.mp4"  # whoever has the old one open can go on with it
+    (tmp_path / "other").mkdir()
+    (tmp_path / "data.txt").write_text("other,a.jsonl\n")
+    assert Manifest.open(tmp_path / "data.txt", index=index).record(0).root.name == "other"
+    assert len(built) == 3
+    assert {path.name for path in index.iterdir()} == {
+        "about.json",
+        "lock",
+        "numbers.arrow",
+        "texts.arrow",
+    }
+
+
+def test_the_index_of_a_folder_follows_its_files(tmp_path: Path, built: list[int]) -> None:
+    folder, index = tmp_path / "clips", tmp_path / "index"
+    folder.mkdir()
+    clip(folder / "a.mp4")
+    (folder / "a.txt").write_text("a")
+    for _ in range(2):
+        Manifest.open(folder, index=index)
+    assert len(built) == 1
+    (folder / "a.txt").write_text("another")
+    assert Manifest.open(folder, index=index).record(0).captions == ("another",)
+    clip(folder / "b.mp4")
+    (folder / "b.txt").write_text("b")
+    assert len(Manifest.open(folder, index=index)) == 2
+
+
+def test_an_index_whose_making_was_interrupted_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "a.jsonl", [VIDEO])
+    index = tmp_path / "index"
+    Manifest.open(source, index=index)
+    write(source, [VIDEO, VIDEO, {}])
+    with pytest.raises(DataError, match=r"a\.jsonl:3"):
+        Manifest.open(source, index=index)
+    assert not (index / "about.json").exists()
+    assert not list(index.glob(".*"))
+    write(source, [VIDEO, VIDEO])
+    assert len(Manifest.open(source, index=index)) == 2
+
+
+def test_columns_are_mapped_not_read(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [VIDEO] * 10)
+    before = pa.total_allocated_bytes()
+    read = Manifest.open(source, index=tmp_path / "index")
+    again = Manifest.open(source, index=tmp_path / "index")
+    assert pa.total_allocated_bytes() == before
+    assert not again.height.flags.writeable
+    assert read.height.tolist() == [720] * 10
+
+
+def test_the_fingerprint_is_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of where they lie or how they are written down."""
+    prints = set()
+    for place in ("x", "y"):
+        folder = tmp_path / place / "clips"
+        folder.mkdir(parents=True)
+        prints.add(Manifest.open(write(folder / "a.json", [VIDEO, IMAGE])).fingerprint)
+        prints.add(Manifest.open(write(folder / "b.jsonl", [VIDEO, IMAGE])).fingerprint)
+    assert len(prints) == 1
+    others = [
+        [IMAGE, VIDEO],
+        [VIDEO],
+        [{**VIDEO, "cap": "b"}, IMAGE],
+        [{**VIDEO, "path": "x.mp4"}, IMAGE],
+        [{**VIDEO, "fps": 25}, IMAGE],
+        [{**VIDEO, "cut": [1, 101]}, IMAGE],
+        [{**VIDEO, "crop": [0, 1280, 0, 720]}, IMAGE],
+    ]
+    for records in others:
+        prints.add(Manifest.open(write(tmp_path / "x/clips/c.json", records)).fingerprint)
+    assert len(prints) == 1 + len(others)
+    (tmp_path / "x/clips").rename(tmp_path / "x/cuts")
+    prints.add(Manifest.open(tmp_path / "x/cuts/a.json").fingerprint)
+    assert len(prints) == 2 + len(others)
+
+
+def test_many_rows_are_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [{**VIDEO, "cap": str(i), "num_frames": i + 1} for i in range(25)]
+    source = write(tmp_path / "a.jsonl", records)
+    monkeypatch.setattr(manifest, "_ROWS", 10)
+    read = Manifest.open(source, index=tmp_path / "index")
+    assert [read.record(row).captions for row in range(25)] == [(str(i),) for i in range(25)]
+    assert read.frames.tolist() == list(range(1, 26))
+
+
+def _second_caption(read: Manifest) -> tuple[str, ...]:
+    return read.record(1).captions
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_it_goes_to_a_process_that_is_started_anew(tmp_path: Path, indexed: bool) -> None:
+    source = write(tmp_path / "a.jsonl", [VIDEO, IMAGE])
+    read = Manifest.open(source, index=tmp_path / "index" if indexed else None)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_second_caption, (read,)) == ("a dog", "a hound")
+    if indexed:
+        assert len(pickle.dumps(read)) < 1000
+
+
+def test_nothing_is_warned_of_where_nothing_is_wrong(tmp_path: Path) -> None:
+    clip(tmp_path / "a.mp4")
+    (tmp_path / "a.txt").write_text("x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(Manifest.open(tmp_path)) == 1
