@@ -47,15 +47,23 @@ def save_run(run, step, **models):
     Checkpoints(run / "checkpoints").save(step, tensors, {"model": config, "clipper": {}})
 
 
-@pytest.fixture
-def parts(tmp_path):
-    """A run of two checkpoints, and the folders of the encoders."""
-    save_run(tmp_path / "run", 1, model=model(1), ema=model(2))
-    save_run(tmp_path / "run", 2, model=model(3), ema=model(4))
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run of two checkpoints, a VAE and text encoders."""
+    folder = tmp_path_factory.mktemp("made")
+    save_run(folder / "run", 1, model=model(1), ema=model(2))
+    save_run(folder / "run", 2, model=model(3), ema=model(4))
     torch.manual_seed(0)
-    WFVAE(**VAE).save_pretrained(tmp_path / "vae")
-    save(tmp_path / "text", tiny_encoders())
-    return {"run": tmp_path / "run", "vae": tmp_path / "vae", "text": tmp_path / "text"}
+    WFVAE(**VAE).save_pretrained(folder / "vae")
+    save(folder / "text", tiny_encoders())
+    return folder
+
+
+@pytest.fixture
+def parts(made, tmp_path):
+    """Copies of them, to spoil."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return {name: tmp_path / name for name in ("run", "vae", "text")}
 
 
 def equal(a, b):
