@@ -1,12 +1,15 @@
 """WF-VAE computes what the original did, whole or in pieces of any length."""
 
+import copy
 import re
 from concurrent.futures import ThreadPoolExecutor
 
 import golden as recording
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from skiparse.models.wfvae.blocks import CausalConv
 from skiparse.models.wfvae.haar import Haar
 from skiparse.models.wfvae.model import WFVAE
 from skiparse.models.wfvae.stream import Stream
@@ -276,6 +279,60 @@ def test_published_sizes():
         vae = WFVAE(latent_channels=4, temporal_factor=4)
     assert sum(p.numel() for p in vae.encoder.parameters()) == pytest.approx(58.88e6, rel=1e-4)
     assert sum(p.numel() for p in vae.decoder.parameters()) == pytest.approx(164.37e6, rel=1e-4)
+
+
+BARE = {"encoder_energy_channels": 0, "decoder_energy_channels": 0}
+
+
+@pytest.mark.parametrize("temporal_factor", [4, 8])
+def test_without_paths_for_the_coefficients(temporal_factor):
+    """The parameters of the paths and no others are gone; coding in pieces stays exact."""
+    vae = small(torch.float64, temporal_factor=temporal_factor, **BARE)
+    full = small(temporal_factor=temporal_factor).state_dict()
+    wider = ("decoder.mid.res2.shortcut", "decoder.level2.res_out.shortcut")  # in the full model
+    kept = {name for name in full if "flow" not in name and not name.startswith(wider)}
+    assert vae.state_dict().keys() == kept
+    video = torch.randn(1, 3, 2 * temporal_factor + 1, 16, 16, dtype=torch.float64)
+    (moments,) = vae.encoder(video, Stream())
+    assert moments.shape == (1, 8, 3, 2, 2)
+    (made,) = vae.decoder(moments[:, :4], Stream())
+    assert made.shape == video.shape
+    pieces = vae.encode(video, chunk_frames=temporal_factor).latent_dist.parameters
+    close(pieces, moments, EXACT[torch.float64])
+    close(vae.decode(moments[:, :4], chunk_latents=1).sample, made, EXACT[torch.float64])
+    made.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in vae.parameters())
+
+
+@pytest.mark.parametrize("energy", [(0, 8), (8, 0), (-1, -1), (-1, 8), (0, -1)])
+def test_paths_on_one_side_alone_are_refused(energy):
+    encoder, decoder = energy
+    with pytest.raises(ValueError, match=f"both 0 for .*, got {encoder} and {decoder}"):
+        small(encoder_energy_channels=encoder, decoder_energy_channels=decoder)
+
+
+@pytest.mark.parametrize("channels", [8, 16, 64])
+def test_a_small_video_alone_is_not_convolved_slowly(channels):
+    """torch's slow kernel for one video in a batch is not called, and the results are right."""
+    torch.manual_seed(0)
+    x = torch.randn(1, channels, 5, 16, 16)
+    for conv in (
+        CausalConv(channels, channels),
+        CausalConv(channels, channels, stride=2),
+        CausalConv(channels, 2 * channels, 1),
+    ):
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            exact = copy.deepcopy(conv).to(dtype)
+            video = x.to(dtype).requires_grad_()
+            with profile(activities=[ProfilerActivity.CPU]) as seen:
+                out = exact(video, Stream())
+                grads = torch.autograd.grad(out.square().sum(), [video, *exact.parameters()])
+            found.append([out, *grads])
+            names = {event.key for event in seen.key_averages()}
+            assert any("slow_conv3d" in name for name in names) == (dtype == torch.float64)
+        for single, double in zip(*found, strict=True):
+            close(single, double.float(), FORWARD)
 
 
 def test_saved_and_loaded(tmp_path):

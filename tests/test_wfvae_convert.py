@@ -350,6 +350,9 @@ def test_what_is_not_exactly_one_model_is_refused(small):
     refused(r"missing: decoder\.norm_out\.norm\.bias; 1 unexpected", group_norm)
     with pytest.raises(ValueError, match="names must be one of"):
         convert.to_released(WFVAE(**SMALL_CONFIG), names="ours")
+    bare = {"encoder_energy_channels": 0, "decoder_energy_channels": 0}
+    with pytest.raises(ValueError, match="no paths for wavelet coefficients"):
+        convert.to_released(WFVAE(**SMALL_CONFIG | bare))
 
 
 # Files.

@@ -132,6 +132,15 @@ def test_objective_without_networks_has_neither_of_their_terms():
     assert same(slope, 5)
 
 
+def test_objective_without_coefficients_has_no_wavelet_term():
+    _, arguments = by_hand()
+    terms = objective(arguments, coefficients=[], made_coefficients=[])
+    assert objective(arguments).keys() - terms.keys() == {"wavelet"}
+    assert same(terms["loss"], 2.5 + 0.6 + 0.2 + terms["balance"] * 0.5)
+    with pytest.raises(ValueError, match="shorter"):
+        objective(arguments, made_coefficients=[])
+
+
 def test_mean_is_the_sum_divided_by_the_values_of_a_frame():
     last, arguments = by_hand()
     of_sum, of_mean = objective(arguments), objective(arguments, reduction="mean")

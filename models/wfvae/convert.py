@@ -115,10 +115,15 @@ def to_released(model: WFVAE, *, names: str = "original") -> dict[str, Tensor]:
         The tensors; those that are no weights in the dtype of the first weight.
 
     Raises:
-        ValueError: for other ``names``.
+        ValueError: for other ``names``, or a model without paths for wavelet coefficients.
     """
     if names not in _SPELLING:
         raise ValueError(f"names must be one of {tuple(_SPELLING)}, got {names!r}")
+    if not model.config.encoder_energy_channels:
+        raise ValueError(
+            "model has no paths for wavelet coefficients, and every released one has; "
+            "keep it as it is, with save_pretrained"
+        )
     config, state = model.config, model.state_dict()
     released = {
         new: _reorder_bands(name, state[name], config) for name, new in _translation(model).items()

@@ -9,6 +9,8 @@ the discriminator:
     + balance *         -mean D(y),  balance = weights.adversarial * |grad of reconstruction| /
                                                |grad of -mean D(y)|, at the decoder's last layer
 
+A model without paths for the coefficients has none to compare: the wavelet term is left out.
+
 LPIPS, one number a frame, is added to every one of its values. ``reduction="sum"`` is this.
 ``reduction="mean"`` is this divided by the values of a frame, 3 * H * W: the reconstruction is then
 a mean over values, all weights keep their meaning, and gradients differ by that factor alone.
@@ -101,7 +103,7 @@ def objective(
     Args:
         video, made: ``[B, 3, T, H, W]``.
         mean, logvar: of the latents, ``[B, C, t, h, w]``.
-        coefficients, made_coefficients: of each level, ``[B, 24, ...]``.
+        coefficients, made_coefficients: of each level, ``[B, 24, ...]``; none leave the term out.
         weights: of the terms.
         reduction: "sum", or "mean", which divides everything by ``3 * H * W``.
         perceptual: :class:`LPIPS` of every frame, ``[B * T]``; None leaves the term out.
@@ -109,8 +111,9 @@ def objective(
         last: weight of the decoder's last layer, which ``made`` was computed with.
 
     Returns:
-        Scalars: "loss" to differentiate; "l1", "kl", "wavelet" in the chosen reduction, before
-        their weights; "lpips", "adversarial", and "balance", its full weight, where they exist.
+        Scalars: "loss" to differentiate; "l1" and "kl" in the chosen reduction, before their
+        weights; "wavelet" likewise, "lpips", "adversarial", and "balance", its full weight, where
+        they exist.
 
     Raises:
         ValueError: for an unknown reduction, or a judgement without ``last``.
@@ -120,17 +123,17 @@ def objective(
     if judgement is not None and last is None:
         raise ValueError("a judgement needs last, the weight at which gradients are balanced")
     values = video[0, :, 0].numel()  # of a frame
-    terms = {
-        "l1": l1(video, made),
-        "kl": kl(mean, logvar),
-        "wavelet": wavelet(coefficients, made_coefficients),
-    }
+    terms = {"l1": l1(video, made), "kl": kl(mean, logvar)}
+    if coefficients:
+        terms["wavelet"] = wavelet(coefficients, made_coefficients)
     if perceptual is not None:
         terms["lpips"] = perceptual.mean()
     reconstruction = terms["l1"]
     if perceptual is not None:
         reconstruction = reconstruction + weights.lpips * values * terms["lpips"]
-    loss = reconstruction + weights.kl * terms["kl"] + weights.wavelet * terms["wavelet"]
+    loss = reconstruction + weights.kl * terms["kl"]
+    if coefficients:
+        loss = loss + weights.wavelet * terms["wavelet"]
     if judgement is not None and last is not None:
         terms["adversarial"] = -judgement.mean()
         terms["balance"] = weights.adversarial * balance(reconstruction, terms["adversarial"], last)

@@ -65,34 +65,41 @@ class Encoder(nn.Module):
     """Video to the moments of its latents, an eighth as high and wide.
 
     ``level1`` and ``level2`` halve the size; ``inflow1`` and ``inflow2`` bring in the wavelet
-    coefficients of the size they come to.
+    coefficients of the size they come to, unless ``energy`` is 0.
     """
 
     def __init__(
         self, base: int, latent: int, energy: int, res_blocks: int, wavelets: Wavelets, eps: float
     ) -> None:
         super().__init__()
-        self.wavelets = wavelets
+        self.wavelets, self.energy = wavelets, energy
         video = wavelets.video.bands * COLOURS
         self.level1 = Down(video, base, res_blocks, eps, temporal=False, down=wavelets.temporal)
-        self.inflow1 = FrameConv(wavelets.level1.bands * COLOURS, energy)
+        if energy:
+            self.inflow1 = FrameConv(wavelets.level1.bands * COLOURS, energy)
         self.level2 = Down(base + energy, 2 * base, res_blocks, eps, temporal=True, down=True)
-        self.inflow2 = FrameConv(wavelets.level2.bands * COLOURS, energy)
+        if energy:
+            self.inflow2 = FrameConv(wavelets.level2.bands * COLOURS, energy)
         self.mid = Mid(2 * base + energy, 4 * base, 4 * base, eps)
         self.norm_out = ChannelNorm(4 * base, eps)
         self.conv_out = CausalConv(4 * base, 2 * latent)
 
-    def forward(self, video: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
-        """Moments ``[B, 2 * latent, t, h, w]``, and the coefficients of the two further levels."""
-        x, level1, level2 = self.down(video, stream)
-        return self.finish(x, stream), level1, level2
+    def forward(self, video: Tensor, stream: Stream) -> tuple[Tensor, ...]:
+        """Moments ``[B, 2 * latent, t, h, w]``, and the coefficients of the two further levels.
 
-    def down(self, video: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+        Without a path for them, the moments alone.
+        """
+        x, *coefficients = self.down(video, stream)
+        return self.finish(x, stream), *coefficients
+
+    def down(self, video: Tensor, stream: Stream) -> tuple[Tensor, ...]:
         """All before the middle, which sees a neighbourhood of each pixel and no more."""
         coefficients = self.wavelets.video.analyse(video, stream)
+        x = self.level1(coefficients, stream)
+        if not self.energy:
+            return (self.level2(x, stream),)
         level1 = self.wavelets.level1.analyse(coefficients[:, :COLOURS], stream)
         level2 = self.wavelets.level2.analyse(level1[:, :COLOURS], stream)
-        x = self.level1(coefficients, stream)
         x = self.level2(torch.cat([x, self.inflow1(level1, stream)], 1), stream)
         return torch.cat([x, self.inflow2(level2, stream)], 1), level1, level2
 
@@ -105,7 +112,7 @@ class Decoder(nn.Module):
     """Latents to video: the encoder backwards, with the coefficients leaving on the way.
 
     The last ``energy`` channels behind ``mid`` and ``level2`` become coefficients; each level's
-    low band is added to the one above.
+    low band is added to the one above. If ``energy`` is 0 there are none but those of the video.
     """
 
     def __init__(
@@ -123,16 +130,18 @@ class Decoder(nn.Module):
         width = 4 * base
         self.conv_in = CausalConv(latent, width)
         self.mid = Mid(width, width, width + energy, eps)
-        self.outflow2 = Outflow(energy, connect, wavelets.level2.bands * COLOURS, eps)
+        if energy:
+            self.outflow2 = Outflow(energy, connect, wavelets.level2.bands * COLOURS, eps)
         self.level2 = Up(width, width, width + energy, res_blocks, eps, temporal=True)
-        self.outflow1 = Outflow(energy, connect, wavelets.level1.bands * COLOURS, eps)
+        if energy:
+            self.outflow1 = Outflow(energy, connect, wavelets.level1.bands * COLOURS, eps)
         self.level1 = Up(width, 2 * base, 2 * base, res_blocks, eps, temporal=wavelets.temporal)
         self.res1 = ResBlock(2 * base, base, eps)
         self.res2 = ResBlock(base, base, eps)
         self.norm_out = ChannelNorm(base, eps)
         self.conv_out = FrameConv(base, wavelets.video.bands * COLOURS)
 
-    def forward(self, latents: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, latents: Tensor, stream: Stream) -> tuple[Tensor, ...]:
         """Video, and the coefficients of the two further levels, as the encoder gives them."""
         return self.up(self.start(latents, stream), stream)
 
@@ -140,18 +149,24 @@ class Decoder(nn.Module):
         """The middle, whose attention sees whole frames."""
         return self.mid(self.conv_in(latents, stream), stream)
 
-    def up(self, x: Tensor, stream: Stream) -> tuple[Tensor, Tensor, Tensor]:
+    def up(self, x: Tensor, stream: Stream) -> tuple[Tensor, ...]:
         """All behind the middle, which sees a neighbourhood of each pixel and no more."""
+        if not self.energy:
+            coefficients = self._finish(self.level2(x, stream), stream)
+            return (self.wavelets.video.synthesise(coefficients, stream),)
         x, flow = self._split(x)
         level2 = self.outflow2(flow, stream)
         x, flow = self._split(self.level2(x, stream))
         low = self.wavelets.level2.synthesise(level2, stream)
         level1 = self._add_low("level1", self.outflow1(flow, stream), low, stream)
-        x = self.res2(self.res1(self.level1(x, stream), stream), stream)
         low = self.wavelets.level1.synthesise(level1, stream)
-        coefficients = self.conv_out(F.silu(self.norm_out(x)), stream)
-        coefficients = self._add_low("video", coefficients, low, stream)
+        coefficients = self._add_low("video", self._finish(x, stream), low, stream)
         return self.wavelets.video.synthesise(coefficients, stream), level1, level2
+
+    def _finish(self, x: Tensor, stream: Stream) -> Tensor:
+        """From behind ``level2`` to coefficients of the video."""
+        x = self.res2(self.res1(self.level1(x, stream), stream), stream)
+        return self.conv_out(F.silu(self.norm_out(x)), stream)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x[:, : -self.energy], x[:, -self.energy :]
@@ -232,7 +247,8 @@ class WFVAE(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' a
     Args:
         base_channels: width at full size; levels are two and four times as wide.
         latent_channels: of a latent.
-        encoder_energy_channels, decoder_energy_channels: width of the paths of the coefficients.
+        encoder_energy_channels, decoder_energy_channels: width of the paths of the coefficients;
+            both 0 for a model without them.
         encoder_res_blocks, decoder_res_blocks, connect_res_blocks: residual blocks of a level, and
             of the decoder's paths of coefficients.
         temporal_factor: 8, or 4, where the middle level leaves time alone.
@@ -274,6 +290,12 @@ class WFVAE(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' a
         super().__init__()
         if temporal_factor not in (4, 8):
             raise ValueError(f"temporal_factor must be 4 or 8, got {temporal_factor}")
+        energy = encoder_energy_channels, decoder_energy_channels
+        if min(energy) < 0 or (0 in energy and any(energy)):
+            raise ValueError(
+                "encoder_energy_channels and decoder_energy_channels must both be above 0, or both "
+                f"0 for a model without these paths, got {energy[0]} and {energy[1]}"
+            )
         for name, values in (("shift", shift), ("scale", scale)):
             if values is not None and len(values) != latent_channels:
                 raise ValueError(

@@ -1,0 +1,168 @@
+"""Shift and scale are those of posterior samples, and the saved model has them."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("av")
+pytest.importorskip("diffusers")
+
+from skiparse.models.data.writer import write_video
+from skiparse.models.wfvae.model import WFVAE
+from skiparse.models.wfvae.stats import normalised, run, statistics
+
+TINY = {
+    "base_channels": 8,
+    "latent_channels": 4,
+    "encoder_energy_channels": 4,
+    "decoder_energy_channels": 4,
+    "encoder_res_blocks": 1,
+    "decoder_res_blocks": 1,
+}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    return WFVAE(**{**TINY, **changes}).eval()
+
+
+def videos(*shapes):
+    generator = torch.Generator().manual_seed(1)
+    return [2 * torch.rand(b, 3, t, h, w, generator=generator) - 1 for b, t, h, w in shapes]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clips")
+    for number, name in enumerate(("a.mp4", "b.mp4")):
+        generator = torch.Generator().manual_seed(number)
+        frames = torch.randint(0, 256, (9, 16, 16, 3), generator=generator, dtype=torch.uint8)
+        write_video(path / name, frames, fps=10)
+    (path / "notes.txt").write_text("no video")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny(shift=(9.0,) * 4, scale=(7.0,) * 4).save_pretrained(path)
+    return path
+
+
+@torch.no_grad()
+def test_the_moments_of_samples():
+    """Two clips of other sizes: every latent pixel counts the same, whatever its clip."""
+    vae, clips = tiny(), videos((2, 9, 16, 24), (1, 1, 32, 16))
+    shift, scale = statistics(vae, iter(clips))
+    posteriors = [vae.encode(clip).latent_dist for clip in clips]
+    generator = torch.Generator().manual_seed(2)
+    rounds, samples = 4000, []
+    for posterior in posteriors:
+        shape = (rounds, *posterior.mean.shape)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        drawn = posterior.mean + posterior.std * noise
+        samples.append(drawn.movedim(2, 0).flatten(1))
+    pixels = torch.cat(samples, 1)  # [4, latent pixels of all rounds]
+    mean, std = pixels.mean(1), pixels.std(1)
+    # of n samples, the mean is off by std / sqrt(n) and the spread by std / sqrt(2 n); 5 of them
+    assert ((torch.tensor(shift).double() - mean) / std).abs().max() < 5 / pixels.shape[1] ** 0.5
+    error = (1 / torch.tensor(scale).double() / std - 1).abs().max()
+    assert error < 5 / (2 * pixels.shape[1]) ** 0.5
+    means = torch.cat([p.mean.movedim(1, 0).flatten(1) for p in posteriors], 1)
+    assert (1 / torch.tensor(scale) > 1.1 * means.std(1)).all()  # means alone spread less
+
+
+@torch.no_grad()
+def test_normalised_latents_have_mean_0_and_variance_1():
+    vae, clips = tiny(shift=(9.0,) * 4, scale=(7.0,) * 4), videos((1, 17, 24, 16), (1, 9, 16, 16))
+    made = normalised(vae, *statistics(vae, clips))
+    posteriors = [made.encode(clip).latent_dist for clip in clips]
+    total = torch.zeros(4, dtype=torch.float64)
+    square, count = total.clone(), 0
+    for posterior in posteriors:
+        mean = made.normalize(posterior.mean).double()
+        scale = torch.tensor(made.config.scale).double()[:, None, None, None]
+        variance = posterior.var.double() * scale.square()
+        total += mean.sum((0, 2, 3, 4))
+        square += (mean.square() + variance).sum((0, 2, 3, 4))
+        count += mean[:, 0].numel()
+    eps = torch.finfo(torch.float32).eps  # latents are fp32
+    assert (total / count).abs().max() < 16 * eps
+    assert (square / count - 1).abs().max() < 16 * eps
+
+
+def test_a_large_mean_costs_no_digits():
+    """Latents near 1000 that spread by about 1: sums of squares in fp32 would lose the spread."""
+    vae, clips = tiny(), videos((1, 9, 16, 16))
+    _, scale = statistics(vae, clips)
+    with torch.no_grad():
+        vae.encoder.conv_out.bias[:4] += 1000
+    _, moved = statistics(vae, clips)
+    # the latents themselves are rounded at 1000 * eps
+    bound = 2 * 1000 * torch.finfo(torch.float32).eps
+    assert torch.tensor(moved).sub(torch.tensor(scale)).abs().max() < bound
+
+
+def test_the_copy_alone_has_them():
+    vae = tiny()
+    made = normalised(vae, (1.0, 2.0, 3.0, 4.0), (5.0, 6.0, 7.0, 8.0))
+    assert (made.config.shift, made.config.scale) == ((1.0, 2.0, 3.0, 4.0), (5.0, 6.0, 7.0, 8.0))
+    assert (vae.config.shift, vae.config.scale) == (None, None)
+    before = vae.encoder.conv_out.bias.clone()
+    made.encoder.conv_out.bias.data += 1
+    assert torch.equal(vae.encoder.conv_out.bias, before)
+    with pytest.raises(ValueError, match="shift must have 4 values"):
+        normalised(vae, (1.0,), (1.0,) * 4)
+
+
+def test_what_has_no_statistics():
+    vae = tiny()
+    with pytest.raises(ValueError, match="clips has no video in it"):
+        statistics(vae, [])
+    with torch.no_grad():
+        vae.encoder.conv_out.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="no finite mean and spread"):
+        statistics(vae, videos((1, 1, 16, 16)))
+
+
+def test_a_folder_of_clips_and_a_saved_model(folder, model, tmp_path, capsys):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    out = run(model, folder, tmp_path / "one", frames=9, size=(16, 16))
+    assert torch.equal(torch.get_rng_state(), before)
+    said = capsys.readouterr().out
+    assert "notes.txt" in said
+    assert "channel   3: mean" in said
+    made, plain = WFVAE.from_pretrained(out), WFVAE.from_pretrained(model)
+    assert load_file(out / WEIGHTS).keys() == load_file(model / WEIGHTS).keys()
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(made.state_dict()[name], weight)
+    about = json.loads((out / "statistics.json").read_text())
+    assert (about["files"], about["cuts"], about["of"]) == (2, 2, "samples of the posterior")
+    assert about["shift"] == list(made.config.shift)
+    again = run(model, folder, tmp_path / "two", frames=9, size=(16, 16), cuts=4)
+    # four cuts of two files of nine frames are the same two twice
+    found = WFVAE.from_pretrained(again).config
+    assert found.shift == pytest.approx(made.config.shift, rel=1e-12)
+    assert found.scale == pytest.approx(made.config.scale, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"cuts": 0}, ValueError, "cuts must be at least 1, got 0"),
+        ({"frames": 8}, ValueError, r"frames must be 8n \+ 1, got 8"),
+        ({"size": (16, 12)}, ValueError, "size must be multiples of 8"),
+        ({"model": "missing"}, FileNotFoundError, "config.json is not there"),
+        ({"clips": "missing"}, ValueError, "is no folder"),
+        ({"out": "."}, ValueError, "exists; give a new name"),
+    ],
+)
+def test_arguments_that_make_no_sense(folder, model, tmp_path, changes, error, message):
+    given = {"model": model, "clips": folder, "out": tmp_path / "out", "frames": 9}
+    with pytest.raises(error, match=message):
+        run(**{**given, "size": (16, 16), **changes})
+    assert not (tmp_path / "out").exists()
