@@ -19,5 +19,5 @@ setup(
         "skiparse.models": "models",
         "skiparse.bench": "bench",
     },
-    package_data={"skiparse": ["py.typed"]},
+    package_data={"skiparse": ["py.typed"], "skiparse.models.train": ["*.yaml"]},
 )

@@ -1,0 +1,308 @@
+"""All that a training run can be told: one dataclass, read from YAML, and a chain of stages in it.
+
+``skiparse train CONFIG.yaml --a.b value`` reads these fields; so does Python. Two chains come with
+the library, by name: ``v1.5``, the stages of the report with its numbers, and ``mini``, which
+walks the same way on a CPU in minutes.
+
+Source: Open-Sora Plan v1.5 report, training stages and hyper-parameters.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from skiparse.models.data.buckets import Rule
+from skiparse.models.suv.model import CHECKPOINTS, SUV
+from skiparse.models.train.clip import AdaptiveGradClipper, Mode
+
+CHAINS = {file.stem: file for file in Path(__file__).parent.glob("*.yaml")}
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A part of a run with one kind of data, one sparsity and one schedule.
+
+    Args:
+        steps: of the optimiser.
+        learning_rate: after the warm-up.
+        then: other learning rates, by the step of the stage from which they hold.
+        warmup: steps over which the learning rate rises from 0.
+        global_batch: samples in a step, over all processes and micro-batches.
+        accumulate: micro-batches that each process takes one after the other in a step.
+        rule: which clips are taken, and what shapes they get.
+        source: instead of the run's.
+        cache: instead of the run's.
+        sparsity: of each part of the U; None for that of the preset or of ``init``.
+        skip_connection: False for the dense model of the first stages. A stage with skips after
+            one without converts the model: new skips begin without effect.
+        checkpointing: what is computed again in the backward pass: none, feed_forward or block.
+    """
+
+    steps: int
+    learning_rate: float
+    then: dict[int, float] = field(default_factory=dict)
+    warmup: int = 0
+    global_batch: int
+    accumulate: int = 1
+    rule: Rule
+    source: str | None = None
+    cache: str | None = None
+    sparsity: tuple[int, ...] | None = None
+    skip_connection: bool = True
+    checkpointing: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.warmup < 0:
+            raise ValueError(f"warmup must be at least 0, got {self.warmup}")
+        for rate in (self.learning_rate, *self.then.values()):
+            if not rate > 0:
+                raise ValueError(f"learning_rate must be above 0, got {rate}")
+        if self.checkpointing not in CHECKPOINTS:
+            raise ValueError(
+                f"checkpointing must be one of {', '.join(CHECKPOINTS)}, got {self.checkpointing!r}"
+            )
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step of the stage, from 0."""
+        begun = [at for at in self.then if at <= step]
+        rate = self.then[max(begun)] if begun else self.learning_rate
+        return rate * min((step + 1) / (self.warmup + 1), 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW's settings, those of the release.
+
+    Args:
+        betas: decay of the averages of the gradient and of its square.
+        eps: tiny, because gradients are, late in a run.
+        weight_decay: per step, times the learning rate.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-15
+    weight_decay: float = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """How gradients are clipped; see :class:`~skiparse.models.train.AdaptiveGradClipper`.
+
+    Args:
+        mode: safe, report or osp15.
+        decay: of the averages of the norm.
+        sigmas: how many standard deviations above its mean a norm may be.
+    """
+
+    mode: Mode = "safe"
+    decay: float = 0.99
+    sigmas: float = 3.0
+
+    def __post_init__(self) -> None:
+        self.make()
+
+    def make(self) -> AdaptiveGradClipper:
+        """A clipper without history."""
+        return AdaptiveGradClipper(decay=self.decay, sigmas=self.sigmas, mode=self.mode)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Videos that a run makes of itself on the way, with the averaged weights.
+
+    Args:
+        every: steps from one to the next; 0 for none.
+        prompts: one video each.
+        shape: frames, height and width in pixels.
+        steps: of the sampler.
+        guidance: 1 is none.
+    """
+
+    every: int = 0
+    prompts: tuple[str, ...] = ()
+    shape: tuple[int, int, int] = (17, 128, 128)
+    steps: int = 50
+    guidance: float = 7.0
+
+    def __post_init__(self) -> None:
+        if self.every and not self.prompts:
+            raise ValueError("samples.every is set but samples.prompts is empty; give a prompt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run.
+
+    Args:
+        out: folder for checkpoints, log and samples; a run that has begun there continues.
+        stages: by name, in the order in which they are trained.
+        preset: size of the model; see ``SUV.presets``.
+        model: arguments of SUV that differ from the preset's.
+        init: folder with weights to start from: a released model that was converted, an exported
+            run, or a dense one; instead of ``preset`` and ``model``.
+        vae: folder of a WFVAE; not needed where all stages have a cache and nothing is sampled.
+        text: folder that holds the text encoders, as a pipeline keeps them; as ``vae``.
+        source: what to train on: a ``data.txt``, or a folder of clips with captions beside them.
+        cache: folder of ``skiparse cache build`` to train from, instead of ``source``.
+        posterior: latents to learn: a sample of the autoencoder's posterior, or its mean.
+        drop: share of captions that are dropped, for guidance without a classifier.
+        optimizer: AdamW's settings.
+        clip: how gradients are clipped.
+        ema: decay of the averaged weights, per step.
+        dtype: to compute in: float32, or bfloat16 by autocast. Weights are float32.
+        seed: of everything random.
+        parallel: with several processes, copies of the model (ddp), or shards of it (fsdp).
+        compile: whether to compile the blocks.
+        device: cpu or cuda; None takes a GPU if there is one.
+        workers: processes that read data ahead; 0 reads in between.
+        save_every: steps from one checkpoint to the next; there is one after every stage too.
+        keep: checkpoints that stay.
+        asynchronous: write checkpoints while training goes on.
+        samples: videos made on the way.
+    """
+
+    out: str
+    stages: dict[str, Stage]
+    preset: str = "v1.5"
+    model: dict[str, Any] = field(default_factory=dict)
+    init: str | None = None
+    vae: str | None = None
+    text: str | None = None
+    source: str | None = None
+    cache: str | None = None
+    posterior: Literal["sample", "mean"] = "sample"
+    drop: float = 0.1
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    clip: Clip = field(default_factory=Clip)
+    ema: float = 0.9999
+    dtype: str = "float32"
+    seed: int = 0
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    compile: bool = False
+    device: str | None = None
+    workers: int = 0
+    save_every: int = 1000
+    keep: int = 2
+    asynchronous: bool = False
+    samples: Samples = field(default_factory=Samples)
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages is empty; give at least one")
+        if self.preset not in SUV.presets:
+            raise ValueError(f"preset must be one of {', '.join(SUV.presets)}, got {self.preset!r}")
+        if self.init is not None and self.model:
+            raise ValueError("model has no effect with init, which has a config; leave one out")
+        wrong = self.model.keys() - inspect.signature(SUV.__init__).parameters.keys()
+        if wrong:
+            raise ValueError(f"model has no {', '.join(sorted(wrong))}; see the arguments of SUV")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if not 0 <= self.drop <= 1:
+            raise ValueError(f"drop must be in [0, 1], got {self.drop}")
+        for name in ("save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        skips = [stage.skip_connection for stage in self.stages.values()]
+        if sorted(skips) != skips:
+            raise ValueError(
+                "stages: one without skip_connection follows one with it, which would drop the "
+                "skips; set skip_connection: true there"
+            )
+        for name, stage in self.stages.items():
+            if (self.source_of(stage) is None) == (self.cache_of(stage) is None):
+                raise ValueError(f"stages.{name} needs a source or a cache, its own or the run's")
+        if self.needs_encoders and (self.vae is None or self.text is None):
+            raise ValueError(
+                "vae and text are needed to encode clips and to make samples; give their folders, "
+                "or train from a cache without samples"
+            )
+        if self.samples.every and self.parallel == "fsdp":
+            raise ValueError("samples.every is for parallel: ddp; with fsdp export, then sample")
+
+    @property
+    def needs_encoders(self) -> bool:
+        """Whether the autoencoder and the text encoders have to be there."""
+        online = any(self.cache_of(stage) is None for stage in self.stages.values())
+        return online or self.samples.every > 0
+
+    def source_of(self, stage: Stage) -> str | None:
+        """What ``stage`` reads, if it reads no cache."""
+        return None if self.cache_of(stage) is not None else stage.source or self.source
+
+    def cache_of(self, stage: Stage) -> str | None:
+        """The cache that ``stage`` reads, if it reads one; its own source goes before the run's."""
+        return stage.cache or (self.cache if stage.source is None else None)
+
+
+def load(path: str | os.PathLike[str] | None = None, arguments: Sequence[str] = ()) -> Config:
+    """The config in a YAML file, changed by arguments as on a command line.
+
+    Args:
+        path: a file, or a name of :data:`CHAINS`.
+        arguments: such as ``["--stages.V1.steps", "100"]``; ``--print_config`` prints instead.
+
+    Raises:
+        ValueError: for keys that are unknown, with their path, and for values of a wrong type.
+        FileNotFoundError: if there is no such file.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+    parser = ArgumentParser(
+        prog="skiparse train CONFIG.yaml", exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_class_arguments(Config)
+    parser.add_argument("--config", action="config")
+    given = list(arguments)
+    if path is not None:
+        file = CHAINS.get(str(path), Path(path))
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{path} is neither a file nor a chain of the library: {', '.join(sorted(CHAINS))}"
+            )
+        try:
+            read = yaml.safe_load(file.read_text("utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is no YAML: {error}") from error
+        if not isinstance(read, dict):
+            raise ValueError(f"{file} must hold a table of settings; see `skiparse train --help`")
+        wrong = list(unknown_keys(Config, read))
+        if wrong:
+            raise ValueError(f"{file} has keys that mean nothing: {', '.join(wrong[:10])}")
+        given = ["--config", str(file), *given]
+    try:
+        found = parser.parse_args(given)
+        made: Namespace = parser.instantiate(found)
+    except ArgumentError as error:
+        raise ValueError(str(error)) from error
+    return Config(**{name: value for name, value in vars(made).items() if name != "config"})
+
+
+def unknown_keys(kind: Any, table: Mapping[Any, Any], path: str = "") -> list[str]:
+    """Paths of the keys in ``table`` that the dataclass ``kind`` has no field for."""
+    hints, wrong = get_type_hints(kind), []
+    known = {each.name for each in fields(kind)}
+    for key, value in table.items():
+        here = f"{path}{key}"
+        if key not in known:
+            wrong.append(here)
+            continue
+        inner = hints[key]
+        if is_dataclass(inner) and isinstance(value, Mapping):
+            wrong += unknown_keys(inner, value, f"{here}.")
+        elif get_origin(inner) is dict and is_dataclass(get_args(inner)[1]):
+            for name, entry in (value or {}).items():
+                if isinstance(entry, Mapping):
+                    wrong += unknown_keys(get_args(inner)[1], entry, f"{here}.{name}.")
+    return wrong

@@ -1,0 +1,137 @@
+"""The processes that share a run: who they are, how a model is spread over them and gathered.
+
+Started by ``torchrun``, each process finds its rank in the environment; without it there is one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from skiparse.models.suv.blocks import SUVBlock
+from skiparse.models.suv.model import SUV
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among ``size``; ``device`` is its own."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    @contextmanager
+    def joined(cls, device: str | None) -> Iterator[World]:
+        """The processes that torchrun started, or this one alone.
+
+        Raises:
+            ValueError: if ``device`` is cuda and torch finds none.
+        """
+        kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if kind.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"device={device}: torch finds no GPU here; use device: cpu")
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            yield cls(0, 1, torch.device(kind))
+            return
+        here = torch.device(kind)
+        if kind == "cuda":
+            here = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(here)
+        dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
+        try:
+            yield cls(dist.get_rank(), size, here)
+        finally:
+            dist.destroy_process_group()
+
+    def mean(self, *values: Tensor | float) -> list[float]:
+        """Each value averaged over all processes."""
+        numbers = torch.stack([torch.as_tensor(x, device=self.device).float() for x in values])
+        if self.size > 1:
+            dist.all_reduce(numbers)
+        return (numbers / self.size).tolist()
+
+    def all(self, mine: list[str]) -> list[str]:
+        """The lists of all processes in one, in the order of their ranks."""
+        if self.size == 1:
+            return mine
+        lists: list[list[str]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(lists, mine)
+        return [x for each in lists for x in each]
+
+    @contextmanager
+    def first_here(self) -> Iterator[None]:
+        """The first process does it, then all the others do."""
+        if self.rank > 0:
+            self.wait()
+        yield
+        if self.rank == 0:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def spread(self, model: SUV, how: str) -> nn.Module:
+        """``model`` to train: itself alone, a copy in every process, or a shard in each."""
+        model.to(self.device)
+        if self.size == 1:
+            return model
+        if how == "fsdp":
+            return self.sharded(model)
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids)
+
+    def sharded(self, model: SUV) -> SUV:
+        """``model`` in shards, block by block, weights and gradients in float32."""
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        for module in model.modules():
+            if isinstance(module, SUVBlock):
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
+
+
+def bare(model: nn.Module) -> SUV:
+    """The SUV inside of what :meth:`World.spread` gave."""
+    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    return inner
+
+
+def gathered(model: SUV) -> SUV:
+    """``model`` whole and by itself; if it is in shards, from all processes, on the CPU."""
+    if not isinstance(model, FSDPModule):
+        return model
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=False)
+    state = get_model_state_dict(model, options=options)
+    if dist.get_rank():
+        state = {}
+    held = [state]
+    dist.broadcast_object_list(held)
+    with torch.device("meta"):
+        whole = SUV(**{k: v for k, v in model.config.items() if not k.startswith("_")})
+    whole.load_state_dict(held[0], strict=True, assign=True)
+    return whole.train(model.training)
+
+
+def local(model: nn.Module, last: bool) -> AbstractContextManager[object]:
+    """Gradients of this micro-batch stay in the process unless it is the last of its step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        return nullcontext()
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()

@@ -1,0 +1,45 @@
+"""Videos that a run makes of itself on the way, to be looked at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from skiparse.models.data.features import Encoders
+from skiparse.models.data.writer import write_image, write_video
+from skiparse.models.pipeline import SUVPipeline
+from skiparse.models.suv.model import SUV
+from skiparse.models.train.config import Config, Stage
+
+
+def make_samples(config: Config, stage: Stage, step: int, model: SUV, encoders: Encoders) -> None:
+    """A video for each prompt of the config, in ``samples/``; the same noise every time."""
+    options, text = config.samples, encoders.text
+    pipeline = SUVPipeline(
+        model,
+        encoders.vae,
+        text.tokenizer,
+        text.encoder,
+        text.tokenizer_2,
+        text.encoder_2,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    folder = Path(config.out) / "samples"
+    folder.mkdir(exist_ok=True)
+    frames, height, width = options.shape
+    for i, prompt in enumerate(options.prompts):
+        video = pipeline(
+            prompt,
+            height=height,
+            width=width,
+            num_frames=frames,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            generator=torch.Generator().manual_seed(config.seed + i),
+        ).frames[0]
+        path = folder / f"step-{step:08d}-{i}"
+        if frames == 1:
+            write_image(path.with_suffix(".png"), video[0])
+        else:
+            write_video(path.with_suffix(".mp4"), video, fps=stage.rule.fps)

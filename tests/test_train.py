@@ -1,0 +1,439 @@
+"""A run goes through its stages, is the same however often it stops, and survives what it must."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("av")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("pyarrow")
+pytest.importorskip("tensorboard")
+
+from test_text import save, tiny_encoders
+
+from skiparse import cli
+from skiparse.models.data import features as features_module
+from skiparse.models.data.buckets import Rule
+from skiparse.models.data.manifest import Manifest
+from skiparse.models.data.writer import write_video
+from skiparse.models.pipeline import SUVPipeline
+from skiparse.models.suv.model import SUV
+from skiparse.models.train import loop
+from skiparse.models.train.checkpoint import CheckpointError, Checkpoints
+from skiparse.models.train.config import Config, Samples, Stage
+from skiparse.models.train.loop import train
+from skiparse.models.wfvae.model import WFVAE
+
+SIZE = (32, 48)
+CLIPS = 6
+
+
+def rule(frames, **changes):
+    given = {
+        "frames": frames,
+        "fps": 24,
+        "size": SIZE,
+        "longest": 100.0,
+        "minority": 0,
+    }
+    return Rule(**given | changes)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Six clips of moving stripes, nine frames each, with captions; a VAE and text encoders."""
+    folder = tmp_path_factory.mktemp("source")
+    (folder / "clips").mkdir()
+    for i in range(CLIPS):
+        t, y, x = torch.meshgrid(*map(torch.arange, (9, *SIZE)), indexing="ij")
+        grey = 127 + 120 * torch.sin((x * (i + 1) + 3 * y + 5 * t) / 10)
+        frames = torch.stack([grey, grey.flip(1), 255 - grey], -1).to(torch.uint8)
+        write_video(folder / "clips" / f"{i}.mp4", frames, crf=10)
+        (folder / "clips" / f"{i}.txt").write_text(f"stripes number {i}")
+    torch.manual_seed(0)
+    vae = WFVAE(
+        base_channels=8,
+        latent_channels=4,
+        encoder_energy_channels=4,
+        decoder_energy_channels=4,
+        encoder_res_blocks=1,
+        decoder_res_blocks=1,
+    )
+    vae.save_pretrained(folder / "vae")
+    save(folder / "text", tiny_encoders())
+    return folder
+
+
+def stages(**changes):
+    dense = {"sparsity": (1,) * 5, "skip_connection": False}
+    common = {"learning_rate": 2e-3, "global_batch": 4} | changes
+    return {
+        "image": Stage(steps=3, rule=rule(1), **common, **dense),
+        "suv": Stage(steps=2, rule=rule(1), **common),
+        "video": Stage(steps=4, rule=rule(9), **common),
+    }
+
+
+def config(folder, out, **changes):
+    given = {
+        "out": str(out),
+        "preset": "tiny",
+        "stages": stages(),
+        "vae": str(folder / "vae"),
+        "text": str(folder / "text"),
+        "source": str(folder / "clips"),
+        "ema": 0.5,
+        "save_every": 2,
+        "device": "cpu",
+    }
+    return Config(**given | changes)
+
+
+def rows(out):
+    """The log, without times, which are never the same."""
+    lines = (Path(out) / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def tensors(out):
+    """All tensors of the last checkpoint."""
+    return Checkpoints(Path(out) / "checkpoints").latest().read("")
+
+
+def assert_same(a, b):
+    assert rows(a) == rows(b)
+    left, right = tensors(a), tensors(b)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    samples = Samples(every=6, prompts=("stripes",), shape=(9, *SIZE), steps=2, guidance=2.0)
+    assert train(config(source, out, samples=samples)).name == "step-00000009"
+    return out
+
+
+def test_the_stages_are_walked(whole):
+    found = rows(whole)
+    assert [row["step"] for row in found] == list(range(9))
+    assert [row["stage"] for row in found] == ["image"] * 3 + ["suv"] * 2 + ["video"] * 4
+    names = sorted(path.name for path in (whole / "checkpoints").iterdir())
+    assert names == ["step-00000008", "step-00000009"]
+    about = Checkpoints(whole / "checkpoints").latest().about
+    assert about["stage"] == "video"
+    assert about["model"]["skip_connection"] is True
+    assert about["model"]["sparsity"] == list(SUV.presets["tiny"]["sparsity"])
+    assert [path.name for path in (whole / "samples").iterdir()] == ["step-00000006-0.mp4"]
+    assert list((whole / "tensorboard").iterdir())
+
+
+def test_the_conversion_carries_weights_and_average(source, tmp_path):
+    """The stage with skips starts as what the dense stage left, and its average too."""
+    first = {"image": stages()["image"]}
+    train(config(source, tmp_path, stages=first))
+    before = tensors(tmp_path)
+    frozen = dataclasses.replace(stages()["suv"], steps=1, learning_rate=1e-30)
+    train(config(source, tmp_path, stages=first | {"suv": frozen}))
+    after = tensors(tmp_path)
+    fresh = {name for name in after.keys() - before.keys() if name.startswith(("model.", "ema."))}
+    assert fresh
+    assert all("skips" in name for name in fresh)
+    averages = [name for name in before if name.startswith("ema.")]
+    assert any(not torch.equal(before[name], before[f"model{name[3:]}"]) for name in averages)
+    for name in before:
+        if name.startswith("model."):
+            assert torch.equal(before[name], after[name]), name
+        elif name.startswith("ema."):
+            expected = before[name].lerp(before[f"model{name[3:]}"], 0.5)
+            torch.testing.assert_close(after[name], expected)
+
+
+class Killed(BaseException):
+    """As by kill -9, as far as one process can: nothing after it is done."""
+
+
+@pytest.mark.parametrize("at", [2, 3, 5, 7])
+def test_a_killed_run_goes_on_bit_for_bit(source, whole, tmp_path, monkeypatch, at):
+    calls = iter(range(100))
+    real = loop.loss_of
+
+    def killing(*arguments):
+        if next(calls) == at:
+            raise Killed
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "loss_of", killing)
+    with pytest.raises(Killed):
+        train(config(source, tmp_path))
+    monkeypatch.undo()
+    train(config(source, tmp_path))
+    assert_same(whole, tmp_path)
+
+
+def test_sigterm_saves_and_exits(source, whole, tmp_path, monkeypatch):
+    calls = iter(range(100))
+    real = loop.loss_of
+
+    def terminated(*arguments):
+        if next(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(loop, "loss_of", terminated)
+    assert train(config(source, tmp_path)).name == "step-00000005"
+    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.undo()
+    train(config(source, tmp_path))
+    assert_same(whole, tmp_path)
+
+
+def test_a_finished_run_stays(source, whole, tmp_path):
+    before = rows(whole)
+    assert train(config(source, whole)).name == "step-00000009"
+    assert rows(whole) == before
+
+
+def test_accumulation_changes_rounding_only(source, whole, tmp_path):
+    train(config(source, tmp_path, stages=stages(accumulate=2)))
+    for a, b in zip(rows(whole), rows(tmp_path), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def launch(processes, *arguments):
+    """``skiparse train`` under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += ["--master-port", "0", "--standalone", "-m", "skiparse.cli", "train", *arguments]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def as_yaml(path, given):
+    table = json.loads(json.dumps(dataclasses.asdict(given)))
+    path.write_text(json.dumps(table))  # which is YAML too
+    return str(path)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_equal_one(source, whole, tmp_path, parallel):
+    given = config(source, tmp_path / "run", parallel=parallel)
+    launch(2, as_yaml(tmp_path / "config.yaml", given))
+    for a, b in zip(rows(whole), rows(given.out), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+        assert (a["action"], a["stage"]) == (b["action"], b["stage"])
+    one, two = tensors(whole), tensors(given.out)
+    assert one.keys() == two.keys()
+
+
+def test_another_number_of_processes_continues_the_same_order(source, whole, tmp_path):
+    """Begun by two, finished by one."""
+    given = config(source, tmp_path / "run", stages={"image": stages()["image"]})
+    launch(2, as_yaml(tmp_path / "config.yaml", given))
+    train(dataclasses.replace(given, stages=stages()))
+    for a, b in zip(rows(whole), rows(given.out), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+
+
+def test_training_from_a_cache_is_training_on_line(source, tmp_path):
+    """Clips as long as the rule wants leave nothing to chance but what comes after the encoders."""
+    cache = pytest.importorskip("skiparse.models.data.cache")
+    only = {"video": stages()["video"]}
+    online = config(source, tmp_path / "online", stages=only)
+    train(online)
+    encoders = features_module.Encoders.from_pretrained(source / "vae", source / "text")
+    manifest = Manifest.open(source / "clips", index=tmp_path / "index")
+    cache.build(tmp_path / "cache", manifest, only["video"].rule, encoders)
+    held = config(
+        source,
+        tmp_path / "cached",
+        stages=only,
+        source=None,
+        vae=None,
+        text=None,
+        cache=str(tmp_path / "cache"),
+    )
+    train(held)
+    assert_same(online.out, held.out)
+    other = {"video": dataclasses.replace(only["video"], rule=rule(9, fps=12))}
+    with pytest.raises(ValueError, match="was built by another rule"):
+        train(dataclasses.replace(held, stages=other, out=str(tmp_path / "new")))
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_step_that_is_not_finite_is_skipped(source, tmp_path, monkeypatch, at):
+    calls = iter(range(100))
+    real = loop.loss_of
+
+    def spoiling(*arguments):
+        loss = real(*arguments)
+        return loss * float("nan") if next(calls) == at else loss
+
+    monkeypatch.setattr(loop, "loss_of", spoiling)
+    train(config(source, tmp_path))
+    found = rows(tmp_path)
+    assert [row["step"] for row in found if row["action"] == "skip"] == [at]
+    assert len(found[at]["keys"]) == 4
+    assert all(torch.isfinite(x).all() for x in tensors(tmp_path).values())
+    assert Checkpoints(tmp_path / "checkpoints").latest().about["clipper"]["counts"]["skip"] == 1
+
+
+def test_fifty_of_them_stop_the_run(source, tmp_path, monkeypatch):
+    real = loop.loss_of
+    monkeypatch.setattr(loop, "loss_of", lambda *a: real(*a) * float("inf"))
+    long = {"image": dataclasses.replace(stages()["image"], steps=60)}
+    with pytest.raises(FloatingPointError, match=r"step 49 \(stage image\).*stopped.json"):
+        train(config(source, tmp_path, stages=long, save_every=40))
+    stopped = json.loads((tmp_path / "stopped.json").read_text())
+    assert (stopped["step"], len(stopped["keys"])) == (49, 4)
+    assert Checkpoints(tmp_path / "checkpoints").latest().step == 40
+
+
+def test_a_full_disk_keeps_training_alive(source, whole, tmp_path, monkeypatch, capsys):
+    real, calls = Checkpoints.save, []
+
+    def failing(self, step, *arguments, **options):
+        calls.append(step)
+        if step in (2, 3):
+            raise CheckpointError("no space left")
+        real(self, step, *arguments, **options)
+
+    monkeypatch.setattr(Checkpoints, "save", failing)
+    train(config(source, tmp_path))
+    assert calls == [2, 3, 4, 5, 6, 8, 9]
+    assert "no space left; training goes on" in capsys.readouterr().out
+    assert_same(whole, tmp_path)
+
+
+def test_the_last_checkpoint_must_be_written(source, tmp_path, monkeypatch):
+    def failing(self, step, *arguments, **options):
+        raise CheckpointError("no space left")
+
+    monkeypatch.setattr(Checkpoints, "save", failing)
+    with pytest.raises(CheckpointError, match="no space left"):
+        train(config(source, tmp_path))
+
+
+def test_asynchronous_checkpoints_hold_the_same(source, whole, tmp_path):
+    train(config(source, tmp_path, asynchronous=True))
+    assert_same(whole, tmp_path)
+
+
+def test_half_precision_and_checkpointing(source, whole, tmp_path):
+    train(config(source, tmp_path / "a", stages=stages(checkpointing="block")))
+    assert_same(whole, tmp_path / "a")
+    train(config(source, tmp_path / "b", dtype="bfloat16"))
+    pairs = list(zip(rows(whole), rows(tmp_path / "b"), strict=True))
+    assert all(a["loss"] == pytest.approx(b["loss"], rel=0.02) for a, b in pairs)
+    assert any(a["loss"] != b["loss"] for a, b in pairs)
+    assert {x.dtype for x in tensors(tmp_path / "b").values()} == {torch.float32}
+
+
+def test_one_run_at_a_time(source, tmp_path):
+    from filelock import FileLock
+
+    with (
+        FileLock(tmp_path / ".lock"),
+        pytest.raises(ValueError, match="another run is at work"),
+    ):
+        train(config(source, tmp_path))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"ema": 0.6}, "ema"),
+        ({"stages": stages(learning_rate=1e-3)}, r"stages\.image\.learning_rate"),
+        ({"stages": stages(global_batch=2)}, r"stages\.video\.global_batch"),
+    ],
+)
+def test_a_run_is_not_continued_as_another(source, whole, change, message):
+    before = rows(whole)
+    longer = {"video": dataclasses.replace(stages()["video"], steps=5)}
+    with pytest.raises(ValueError, match=f"trained with other settings.*{message}"):
+        train(config(source, whole, **{"stages": stages() | longer} | change))
+    assert rows(whole) == before
+
+
+def test_other_data_is_not_the_same_run(source, whole, tmp_path):
+    copy = tmp_path / "clips"
+    copy.mkdir()
+    for path in (source / "clips").iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "0.txt").write_text("another caption")
+    longer = {"video": dataclasses.replace(stages()["video"], steps=5)}
+    with pytest.raises(ValueError, match="other data"):
+        train(config(source, whole, stages=stages() | longer, source=str(copy)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stages": stages(accumulate=3)}, r"stages\.image\.global_batch=4 must be a multiple"),
+        ({"model": {"in_channels": 8}}, "in_channels=8, but the autoencoder has 4"),
+        ({"model": {"text_channels": 8}}, "text_channels=8, but the text encoder has 24"),
+        ({"model": {"pooled_channels": 8}}, "pooled_channels=8, but the text encoder has 20"),
+        ({"model": {"depth": 8}}, "model has no depth"),
+        ({"device": "cuda"}, "no GPU"),
+        ({"samples": Samples(every=1, prompts=("a",), shape=(8, 32, 48))}, "num_frames=8"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once(source, tmp_path, change, message):
+    if "device" in change and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=message):
+        train(config(source, tmp_path, **change))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_weights_to_start_from(source, whole, tmp_path):
+    """An exported run, a dense one, or a folder of SUV; what it is not, it is refused as."""
+    from skiparse.models.train.export import export
+
+    only = {"suv": dataclasses.replace(stages()["suv"], steps=1, learning_rate=1e-30)}
+    exported = tmp_path / "exported"
+    export(whole, exported, vae=source / "vae", text=source / "text")
+    train(config(source, tmp_path / "a", stages=only, init=str(exported)))
+    theirs, mine = tensors(whole), tensors(tmp_path / "a")
+    for name in mine:
+        if name.startswith("model."):
+            assert torch.equal(mine[name], theirs[f"ema{name[5:]}"]), name
+    dense = SUV(**SUV.presets["tiny"] | {"skip_connection": False, "sparsity": (1,) * 5})
+    dense.save_pretrained(tmp_path / "dense")
+    train(config(source, tmp_path / "b", stages=only, init=str(tmp_path / "dense")))
+    weight = dense.proj_out.weight
+    assert torch.equal(tensors(tmp_path / "b")["model.proj_out.weight"], weight)
+    with pytest.raises(FileNotFoundError, match=r"holds no SUV.*convert suv"):
+        train(config(source, tmp_path / "c", stages=only, init=str(tmp_path)))
+
+
+def test_the_commands(source, tmp_path, capsys):
+    """``train``, ``export`` and ``sample``, one after the other."""
+    given = config(source, tmp_path / "run", stages={"suv": stages()["suv"]})
+    file = as_yaml(tmp_path / "config.yaml", given)
+    assert cli.main(["train", file, "--stages.suv.steps=1"]) == 0
+    assert capsys.readouterr().out.strip().endswith("step-00000001")
+    folders = ["--vae", str(source / "vae"), "--text", str(source / "text")]
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "model"), *folders]) == 0
+    assert SUVPipeline.from_pretrained(tmp_path / "model").transformer.config.num_heads == 2
+    video = tmp_path / "video.mp4"
+    size = ["--height=32", "--width=48", "--frames=9", "--steps=2"]
+    made = ["sample", "--model", str(tmp_path / "model"), "--prompt", "a", "--out", str(video)]
+    assert cli.main([*made, *size]) == 0
+    assert video.stat().st_size
+    assert cli.main(["train", file, "--stages.suv.stepz=1"]) == 2
+    assert "stepz" in capsys.readouterr().err

@@ -1,0 +1,140 @@
+"""One dataclass tells a run all: files and arguments fill it; what means nothing is refused."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+pytest.importorskip("jsonargparse")
+
+from skiparse.models.data.buckets import Rule
+from skiparse.models.suv.model import SUV
+from skiparse.models.train.config import CHAINS, Config, Optimizer, Stage, load
+
+GIVEN = ["--out=runs/x", "--vae=vae", "--text=text", "--source=clips"]
+
+
+def stage(**changes):
+    return Stage(
+        **{"steps": 10, "learning_rate": 1e-4, "global_batch": 4, "rule": Rule(size=(32, 32))}
+        | changes
+    )
+
+
+def test_the_chain_of_the_report():
+    chain = load("v1.5", GIVEN)
+    found = [
+        (name, s.steps, s.learning_rate, s.global_batch, s.rule.frames, s.rule.fps, s.rule.size)
+        for name, s in chain.stages.items()
+    ]
+    image, small, large = (288, 512), (288, 512), (576, 1024)
+    assert found == [
+        ("I1", 225_000, 1e-4, 8192, 1, 24, None),
+        ("I2", 150_000, 1e-4, 6144, 1, 24, None),
+        ("I3", 110_000, 1e-4, 4096, 1, 24, image),
+        ("I4", 160_000, 1e-4, 4096, 1, 24, image),
+        ("V1", 40_000, 6e-5, 1024, 57, 24, small),
+        ("V2", 45_000, 6e-5, 1024, 57, 12, small),
+        ("V3", 25_000, 4e-5, 1024, 121, 24, small),
+        ("V4", 25_000, 2e-5, 512, 121, 24, large),
+        ("V5", 5_000, 1e-5, 512, 121, 24, large),
+    ]
+    dense = [s.sparsity == (1,) * 7 and not s.skip_connection for s in chain.stages.values()]
+    assert dense == [True] * 3 + [False] * 6
+    assert chain.optimizer == Optimizer(betas=(0.9, 0.999), eps=1e-15, weight_decay=1e-4)
+    assert (chain.ema, chain.clip.decay, chain.drop, chain.preset) == (0.9999, 0.99, 0.1, "v1.5")
+    V4 = chain.stages["V4"]
+    assert [V4.rate(step) for step in (0, 15_999, 16_000, 24_999)] == [2e-5, 2e-5, 1e-5, 1e-5]
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_every_chain_fits_its_model(name):
+    chain = load(name, GIVEN)
+    layers = (SUV.presets[chain.preset] | chain.model)["num_layers"]
+    for one in chain.stages.values():
+        assert one.sparsity is None or len(one.sparsity) == len(layers)
+
+
+def test_warm_up():
+    one = stage(warmup=4, then={8: 1e-5})
+    rates = [one.rate(step) for step in range(10)]
+    assert rates[:5] == pytest.approx([2e-5, 4e-5, 6e-5, 8e-5, 1e-4])
+    assert rates[5:] == pytest.approx([1e-4] * 3 + [1e-5] * 2)
+
+
+def test_arguments_go_before_the_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    table = yaml.safe_load(CHAINS["mini"].read_text())
+    file.write_text(yaml.safe_dump(table | {"seed": 3}))
+    chain = load(file, [*GIVEN, "--stages.video.rule.frames=17", "--stages.image.steps", "7"])
+    assert (chain.seed, chain.out) == (3, "runs/x")
+    assert chain.stages["video"].rule.frames == 17
+    assert chain.stages["image"].steps == 7
+    assert chain.stages["longer"] == load("mini", GIVEN).stages["longer"]
+    assert load(file, [*GIVEN, "--seed=4"]).seed == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sede": 1}, "sede"),
+        ({"clip": {"mode": "safe", "sigma": 2}}, r"clip\.sigma"),
+        ({"stages": {"image": {"rule": {"fraems": 9}}}}, r"stages\.image\.rule\.fraems"),
+        ({"stages": {"image": {"step": 9}}}, r"stages\.image\.step"),
+        ({"ema": "much"}, "ema"),
+        ({"preset": "v9"}, "preset must be one of"),
+        ({"drop": 1.5}, "drop must be in"),
+        ({"save_every": 0}, "save_every must be at least 1"),
+        ({"dtype": "float16"}, "dtype must be one of"),
+        ({"stages": {"image": {"steps": 0}}}, "steps must be at least 1"),
+        ({"stages": {"image": {"learning_rate": -1.0}}}, "learning_rate must be above 0"),
+        ({"stages": {"image": {"checkpointing": "all"}}}, "checkpointing must be one of"),
+        ({"stages": {"suv": {"skip_connection": False}, "image": {"skip_connection": True}}},
+         "skip_connection"),
+        ({"samples": {"every": 5}}, "samples.prompts is empty"),
+        ({"init": "weights"}, "model has no effect with init"),
+    ],
+)  # fmt: skip
+def test_what_means_nothing_is_refused(tmp_path, change, message):
+    table = yaml.safe_load(CHAINS["mini"].read_text())
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(_merged(table, change)))
+    with pytest.raises(ValueError, match=message):
+        load(file, GIVEN)
+
+
+def _merged(table, change):
+    if not isinstance(change, dict) or not isinstance(table, dict):
+        return change
+    return table | {key: _merged(table.get(key), value) for key, value in change.items()}
+
+
+@pytest.mark.parametrize("text", ["- a", "a: [", "\xff\xfe"])
+def test_what_is_no_table_is_refused(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=str(file)):
+        load(file, GIVEN)
+
+
+def test_there_is_no_such_file():
+    with pytest.raises(FileNotFoundError, match=r"neither a file nor a chain.*mini, v1\.5"):
+        load("midi", GIVEN)
+
+
+def test_arguments_that_mean_nothing_are_refused():
+    with pytest.raises(ValueError, match=r"clip\.sigma"):
+        load("mini", [*GIVEN, "--clip.sigma=2"])
+
+
+def test_a_source_or_a_cache():
+    online = {"stages": {"a": stage()}, "out": "x", "vae": "v", "text": "t"}
+    with pytest.raises(ValueError, match=r"stages\.a needs a source or a cache"):
+        Config(**online)
+    config = Config(**online, source="s", cache="c")
+    assert (config.source_of(stage()), config.cache_of(stage())) == (None, "c")
+    own = stage(source="mine")
+    assert (config.source_of(own), config.cache_of(own)) == ("mine", None)
+    assert not dataclasses.replace(config, vae=None, text=None).needs_encoders
+    with pytest.raises(ValueError, match="vae and text are needed"):
+        dataclasses.replace(config, vae=None, cache=None)
