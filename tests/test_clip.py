@@ -191,7 +191,7 @@ def test_less_variance_or_a_longer_run_takes_longer():
         assert table.max() == bound
 
 
-def test_a_shift_beyond_the_extreme_is_skipped_first_and_below_it_clipped():
+def test_a_shift_beyond_the_extreme_is_skipped_and_below_it_clipped():
     high, low = settled(1.0, steps=4000), settled(0.01, steps=4000)
     assert climb(high, 10) == climb(low, 10) == 96
     assert high.counts["skip"] > 80
@@ -322,7 +322,7 @@ def test_a_saved_state_stays_as_it_was():
 
 
 def test_reset_forgets_the_level_and_keeps_the_counts():
-    clipper = settled(1.0)
+    clipper = settled(1.0, 0.1)
     told(clipper, [math.nan] * 49)
     counts = dict(clipper.counts)
     clipper.reset()
