@@ -102,6 +102,11 @@ def without(name):
     return lambda parts: shutil.rmtree(parts[name])
 
 
+def already_there(parts):
+    """There already; and looked at first, since what comes after is missing."""
+    os.rename(parts["run"], parts["run"].parent / "out")
+
+
 def damaged(parts):
     path = next(parts["run"].glob("checkpoints/step-00000002/*.safetensors"))
     path.write_bytes(path.read_bytes()[:-1] + b"?")
@@ -116,7 +121,7 @@ def of_another_size(parts):
     ("spoil", "change", "kind", "message"),
     [
         (None, {"weights": "best"}, ValueError, "weights must be one of ema, model, got 'best'"),
-        (lambda parts: os.mkdir(parts["run"].parent / "out"), {}, ValueError, "out exists"),
+        (already_there, {}, ValueError, "out exists; give a new name"),
         (without("run"), {}, FileNotFoundError, "no complete checkpoint in .*run/checkpoints"),
         (without("vae"), {}, FileNotFoundError, "vae/config.json is not there; give a WFVAE"),
         (without("text"), {}, FileNotFoundError, "no text encoder in "),

@@ -96,7 +96,7 @@ class Checkpoints:
         try:
             about = json.loads(json.dumps(about, allow_nan=False))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"about must be JSON: {error}; convert the rest") from error
+            raise ValueError(f"about must be JSON: {error}; convert that") from error
         self.wait()
         path = self.folder / f"step-{step:08d}"
         if _is_complete(path):
