@@ -160,7 +160,8 @@ def read_video(
         root: if given, ``path`` is relative to it and may not leave it, by symlink or otherwise.
         limits: the largest source to decode; ``Limits()`` if None.
         allow_upscale: whether a source smaller than ``size`` is enlarged instead of refused.
-        threads: decoder threads; 0 lets the decoder choose.
+        threads: of the decoder and of the conversion to RGB; 0 lets them choose. Must be 1 in a
+            process that is forked later, say for a DataLoader.
         progress: called with 1 for every frame finished.
 
     Returns:
@@ -189,9 +190,7 @@ def read_video(
     entry = _entry(path, root, limits, begin)
     clip = torch.empty((frames, height, width, 3), dtype=torch.uint8)
     done, spare, end = 0, _REORDER, Fraction(0)
-    with _opened(path, root, limits) as (container, stream):
-        stream.thread_type = "AUTO"
-        stream.codec_context.thread_count = threads
+    with _opened(path, root, limits, threads) as (container, stream):
         pictures = _frames(container, stream, limits)
         if entry is not None:
             pictures = _after_jump(container, stream, limits, entry)
@@ -205,7 +204,7 @@ def read_video(
                 first = done
                 while done < frames and begin + done / rate < end:
                     if done == first:
-                        clip[done] = _picture(frame, stream, size, crop, allow_upscale)
+                        clip[done] = _picture(frame, stream, size, crop, allow_upscale, threads)
                     else:
                         clip[done] = clip[first]
                     done += 1
@@ -225,9 +224,16 @@ def read_video(
 
 @contextmanager
 def _opened(
-    path: str | os.PathLike[str], root: str | os.PathLike[str] | None, limits: Limits
+    path: str | os.PathLike[str],
+    root: str | os.PathLike[str] | None,
+    limits: Limits,
+    threads: int = 1,
 ) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its video stream, sizes checked; all errors leave as VideoError."""
+    """The container and its video stream, sizes checked; all errors leave as VideoError.
+
+    What has several threads and is still in memory when the process is forked, into workers of a
+    DataLoader say, hangs or crashes the copy once it is freed there. So there is one by default.
+    """
     try:
         with (
             plain_file(path, root).open("rb") as file,
@@ -240,6 +246,7 @@ def _opened(
         ):
             stream = _video_stream(container)
             codec = stream.codec_context
+            stream.thread_type, codec.thread_count = "AUTO", threads
             # The decoder refuses larger frames itself, before allocating them. It counts whole
             # blocks of up to 128 x 128 pixels, so it is given some slack; _frames is exact.
             codec.options = {
@@ -436,11 +443,12 @@ def _picture(
     size: tuple[int, int],
     crop: tuple[int, int, int, int] | None,
     allow_upscale: bool,
+    threads: int,
 ) -> Tensor:
     """One frame upright, cut and scaled: uint8 ``[height, width, 3]``."""
     if frame.colorspace == _UNSPECIFIED and frame.height >= 720:
         frame.colorspace = _BT709
-    picture = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+    picture = torch.from_numpy(frame.to_ndarray(format="rgb24", threads=threads))
     pixel_aspect = stream.sample_aspect_ratio or Fraction(1)  # width of a pixel over its height
     a, b, c, d = _display_matrix(frame)
     if a == 0:  # x and y change places
