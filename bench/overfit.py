@@ -199,7 +199,7 @@ def train(models: dict[str, SUV], scenes: Scenes, steps: int) -> list[dict[str, 
                 for group in optimisers[name].param_groups:
                     group["lr"] = rate
                 optimisers[name].zero_grad()
-                _loss(model, scenes, noise, sigmas).backward()
+                loss_of(model, scenes, noise, sigmas).backward()
                 optimisers[name].step()
             if step % EVALUATE_EVERY == 0 or step == steps:
                 curve.append(_point(step, models, scenes))
@@ -212,7 +212,8 @@ def _point(step: int, models: dict[str, SUV], scenes: Scenes) -> dict[str, float
     return {"step": step} | {name: evaluate(model, scenes) for name, model in models.items()}
 
 
-def _loss(model: SUV, scenes: Scenes, noise: Tensor, sigmas: Tensor) -> Tensor:
+def loss_of(model: SUV, scenes: Scenes, noise: Tensor, sigmas: Tensor) -> Tensor:
+    """The flow-matching loss of all scenes with that noise."""
     noisy = flow.add_noise(scenes.latents, noise, sigmas)
     velocity = model(noisy, flow.timesteps(sigmas), scenes.text, scenes.pooled)
     return flow.loss(velocity, flow.velocity(scenes.latents, noise))
@@ -225,7 +226,7 @@ def evaluate(model: SUV, scenes: Scenes) -> float:
     total = 0.0
     for level in (torch.arange(LEVELS) + 0.5) / LEVELS:
         noise = torch.randn(scenes.latents.shape, generator=generator)
-        total += _loss(model, scenes, noise, level.expand(len(noise))).item()
+        total += loss_of(model, scenes, noise, level.expand(len(noise))).item()
     return total / LEVELS
 
 

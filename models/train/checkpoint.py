@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,8 @@ class CheckpointError(OSError):
 class Checkpoints:
     """The checkpoints of a run, in a folder of their own; one run at a time writes there.
 
+    A ``with`` block of it ends with nothing being written any more.
+
     Args:
         folder: made by the first :meth:`save`.
         keep: how many stay; older ones are removed once a new one is complete.
@@ -66,6 +68,12 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._gloo: dist.ProcessGroup | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wait()
 
     def save(
         self,

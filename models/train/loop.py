@@ -18,6 +18,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,12 @@ def train(config: Config) -> Path:
     steps = itertools.accumulate(stage.steps for stage in config.stages.values())
     ends = dict(zip(names, steps, strict=True))
     total = ends[names[-1]]
-    with World.joined(config.device) as world, alone(out, world), told_to_stop() as told:
-        checkpoints = Checkpoints(out / FOLDER, keep=config.keep)
+    with (
+        World.joined(config.device) as world,
+        alone(out, world),
+        told_to_stop() as told,
+        Checkpoints(out / FOLDER, keep=config.keep) as checkpoints,
+    ):
         last = checkpoints.latest()
         done = last.step if last else 0
         if last is not None:
@@ -248,14 +253,14 @@ def save(
     at_last: bool,
 ) -> None:
     """A checkpoint; if it fails, training goes on without, but not past the last one."""
-    try:
-        checkpoints.save(step, state.tensors(), about, asynchronous=asynchronous and not at_last)
-        if at_last:
-            checkpoints.wait()
-    except CheckpointError as error:
-        if at_last:
-            raise
-        tqdm.write(f"step {step}: {error}; training goes on, and will try again")
+    write = partial(checkpoints.save, step, state.tensors(), about)
+    for act in (checkpoints.wait, partial(write, asynchronous=asynchronous and not at_last)):
+        try:
+            act()
+        except CheckpointError as error:
+            if at_last and isinstance(act, partial):
+                raise
+            tqdm.write(f"step {step}: {error}; training goes on, and will try again")
 
 
 def _give_up(
