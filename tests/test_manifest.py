@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import pickle
 import re
 import warnings
@@ -297,10 +298,14 @@ def test_an_index_is_read_again_until_something_changes(tmp_path: Path, built: l
     assert len(Manifest.open(tmp_path / "data.txt", index=index)) == 2
     assert len(built) == 2
     assert first.record(0).path == "a/b.mp4"  # whoever has the old one open can go on with it
+    write(tmp_path / "a.jsonl", [{**VIDEO, "cap": "a dog"}, IMAGE])  # of the same size
+    os.utime(tmp_path / "a.jsonl", (1, 1))
+    assert Manifest.open(tmp_path / "data.txt", index=index).record(0).captions == ("a dog",)
+    assert len(built) == 3
     (tmp_path / "other").mkdir()
     (tmp_path / "data.txt").write_text("other,a.jsonl\n")
     assert Manifest.open(tmp_path / "data.txt", index=index).record(0).root.name == "other"
-    assert len(built) == 3
+    assert len(built) == 4
     assert {path.name for path in index.iterdir()} == {
         "about.json",
         "lock",

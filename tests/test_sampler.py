@@ -139,6 +139,8 @@ def test_seeds_and_epochs_differ() -> None:
     assert runs[0] != runs[1] != runs[2] != runs[0]
     buckets = [[row >= 30 for row in run[::3]] for run in runs]
     assert buckets[0] != buckets[1] != buckets[2] != buckets[0]
+    batches = [{frozenset(run[i : i + 3]) for i in range(0, 60, 3)} for run in runs]
+    assert batches[0] != batches[1] != batches[2] != batches[0]
 
 
 def test_the_filling_of_a_batch_repeats_none_of_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import struct
@@ -239,7 +240,20 @@ def test_progress_counts_the_frames(tmp_path: Path) -> None:
     assert seen == [1] * 24
 
 
-@pytest.mark.parametrize("wrong", [{"frames": 0}, {"fps": 0}, {"fps": -1}, {"size": (0, 8)}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"frames": 0},
+        {"fps": 0},
+        {"fps": -1},
+        {"size": (0, 8)},
+        {"start": -0.1},
+        {"start": float("inf")},
+        {"start": float("nan")},
+        {"crop": (-1, 0, 8, 8)},
+        {"crop": (0, 0, 0, 8)},
+    ],
+)
 def test_arguments_that_make_no_sense(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))) as caught:
         read(make(tmp_path / "a.mkv"), **wrong)
@@ -384,6 +398,156 @@ def test_time_stamps_that_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(video, "_frames", swapped)
     with pytest.raises(VideoError, match="time goes backwards, from 2/25 s to 1/25 s"):
         read(path)
+
+
+# From a start on.
+
+X265 = "log-level=none:pools=1:keyint=12:min-keyint=12:bframes=4:scenecut=0:b-pyramid=1"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "options", "jumps"),
+    [
+        ("mp4", "libx264", {"g": "12", "bf": "3"}, True),
+        ("mp4", "libx264", {"x264-params": "keyint=12:open-gop=1:bframes=5:b-pyramid=2"}, True),
+        ("mp4", "libx264", {"x264-params": "keyint=12:intra-refresh=1"}, False),
+        ("mov", "libx265", {"preset": "ultrafast", "x265-params": f"{X265}:open-gop=1"}, True),
+        ("mkv", "libx265", {"preset": "ultrafast", "x265-params": f"{X265}:open-gop=0"}, True),
+        ("mkv", "libx264", {"g": "12", "bf": "3"}, True),
+        ("webm", "libvpx-vp9", {"g": "12", "deadline": "realtime", "cpu-used": "8"}, True),
+        ("mp4", "libsvtav1", {"g": "12", "preset": "12"}, True),
+        ("mp4", "mpeg4", {"g": "12", "bf": "2"}, True),
+        ("avi", "mpeg4", {"g": "12"}, False),
+        ("avi", "libx264", {"g": "12", "bf": "0"}, False),
+        ("ts", "libx264", {"g": "12", "bf": "3"}, False),
+        ("mkv", "ffv1", {}, True),
+    ],
+)
+def test_a_late_start_gives_what_decoding_from_the_beginning_gives(
+    tmp_path: Path,
+    suffix: str,
+    codec: str,
+    options: dict[str, str],
+    jumps: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pixels = "bgr0" if codec == "ffv1" else "yuv420p"
+    path = make(tmp_path / f"a.{suffix}", smooth(72), codec=codec, pixels=pixels, options=options)
+    whole = read(path, 72, threads=1)
+    decoded = counted(monkeypatch)
+    for start in (1, 16, 17, 29, 35, 36, 37, 53, 71):
+        length = min(3, 72 - start)
+        late = read(path, length, start=start / 25, threads=1)
+        assert torch.equal(late, whole[start : start + length]), start
+    assert (max(decoded[-3:]) <= 50) == jumps
+    with pytest.raises(VideoError, match=r"enough for 1 of the 2 frames asked .* at 2\.880 s"):
+        read(path, 2, start=71 / 25)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many frames each call of ``read_video`` decodes, in its second pass if it jumps."""
+    counts: list[int] = []
+    straight = video._frames
+
+    def frames(*args: Any) -> Any:
+        counts.append(0)
+        for frame in straight(*args):
+            counts[-1] += 1
+            yield frame
+
+    monkeypatch.setattr(video, "_frames", frames)
+    return counts
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_late_start_at_a_variable_rate(tmp_path: Path, suffix: str) -> None:
+    """Frames come in bursts, and the first of them not at 0."""
+    times = [500 + 40 * i + 700 * (i // 8) for i in range(64)]
+    path = make(
+        tmp_path / f"a.{suffix}",
+        smooth(64),
+        times=times,
+        tick=Fraction(1, 1000),
+        codec="libx264",
+        pixels="yuv420p",
+        options={"g": "10", "bf": "3"},
+    )
+    seconds = (times[-1] - times[0]) / 1000
+    whole = read(path, int(seconds * 20), 20)
+    for start in range(0, len(whole) - 2, 7):
+        assert torch.equal(read(path, 2, 20, start=start / 20), whole[start : start + 2]), start
+
+
+def test_a_start_between_two_frames_shows_the_first_of_them(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.mkv", 25)
+    assert levels(read(path, 3, 25, start=3.9 / 25)) == [3, 4, 5]
+    assert levels(read(path, 3, 12.5, start=Fraction(20, 25))) == [20, 22, 24]
+
+
+def test_a_way_in_that_leads_astray_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the index of a file is wrong, the frames are the same, only slower to come."""
+    path = make(tmp_path / "a.mkv", smooth(60))
+    whole = read(path, 60)
+    after = video._after_jump
+
+    def late(container: Any, stream: Any, limits: Limits, entry: Any) -> Any:
+        yield from itertools.islice(after(container, stream, limits, entry), 30, None)
+
+    monkeypatch.setattr(video, "_after_jump", late)
+    assert torch.equal(read(path, 3, start=40 / 25), whole[40:43])
+
+    def broken(*_: Any) -> Any:
+        raise VideoError("no key frame can be decoded")
+        yield
+
+    monkeypatch.setattr(video, "_after_jump", broken)
+    assert torch.equal(read(path, 3, start=40 / 25), whole[40:43])
+
+
+def test_a_crop_is_of_the_upright_picture(tmp_path: Path) -> None:
+    picture = np.zeros((48, 64, 3), np.uint8)
+    picture[:16, :24] = 100  # turned, its top right corner
+    path = make(tmp_path / "a.mp4", [picture], codec="libx264", pixels="yuv444p", rotation=-90)
+    assert read(path, 1, size=(64, 48))[0, 4:20, 36:44].float().mean() > 90
+    cut = read(path, 1, size=(24, 16), crop=(0, 32, 24, 16))
+    assert cut[0, 2:-2, 2:-2].float().mean() > 90
+    assert read(path, 1, size=(24, 16), crop=(0, 0, 24, 16)).float().mean() < 10
+    with pytest.raises(VideoError, match=r"the crop \(0, 33, 24, 16\).* not inside its 48x64"):
+        read(path, 1, size=(24, 16), crop=(0, 33, 24, 16))
+    with pytest.raises(VideoError, match="16x23 pixels after the cut, fewer than the 17x24"):
+        read(path, 1, size=(24, 17), crop=(0, 0, 24, 16))
+
+
+def test_the_upright_size_is_of_square_pixels(tmp_path: Path) -> None:
+    """And fits into the stored picture, so that reading at that size enlarges nothing."""
+
+    def wide(stream: Any) -> None:
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+
+    path = make(tmp_path / "a.mp4", 2, codec="libx264", pixels="yuv420p", before=wide)
+    assert probe(path).pixel_aspect == Fraction(4, 3)
+    assert probe(path).upright() == (36, 64)
+    assert read(path, 1, size=(36, 64)).shape == (1, 36, 64, 3)
+    turned = make(tmp_path / "b.mp4", 2, codec="libx264", pixels="yuv420p", rotation=90)
+    assert probe(turned).upright() == (64, 48)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_one_thread_leaves_none_behind(tmp_path: Path) -> None:
+    """Left in memory they hang a worker that is forked later, when it frees what they belong to."""
+
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    path = make(tmp_path / "a.mp4", smooth(40), codec="libx264", pixels="yuv420p")
+    read(path, 1, size=(24, 32), threads=1)
+    gc.collect()
+    before = threads()
+    kept = [probe(path), read(path, 3, threads=1), read(path, 3, start=1, threads=1)]
+    assert threads() <= before
+    assert len(kept) == 3
 
 
 # Refused before any harm.

@@ -191,10 +191,10 @@ def read_video(
     clip = torch.empty((frames, height, width, 3), dtype=torch.uint8)
     done, spare, end = 0, _REORDER, Fraction(0)
     with _opened(path, root, limits, threads) as (container, stream):
-        pictures = _frames(container, stream, limits)
-        if entry is not None:
-            pictures = _after_jump(container, stream, limits, entry)
-        zero = None if entry is None else entry.zero
+        if entry is None:
+            pictures, zero = _frames(container, stream, limits), None
+        else:
+            pictures, zero = _after_jump(container, stream, limits, entry), entry.zero
         try:
             for end, frame in _shown(pictures, stream, limits, zero):
                 if done == frames:
