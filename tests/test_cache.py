@@ -237,6 +237,13 @@ def test_workers_change_nothing(tmp_path, whole, manifest, encoders):
     assert contents(made) == contents(whole)
 
 
+def test_the_index_of_the_data_may_lie_in_the_folder(tmp_path, whole, source, encoders):
+    index = tmp_path / "cache" / "manifest"
+    made = make(tmp_path / "cache", Manifest.open(source, index=index), encoders)
+    assert contents(whole).items() <= contents(made).items()
+    assert Manifest.open(source, index=index).fingerprint == Manifest.open(source).fingerprint
+
+
 # Killed.
 
 

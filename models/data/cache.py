@@ -7,7 +7,8 @@ The folder holds
 - ``null.safetensors``: the embeddings of no caption;
 - ``shards/00000.safetensors`` and so on: posteriors and text embeddings of many clips each;
 - ``index/00000.parquet`` and so on: the clips of each shard, with a SHA-256 of their tensors;
-- ``bad.jsonl``: the clips that could not be read, with the reason; they are left out.
+- ``bad.jsonl``: the clips that could not be read, with the reason; they are left out;
+- ``manifest``, where it was kept here: the index of the data set.
 
 A shard counts once its part of the index is there, which is written after it. So a build may be
 killed at any time, and the next one goes on behind the last shard that counts. The window of a long
@@ -49,7 +50,7 @@ from skiparse.models.data.video import Limits, VideoError
 from skiparse.models.shards import inside
 
 ABOUT, NULL, SHARDS, INDEX, BAD = "cache.json", "null.safetensors", "shards", "index", "bad.jsonl"
-LOCK = "lock"
+LOCK, MANIFEST = "lock", "manifest"
 SCHEMA = 1  # of the folder and of all that its fingerprints do not tell, such as text cleaning
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -294,13 +295,15 @@ def _begin(folder: Path, about: dict[str, Any]) -> None:
     if (folder / ABOUT).exists():
         was = _about(folder)
         _refuse_others(folder, *({name: x[name] for name in _ORIGIN} for x in (was, about)))
-    elif any(path.name != LOCK and path.suffix != ".tmp" for path in folder.iterdir()):
+    elif any(
+        path.name not in (LOCK, MANIFEST) and path.suffix != ".tmp" for path in folder.iterdir()
+    ):
         raise CacheError(f"{folder} holds something else than a cache; take a new folder")
     write_json(folder / ABOUT, about)
-    for name in (SHARDS, INDEX):
-        (folder / name).mkdir(exist_ok=True)
-    for leftover in folder.rglob(".*.tmp"):
-        leftover.unlink()
+    for place in (folder, folder / SHARDS, folder / INDEX):
+        place.mkdir(exist_ok=True)
+        for leftover in place.glob(".*.tmp"):
+            leftover.unlink()
     for shard in (folder / SHARDS).glob("*.safetensors"):
         if not _part(folder, shard.stem).exists():
             shard.unlink()
