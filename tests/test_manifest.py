@@ -231,6 +231,23 @@ def test_a_folder_of_clips(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+def test_sound_that_is_longer_than_the_picture_adds_no_frames(tmp_path: Path, suffix: str) -> None:
+    with av.open(str(tmp_path / f"a.{suffix}"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        sound = container.add_stream("aac", rate=8000)
+        picture = np.zeros((48, 64, 3), np.uint8)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for _ in range(10):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        silence = np.zeros((1, 8000), np.float32)
+        frame = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux([*stream.encode(), *sound.encode(frame), *sound.encode()])
+    (tmp_path / "a.txt").write_text("x")
+    assert Manifest.open(tmp_path).frames.tolist() == [10]
+
+
 def test_captions_that_are_missing_in_a_folder(tmp_path: Path) -> None:
     for name in "abc":
         clip(tmp_path / f"{name}.mp4")

@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from skiparse.models.data.atomic import replacing, write_json
 from skiparse.models.data.image import IMAGES, probe_image
-from skiparse.models.data.video import VideoError, check_name, probe
+from skiparse.models.data.video import VideoError, check_name, count_frames, probe
 
 VIDEOS = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"})
+_UNCOUNTED = frozenset({".mkv", ".webm"})  # they only say how long picture and sound are together
 
 _FORMAT = 1  # of the index; another number makes a new one
 _NUMBERS, _TEXTS, _ABOUT = "numbers.arrow", "texts.arrow", "about.json"
@@ -344,15 +345,17 @@ def _look(folder: Path, path: Path) -> dict[str, Any] | str:
             height, width = probe_image(name, root=folder)
             return {"path": name, "resolution": {"height": height, "width": width}}
         info = probe(name, root=folder)
+        counted = path.suffix.lower() not in _UNCOUNTED
+        frames = info.frames if counted else count_frames(name, root=folder)
     except VideoError as error:
         return str(error)
-    if not info.frames or not info.fps:
+    if not frames or not info.fps:
         return f"{name!r}: does not say how many frames it has, or how many a second"
     height, width = info.upright()
     return {
         "path": name,
         "resolution": {"height": height, "width": width},
-        "num_frames": info.frames,
+        "num_frames": frames,
         "fps": float(info.fps),
     }
 

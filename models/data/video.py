@@ -125,6 +125,22 @@ def probe(
         )
 
 
+def count_frames(
+    path: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    limits: Limits | None = None,
+) -> int:
+    """Frames in a file, where :func:`probe` only has an estimate; reads all of it, decodes nothing.
+
+    Raises:
+        VideoError: as :func:`probe`.
+    """
+    with _opened(path, root, limits or Limits()) as (container, stream):
+        packets = container.demux(stream)
+        return sum(1 for packet in packets if packet.size and not packet.is_discard)
+
+
 def read_video(
     path: str | os.PathLike[str],
     *,
