@@ -140,6 +140,7 @@ def test_a_folder_of_clips_and_a_saved_model(folder, model, tmp_path, capsys):
     assert load_file(out / WEIGHTS).keys() == load_file(model / WEIGHTS).keys()
     for name, weight in plain.state_dict().items():
         assert torch.equal(made.state_dict()[name], weight)
+    assert str(model) not in (out / "config.json").read_text()
     about = json.loads((out / "statistics.json").read_text())
     assert (about["files"], about["cuts"], about["of"]) == (2, 2, "samples of the posterior")
     assert about["shift"] == list(made.config.shift)

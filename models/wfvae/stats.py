@@ -7,7 +7,6 @@ means and the mean of the posterior variances together. Sums are in fp64.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -70,11 +69,12 @@ def normalised(vae: WFVAE, shift: Values, scale: Values) -> WFVAE:
     Raises:
         ValueError: unless each has a number for every latent channel.
     """
-    values = {"shift": tuple(shift), "scale": tuple(scale)}
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
     with torch.device("meta"):
-        type(vae)(**{**vae.config, **values})  # checks them
-    made = copy.deepcopy(vae)
-    made.register_to_config(**values)
+        made = type(vae)(**{**config, "shift": tuple(shift), "scale": tuple(scale)})
+    weights = {name: weight.clone() for name, weight in vae.state_dict().items()}
+    made.load_state_dict(weights, assign=True)
+    made.train(vae.training)
     return made
 
 
