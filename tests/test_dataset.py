@@ -285,6 +285,27 @@ def test_a_bad_file_is_replaced_and_written_down(tmp_path: Path) -> None:
         data.read(Place(0, 0, 7))
 
 
+def test_what_is_good_in_a_bad_file_is_read(tmp_path: Path) -> None:
+    """Or else a clip would depend on what the same worker has read before."""
+    write(tmp_path / "a.mkv", 20)
+    write(tmp_path / "b.mkv", 40)
+    records = [record("a.mkv", 40), record("b.mkv", 40)]
+    data = clips(tmp_path, records)
+    data._tried = 1000
+    rows = [data[Place(step, 0, 0)].place.row for step in range(20)]
+    assert set(rows) == {0, 1}
+    fresh = clips(tmp_path, records)
+    fresh._tried = 1000
+    assert [fresh[Place(step, 0, 0)].place.row for step in reversed(range(20))] == rows[::-1]
+
+
+def test_rows_are_counted_once_however_often_they_are_read(tmp_path: Path) -> None:
+    data = many(tmp_path, {3}, count=150)
+    for _ in range(3):
+        read(data, range(150))
+    assert len(data.reasons) == 1
+
+
 def test_the_replacement_is_of_the_same_bucket(tmp_path: Path) -> None:
     write(tmp_path / "long.mkv", 30)
     write(tmp_path / "short.mkv", 9)
@@ -327,7 +348,7 @@ def test_all_bad_does_not_go_on_for_ever(tmp_path: Path) -> None:
 
 def _write_lines(data: Clips, first: int) -> None:
     for row in range(first, first + 100):
-        data._set_aside(row, "x" * (row + 1))
+        data._note(row, "x" * (row + 1))
 
 
 def test_many_processes_write_whole_lines(tmp_path: Path) -> None:

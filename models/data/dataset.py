@@ -46,8 +46,8 @@ class Clips(Dataset[Clip]):
 
     A clip depends on the seed, the place and the files alone, however many workers read it.
 
-    A file that cannot be read, or has less in it than the manifest says, is replaced by another
-    sample of its bucket and written down in ``bad``. Each worker counts its own files: once more
+    Where a file cannot be read, or has less in it than the manifest says, another sample of its
+    bucket takes its place, and its name goes to ``bad``. Each worker counts its own rows: once more
     than 1 % of those it tried are bad (of 100, or of all if there are fewer), it raises.
 
     Args:
@@ -85,7 +85,8 @@ class Clips(Dataset[Clip]):
         self.bad = None if bad is None else Path(bad)
         self.reasons: dict[int, str] = {}  # of the rows found bad in this process
         self._rows = int(buckets.counts.sum())
-        self._tried = 0
+        self._seen = np.zeros(len(manifest), bool)
+        self._tried = 0  # rows seen
 
     def __len__(self) -> int:
         return self._rows
@@ -111,14 +112,14 @@ class Clips(Dataset[Clip]):
 
     def _try(self, place: Place) -> Clip | None:
         """The clip, or None if its file is bad, which is written down."""
-        if place.row in self.reasons:
-            return None
-        self._tried += 1
+        if not self._seen[place.row]:
+            self._seen[place.row] = True
+            self._tried += 1
         clip = None
         try:
             clip = self.read(place)
         except VideoError as error:
-            self._set_aside(place.row, str(error))
+            self._note(place.row, str(error))
         share = len(self.reasons) / self._tried
         if share > _BAD_SHARE and self._tried >= min(_JUDGED, self._rows):
             raise DataError(f"{share:.1%} of the files tried are bad. {self._summary()}")
@@ -163,9 +164,11 @@ class Clips(Dataset[Clip]):
         chance = numbers(self.seed, step, index, Use.WINDOW)
         return int(chance.integers(last, endpoint=True))
 
-    def _set_aside(self, row: int, reason: str) -> None:
-        self.reasons[row] = reason
-        if self.bad is None:
+    def _note(self, row: int, reason: str) -> None:
+        """Remember that a row is bad. It is tried again: another window of it may be good."""
+        known = row in self.reasons
+        self.reasons.setdefault(row, reason)
+        if known or self.bad is None:
             return
         record = self.manifest.record(row)
         line = json.dumps({"path": str(record.root / record.path), "reason": reason}) + "\n"
