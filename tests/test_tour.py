@@ -1,0 +1,37 @@
+"""The whole demo in one report, which grows part by part."""
+
+import pytest
+
+pytest.importorskip("av")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("matplotlib")
+pytest.importorskip("pyarrow")
+pytest.importorskip("tensorboard")
+
+from test_demo import Page
+
+from skiparse.bench import demo, generate, reconstruct, report, tour
+
+
+def test_every_part_is_in_the_report(tmp_path, monkeypatch):
+    try:
+        demo.bundled_clip()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    written = []
+    real = report.write
+
+    def remembering(path, result):
+        written.append(len(result.sections))
+        return real(path, result)
+
+    monkeypatch.setattr(report, "write", remembering)
+    monkeypatch.setattr(generate, "SAMPLE_STEPS", 1)
+    path = tour.run(tmp_path / "out", quick=True)
+    assert written == [0, 1, 2]
+    text = path.read_text(encoding="utf-8")
+    parts = [text.index(f"<h2>{name}") for name in ("Speed", "What a tiny WF-VAE", "From the clip")]
+    assert parts == sorted(parts)
+    assert all(load.startswith("data:") for load in Page(text).loads)
+    assert text.count("<video") == 2 * len(generate.SCENES)
+    assert (tmp_path / "out" / "vae" / reconstruct.RECIPE).is_file()
