@@ -8,6 +8,7 @@ import os
 import struct
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -496,6 +497,13 @@ def test_a_way_in_that_leads_astray_is_not_taken(
         yield from itertools.islice(after(container, stream, limits, entry), 30, None)
 
     monkeypatch.setattr(video, "_after_jump", late)
+    assert torch.equal(read(path, 3, start=40 / 25), whole[40:43])
+
+    def half_there(*args: Any) -> Any:
+        yield SimpleNamespace(key_frame=False, pts=0)
+        yield from late(*args)
+
+    monkeypatch.setattr(video, "_after_jump", half_there)
     assert torch.equal(read(path, 3, start=40 / 25), whole[40:43])
 
     def broken(*_: Any) -> Any:

@@ -7,7 +7,6 @@ at all.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import re
@@ -377,44 +376,40 @@ def _entry(
 ) -> _Entry | None:
     """A way to the frame on screen at ``begin`` without decoding all before it, or None.
 
-    It has been tried: it leads to a key frame that can be decoded and is not too late. Containers
-    look for key frames by the time of decoding, which is up to ``_REORDER`` frames before that of
+    It has been tried: the first frame that comes is a key frame, and early enough. Containers look
+    for key frames by the time of decoding, which is up to ``_REORDER`` frames before that of
     showing; so the jump is that much shorter.
     """
     if not begin:
         return None
     with _opened(path, root, limits) as (container, stream):
         rate = stream.average_rate
-        if not rate or begin <= _REORDER / rate or _SEEKABLE.isdisjoint(_formats(container)):
+        formats = container.format.name.split(",")
+        if not rate or begin <= _REORDER / rate or _SEEKABLE.isdisjoint(formats):
             return None
         first = next(_frames(container, stream, limits), None)
         if first is None or first.pts is None or first.time_base is None:
             return None
-        tick = first.time_base
-        jump = first.pts + math.floor((begin - _REORDER / rate) / tick)
+        jump = first.pts + math.floor((begin - _REORDER / rate) / first.time_base)
         entry = _Entry(first.pts, jump)
         try:
             found = next(_after_jump(container, stream, limits, entry), None)
         except VideoError:  # frames shown before the key frame may lack what they are made from
             return None
-        early = found is not None and found.pts is not None and found.pts <= jump
-        return entry if early else None
-
-
-def _formats(container: InputContainer) -> list[str]:
-    return container.format.name.split(",")
+        if found is None or found.pts is None or found.pts > jump or not found.key_frame:
+            return None
+        return entry
 
 
 def _after_jump(
     container: InputContainer, stream: VideoStream, limits: Limits, entry: _Entry
 ) -> Iterator[VideoFrame]:
-    """The frames from the key frame on to which ``entry`` leads; those before it may be broken."""
+    """The frames from the key frame on to which ``entry`` leads."""
     try:
         container.seek(entry.jump, stream=stream)
     except av.FFmpegError as error:
         raise VideoError(f"no jump to {entry.jump} in it: {error.strerror}") from error
-    frames = _frames(container, stream, limits)
-    yield from itertools.dropwhile(lambda frame: not frame.key_frame, frames)
+    yield from _frames(container, stream, limits)
 
 
 def _shown(
