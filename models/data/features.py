@@ -89,7 +89,7 @@ class Encoders:
         self.vae, self.text, self.device = vae, text, torch.device(device)
         for model in (vae, text.encoder, text.encoder_2):
             model.to(self.device).eval().requires_grad_(False)
-        self.null = self._embed("")
+        self.null = self.embed("")
 
     @classmethod
     def from_pretrained(
@@ -123,20 +123,15 @@ class Encoders:
             ValueError: if the autoencoder cannot take the clip's size, or gives numbers that are
                 not finite.
         """
-        texts = tuple(self._embed(caption) for caption in clip.captions)
-        return Features(*self._posterior(clip), texts, self.null, clip.key, clip.place)
+        texts = tuple(self.embed(caption) for caption in clip.captions)
+        return Features(*self.posterior(clip), texts, self.null, clip.key, clip.place)
 
-    def fingerprints(self) -> dict[str, str]:
-        """SHA-256 of what the features depend on: config, weights and tokenizer of each encoder."""
-        text = self.text
-        return {
-            "vae": _fingerprint(self.vae, self.vae.config),
-            "t5": _fingerprint(text.encoder, _settings(text.encoder, text.tokenizer)),
-            "clip": _fingerprint(text.encoder_2, _settings(text.encoder_2, text.tokenizer_2)),
-        }
+    def posterior(self, clip: Clip) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of a clip's normalised latents, fp32 ``[C, t, h, w]``.
 
-    def _posterior(self, clip: Clip) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the normalised latents, ``[C, t, h, w]``."""
+        Raises:
+            ValueError: as :meth:`features`.
+        """
         pixels = clip.frames.to(self.device).movedim(-1, 0)[None]  # [1, 3, T, H, W]
         video = (pixels / 127.5 - 1).to(self.vae.dtype)
         found = self.vae.encode(video, chunk_frames=self.vae.temporal_factor).latent_dist
@@ -150,12 +145,21 @@ class Encoders:
             )
         return mean[0].cpu(), std[0].cpu()
 
-    def _embed(self, caption: str) -> Text:
-        """By encoders that remember nothing: there is no end to the captions of a training."""
-        text = self.text
+    def embed(self, caption: str) -> Text:
+        """The embeddings of a caption, cleaned; they are not remembered."""
+        text = self.text  # it remembers, and there is no end to the captions of a training
         fresh = TextEncoders(text.tokenizer, text.encoder, text.tokenizer_2, text.encoder_2)
         found = fresh.encode(clean(caption), clean_caption=False)
         return Text(found.text[found.text_mask].float(), found.pooled[0].float())
+
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of what the features depend on: config, weights and tokenizer of each encoder."""
+        text = self.text
+        return {
+            "vae": _fingerprint(self.vae, self.vae.config),
+            "t5": _fingerprint(text.encoder, _settings(text.encoder, text.tokenizer)),
+            "clip": _fingerprint(text.encoder_2, _settings(text.encoder_2, text.tokenizer_2)),
+        }
 
 
 def collate(
