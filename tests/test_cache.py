@@ -180,6 +180,7 @@ def test_batches_are_those_of_the_encoders(whole, manifest, encoders, mode):
     made, computed = Cache(whole, encoders.fingerprints()), online(manifest, encoders)
     buckets = assign(manifest, RULE, SEED)
     assert (made.rule, made.seed, made.dtype) == (RULE, SEED, "float32")
+    assert made.data == manifest.fingerprint
     assert made.buckets.shapes == buckets.shapes
     assert np.array_equal(made.buckets.bucket, buckets.bucket)
     assert made.buckets.dropped == buckets.dropped
