@@ -192,7 +192,6 @@ class Cache(Dataset[Features]):
 
     Attributes:
         rule, seed, dtype, fingerprints: what it was built with.
-        data: the fingerprint of the manifest.
         data: fingerprint of the manifest.
         buckets: the rows it has, and their shapes.
         null: the embeddings of no caption.
@@ -217,7 +216,6 @@ class Cache(Dataset[Features]):
         self.rule = Rule(**about["rule"])
         self.seed: int = about["seed"]
         self.dtype: str = about["dtype"]
-        self.data: str = about["data"]
         self.fingerprints: dict[str, str] = about["encoders"]
         self.data: str = about["data"]
         self.null = _read_null(self.folder)
