@@ -1,0 +1,54 @@
+// Which tokens attend to each other: the index formulas of skiparse/pattern.py, for kernels.
+//
+// `n` interleaved sub-sequences are dealt out in runs of `w` consecutive tokens. A test compares
+// these functions with the Python ones exhaustively. No other C++ file contains an index formula.
+#pragma once
+
+#include <cstdint>
+
+// Functions that run on the accelerator carry an attribute there and none on the host.
+#ifndef SKIPARSE_DEVICE
+#define SKIPARSE_DEVICE
+#endif
+
+namespace skiparse {
+
+// The sub-sequence, in [0, n), that owns token t.
+SKIPARSE_DEVICE constexpr int64_t sub_of(int64_t t, int64_t n, int64_t w) { return t / w % n; }
+
+// The position of token t inside its sub-sequence.
+SKIPARSE_DEVICE constexpr int64_t pos_of(int64_t t, int64_t n, int64_t w) {
+    return t / (w * n) * w + t % w;
+}
+
+// The token at position j of sub-sequence s.
+SKIPARSE_DEVICE constexpr int64_t token_of(int64_t s, int64_t j, int64_t n, int64_t w) {
+    return j / w * (w * n) + s * w + j % w;
+}
+
+// How many of N tokens sub-sequence s owns.
+SKIPARSE_DEVICE constexpr int64_t length_of(int64_t s, int64_t N, int64_t n, int64_t w) {
+    int64_t rest = N % (n * w) - s * w;
+    rest = rest < 0 ? 0 : rest;
+    return N / (n * w) * w + (rest < w ? rest : w);
+}
+
+// `runs` runs of `length` consecutive tokens; the first begins at `token`, each n * w tokens after
+// the one before. What one strided copy can address.
+struct Runs {
+    int64_t token;
+    int64_t runs;
+    int64_t length;
+};
+
+// The most positions from `j` on, and before `end`, of sub-sequence s that are equal runs: the rest
+// of a run, as many whole runs as there are, or the beginning of one.
+SKIPARSE_DEVICE constexpr Runs runs_at(int64_t s, int64_t j, int64_t end, int64_t n, int64_t w) {
+    const int64_t left_in_run = w - j % w;
+    const int64_t left = end - j;
+    const bool whole = left_in_run == w && left >= w;
+    const int64_t part = left_in_run < left ? left_in_run : left;
+    return {token_of(s, j, n, w), whole ? left / w : 1, whole ? w : part};
+}
+
+}  // namespace skiparse
