@@ -528,6 +528,8 @@ def test_a_crop_is_of_the_upright_picture(tmp_path: Path) -> None:
     assert read(path, 1, size=(24, 16), crop=(0, 0, 24, 16)).float().mean() < 10
     with pytest.raises(VideoError, match=r"the crop \(0, 33, 24, 16\).* not inside its 48x64"):
         read(path, 1, size=(24, 16), crop=(0, 33, 24, 16))
+    with pytest.raises(VideoError, match=r"the crop \(41, 0, 24, 16\).* not inside its 48x64"):
+        read(path, 1, size=(24, 16), crop=(41, 0, 24, 16))
     with pytest.raises(VideoError, match="16x23 pixels after the cut, fewer than the 17x24"):
         read(path, 1, size=(24, 17), crop=(0, 0, 24, 16))
 
