@@ -390,10 +390,14 @@ def test_other_data_is_not_the_same_run(source, whole, tmp_path):
         ({"model": {"text_channels": 8}}, "text_channels=8, but the text encoder has 24"),
         ({"model": {"pooled_channels": 8}}, "pooled_channels=8, but the text encoder has 20"),
         ({"model": {"depth": 8}}, "model has no depth"),
+        ({"model": {"num_layers": (2, 2)}}, "model: .*num_layers"),
+        ({"model": {"sparsity": (1, 2)}}, "model: .*sparsity"),
+        ({"stages": {"a": dataclasses.replace(stages()["suv"], sparsity=(1, 2))}},
+         r"stages\.a\.sparsity"),
         ({"device": "cuda"}, "no GPU"),
         ({"samples": Samples(every=1, prompts=("a",), shape=(8, 32, 48))}, "num_frames=8"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_work_is_said_at_once(source, tmp_path, change, message):
     if "device" in change and torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -24,8 +24,11 @@ def check(config: Config, world: World, encoders: Encoders | None) -> None:
         FileNotFoundError: if ``config.init`` is no folder of weights.
     """
     first, *_ = config.stages.values()
-    with torch.device("meta"):
-        model = skeleton(config, first)
+    try:
+        with torch.device("meta"):
+            model = skeleton(config, first)
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
     for name, stage in config.stages.items():
         parts = world.size * stage.accumulate
         if stage.global_batch % parts:
