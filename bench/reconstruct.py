@@ -3,9 +3,9 @@
 1. From the clip, scenes of a few frames are cut and scaled. Those of the full size begin where the
    picture hardly moves: that is the easiest part of the clip, and it says what a model of this
    size can do, not how well it would do on other videos.
-2. The model is trained by the library's own trainer, ``skiparse.models.wfvae.train``, one scene a
-   step, without a discriminator and without LPIPS: absolute error, the KL term and the wavelet
-   term with their published weights. Judged and kept is the average of the weights.
+2. The model is trained with AdamW, one scene a step, on the published objective without LPIPS and
+   without a discriminator: absolute error, the KL term and the wavelet term with their published
+   weights. The learning rate rises at first and then falls evenly to a tenth.
 3. A scene goes through the mode of its latents and back. PSNR and SSIM are means over frames.
 4. Shift and scale of the latents are measured on the same scenes and saved with the model.
 
@@ -20,27 +20,31 @@ from __future__ import annotations
 import io
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from skiparse.bench import demo, report
 from skiparse.models import shards
 from skiparse.models.data.atomic import replacing, write_json
+from skiparse.models.data.draws import Use, torch_numbers
 from skiparse.models.data.video import probe, read_video
-from skiparse.models.wfvae import evaluate, stats
+from skiparse.models.wfvae import evaluate, losses, stats
 from skiparse.models.wfvae.losses import Weights
 from skiparse.models.wfvae.model import WFVAE
-from skiparse.models.wfvae.train import Settings, train
+from skiparse.models.wfvae.stream import Stream
 
 GOAL = 30.0  # dB
+BETAS, WARM_UP = (0.8, 0.95), 20  # of AdamW, in steps
+TERMS = Weights(adversarial=0.0)
 EVALUATE_EVERY = 25
 SHOWN = 5  # frames in a row of the picture
 RECIPE = "overfit.json"  # beside the weights: how they were made
@@ -62,26 +66,11 @@ class Size:
     energy: int
     steps: int
     learning_rate: float = 3e-3
-    ema: float = 0.97
     seed: int = 0
-
-    def settings(self) -> Settings:
-        """Of the trainer: the published terms, without a discriminator."""
-        return Settings(
-            frames=self.frames,
-            size=(self.height, self.width),
-            batch=1,
-            learning_rate=self.learning_rate,
-            ema=self.ema,
-            weights=Weights(adversarial=0.0),
-            discriminator_width=1,
-            reduction="mean",
-            seed=self.seed,
-        )
 
 
 SIZES = {
-    "full": Size((64,), 17, 128, 128, base=8, latent=32, energy=32, steps=450),
+    "full": Size((64,), 17, 128, 128, base=8, latent=32, energy=32, steps=600),
     "quick": Size((64, 80), 9, 32, 32, base=8, latent=16, energy=16, steps=100),
 }
 ABLATION = Size((64,), 17, 64, 64, base=8, latent=32, energy=32, steps=300)
@@ -94,20 +83,6 @@ class Result:
     found: dict[str, Any]  # every number, as reconstruction.json holds it
     picture: Path
     vae: Path  # folder of the trained model, with shift and scale of its latents
-
-
-class Scenes(Dataset[Tensor]):
-    """Scenes ``[n, T, H, W, 3]`` uint8, one after another, without end."""
-
-    def __init__(self, frames: Tensor) -> None:
-        self.frames = frames
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.frames[index % len(self.frames)]
-
-    def videos(self) -> list[Tensor]:
-        """Each as the model takes it: ``[1, 3, T, H, W]`` in [-1, 1]."""
-        return [frames.movedim(-1, 0)[None] / 127.5 - 1 for frames in self.frames]
 
 
 def run(
@@ -141,13 +116,13 @@ def run(
         print(f"{path} was trained with these settings before and is used again")
     else:
         vae, curve = fit(scenes, size)
-        vae = stats.normalised(vae, *stats.statistics(vae, scenes.videos()))
+        vae = stats.normalised(vae, *stats.statistics(vae, scenes))
         with shards.new_folder(path) as aside:
             vae.save_pretrained(aside)
             write_json(aside / RECIPE, {"recipe": about, "curve": curve})
     vae = WFVAE.from_pretrained(path).eval()
     curve = json.loads((path / RECIPE).read_text("utf-8"))["curve"]
-    made = [evaluate.reconstruct(vae, video) for video in scenes.videos()]
+    made = [evaluate.reconstruct(vae, video) for video in scenes]
     found = _result(vae, scenes, made, curve, about)
     picture = folder / "reconstruction.png"
     write_json(folder / "reconstruction.json", found)
@@ -158,8 +133,8 @@ def run(
     return Result(found, picture, path)
 
 
-def scenes_of(clip: Path, size: Size) -> Scenes:
-    """Decode the clip as far as its last scene, and cut the scenes out."""
+def scenes_of(clip: Path, size: Size) -> list[Tensor]:
+    """Decode the clip as far as its last scene, and cut: each ``[1, 3, T, H, W]`` in [-1, 1]."""
     frames = read_video(
         clip,
         frames=max(size.starts) + size.frames,
@@ -167,43 +142,61 @@ def scenes_of(clip: Path, size: Size) -> Scenes:
         size=(size.height, size.width),
         threads=1,
     )
-    return Scenes(torch.stack([frames[start : start + size.frames] for start in size.starts]))
+    video = frames.movedim(-1, 0)[None] / 127.5 - 1
+    return [video[:, :, start : start + size.frames] for start in size.starts]
 
 
 def fit(
-    scenes: Scenes, size: Size, *, settings: Settings | None = None
+    scenes: Sequence[Tensor], size: Size, *, weights: Weights = TERMS
 ) -> tuple[WFVAE, list[dict[str, float]]]:
     """Train a new model on the scenes.
 
     Args:
-        settings: of the trainer; None takes those of the size.
+        weights: of the terms of the loss.
 
     Returns:
-        The averaged model, and its PSNR, the mean over scenes, by step.
+        The model, and its PSNR along the way, the mean over scenes, by step.
     """
-    settings = settings or size.settings()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        vae = WFVAE(**_config(size)).eval()
-    curve: list[dict[str, float]] = []
+        torch.manual_seed(size.seed)
+        vae = WFVAE(**_config(size))
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=BETAS, weight_decay=0.0)
+    curve = [_point(0, vae, scenes)]
+    with tqdm(total=size.steps, desc="overfitting", unit="step", disable=None) as bar:
+        for step, video in zip(range(1, size.steps + 1), cycle(scenes), strict=False):
+            for group in optimizer.param_groups:
+                rise, fall = min(step / WARM_UP, 1.0), 1 - 0.9 * step / size.steps
+                group["lr"] = size.learning_rate * rise * fall
+            optimizer.zero_grad()
+            generator = torch_numbers(size.seed, step, 0, Use.POSTERIOR)
+            _loss(vae, video, weights, generator).backward()
+            optimizer.step()
+            if step % EVALUATE_EVERY == 0 or step == size.steps:
+                curve.append(_point(step, vae, scenes))
+                bar.set_postfix_str(f"{curve[-1]['psnr']:.2f} dB")
+            bar.update()
+    return vae.eval(), curve
 
-    def look(step: int, average: WFVAE) -> None:
-        pairs = [(video, evaluate.reconstruct(average, video)) for video in scenes.videos()]
-        found = [compare(*pair)["psnr"] for pair in pairs]
-        curve.append({"step": step, "psnr": sum(found) / len(found)})
 
-    look(0, vae)
-    with tempfile.TemporaryDirectory() as folder:
-        last = train(
-            vae,
-            scenes,
-            out=folder,
-            steps=size.steps,
-            settings=settings,
-            save_every=EVALUATE_EVERY,
-            on_save=look,
-        )
-        return WFVAE.from_pretrained(last).eval(), curve
+def _loss(vae: WFVAE, video: Tensor, weights: Weights, generator: torch.Generator) -> Tensor:
+    moments, *coefficients = vae.encoder(video, Stream())
+    posterior = DiagonalGaussianDistribution(moments)
+    made, *made_coefficients = vae.decoder(posterior.sample(generator), Stream())
+    return losses.objective(
+        video,
+        made,
+        mean=posterior.mean,
+        logvar=posterior.logvar,
+        coefficients=coefficients,
+        made_coefficients=made_coefficients,
+        weights=weights,
+        reduction="mean",
+    )["loss"]
+
+
+def _point(step: int, vae: WFVAE, scenes: Sequence[Tensor]) -> dict[str, float]:
+    found = [compare(video, evaluate.reconstruct(vae, video))["psnr"] for video in scenes]
+    return {"step": step, "psnr": sum(found) / len(found)}
 
 
 def compare(video: Tensor, made: Tensor) -> dict[str, float]:
@@ -270,22 +263,22 @@ def section(result: Result) -> str:
 """
 
 
-def draw(found: dict[str, Any], scenes: Scenes, made: Sequence[Tensor]) -> bytes:
+def draw(found: dict[str, Any], scenes: Sequence[Tensor], made: Sequence[Tensor]) -> bytes:
     """The PSNR by step, and frames of each scene above what became of them; a PNG."""
     rows = [
         (label, (_pictures(video) if original else _pictures(back)).movedim(1, -1))
-        for video, back in zip(scenes.videos(), made, strict=True)
+        for video, back in zip(scenes, made, strict=True)
         for label, original in (("clip", True), ("given back", False))
     ]
     figure = Figure(figsize=(9, 3.2 + 1.75 * len(rows)), dpi=130)
     top = 1 - 3.0 / figure.get_figheight()
     plot = figure.add_axes((0.085, top + 0.055, 0.9, 0.93 - top))
-    _plot_curves(plot, {"averaged model": found["curve"]}, ["#3b6ea5"])
+    _plot_curves(plot, {"mean over scenes": found["curve"]}, ["#3b6ea5"])
     grid = figure.add_gridspec(
         len(rows), SHOWN, left=0.085, right=0.985, top=top - 0.04, bottom=0.05, hspace=0.04,
         wspace=0.04,
     )  # fmt: skip
-    chosen = torch.linspace(0, scenes.frames.shape[1] - 1, SHOWN).round().long().tolist()
+    chosen = torch.linspace(0, scenes[0].shape[2] - 1, SHOWN).round().long().tolist()
     for row, (label, pictures) in enumerate(rows):
         for column, index in enumerate(chosen):
             axes = figure.add_subplot(grid[row, column])
@@ -334,12 +327,8 @@ def ablate(
     for seed in seeds:
         for arm in ARMS:
             model = replace(size, seed=seed, energy=0 if arm == "no energy flow" else size.energy)
-            settings = model.settings()
-            if arm == "no wavelet loss":
-                weights = replace(settings.weights, wavelet=0.0)
-                settings = replace(settings, weights=weights)
-            print(f"{arm}, seed {seed}")
-            vae, curve = fit(scenes, model, settings=settings)
+            weights = replace(TERMS, wavelet=0.0) if arm == "no wavelet loss" else TERMS
+            vae, curve = fit(scenes, model, weights=weights)
             runs.append(
                 {
                     "arm": arm,
@@ -385,7 +374,9 @@ def _recipe(size: Size) -> dict[str, Any]:
     about = {
         "size": asdict(size),
         "model": _config(size),
-        "settings": asdict(size.settings()),
+        "weights": asdict(TERMS),
+        "betas": BETAS,
+        "warm_up": WARM_UP,
         "fps": demo.FPS,
     }
     return dict(json.loads(json.dumps(about)))
@@ -405,13 +396,13 @@ def _check_same(path: Path, about: dict[str, Any]) -> None:
 
 def _result(
     vae: WFVAE,
-    scenes: Scenes,
+    scenes: Sequence[Tensor],
     made: Sequence[Tensor],
     curve: list[dict[str, float]],
     about: dict[str, Any],
 ) -> dict[str, Any]:
     """Every number, ready for JSON; the same in every run."""
-    pairs = zip(scenes.videos(), made, strict=True)
+    pairs = zip(scenes, made, strict=True)
     each = [
         {"start": start, **compare(*pair)}
         for start, pair in zip(about["size"]["starts"], pairs, strict=True)
@@ -421,7 +412,7 @@ def _result(
         "credit": demo.CREDIT,
         "recipe": about,
         "parameters": _parameters(vae),
-        "latents": list(vae.encode(scenes.videos()[0]).latent_dist.mean.shape[1:]),
+        "latents": list(vae.encode(scenes[0]).latent_dist.mean.shape[1:]),
         "curve": curve,
         "goal": GOAL,
         "goal_step": next((p["step"] for p in curve if p["psnr"] >= GOAL), None),

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -263,7 +263,6 @@ def train(
     settings: Settings,
     lpips: LPIPS | None = None,
     save_every: int = 1000,
-    on_save: Callable[[int, WFVAE], object] | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     workers: int = 0,
@@ -282,7 +281,6 @@ def train(
         settings: the same as those of the checkpoint.
         lpips: the perceptual term; left out if None.
         save_every: steps from one checkpoint to the next; there is one at the end too.
-        on_save: called after each checkpoint with its step and the averaged model, to look at.
         device, dtype: where, and the type to compute in: float32, or bfloat16 by autocast.
         workers: processes that read clips ahead; 0 reads them in between.
 
@@ -399,8 +397,6 @@ def train(
             if (step + 1) % save_every == 0 or step + 1 == steps:
                 log.flush()
                 run.save(out, step + 1, about)
-                if on_save is not None:
-                    on_save(step + 1, run.ema.model)
     return checkpoints(out)[-1]
 
 
