@@ -304,9 +304,6 @@ def _begin(folder: Path, about: dict[str, Any]) -> None:
         place.mkdir(exist_ok=True)
         for leftover in place.glob(".*.tmp"):
             leftover.unlink()
-    for shard in (folder / SHARDS).glob("*.safetensors"):
-        if not _part(folder, shard.stem).exists():
-            shard.unlink()
 
 
 def _missing(folder: Path, buckets: Buckets) -> list[int]:
@@ -361,6 +358,7 @@ class _Shards:
     def __init__(self, folder: Path, dtype: torch.dtype, most: int) -> None:
         self.folder, self.dtype, self.most = folder, dtype, most
         names = (f"{number:05d}" for number in itertools.count())
+        # A shard without its part of the index is a leftover, and written over.
         self.free = (name for name in names if not _part(folder, name).exists())
         self._clear()
 
