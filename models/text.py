@@ -33,6 +33,8 @@ PARTS = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")  # folder
 _MEDIA = "png|jpe?g|gif|bmp|webp|tiff?|svg|mp4|avi|mov|mkv|webm|mp3|wav|pdf|zip"
 
 # In this order, on text in lower case.
+_told: set[int] = set()  # lengths of encoders for which a cut prompt was warned of
+
 _CLEANING = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -143,7 +145,7 @@ class TextEncoders:
     ) -> TextEmbeddings:
         """The embeddings of ``prompts``, on the CPU, in the encoders' dtype.
 
-        Prompts longer than an encoder takes are cut, with a warning in the log.
+        Prompts longer than an encoder takes are cut; the log warns of the first.
 
         Args:
             prompts: one or several; ``""`` stands for no prompt.
@@ -220,9 +222,13 @@ def clean(prompt: str) -> str:
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> tuple[Tensor, Tensor]:
     """Ids and mask, int64 ``[1, length]``."""
     wanted = len(tokenizer(prompt, verbose=False)["input_ids"])
-    if wanted > length:
+    if wanted > length and length not in _told:
+        _told.add(length)
         logger.warning(
-            "a prompt of %d tokens is cut to the %d an encoder takes: %r", wanted, length, prompt
+            "a prompt of %d tokens is cut to the %d an encoder takes, and so will others be: %r",
+            wanted,
+            length,
+            prompt,
         )
     tokens = tokenizer(
         prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"

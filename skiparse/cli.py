@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 _EXPERIMENTS = ("clipping", "sparsity", "wavelets")
@@ -161,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     build.add_argument("stage", metavar="STAGE", help="whose source and rule to take")
     build.add_argument("out", metavar="OUT", help="the folder; the same command again continues it")
     build.add_argument("--store", default="float32", help="or bfloat16, float16 (%(default)s)")
+    build.add_argument("--workers", type=int, default=0, help="processes that read (%(default)s)")
     build.add_argument("settings", nargs=argparse.REMAINDER, metavar="--SETTING VALUE")
     build.set_defaults(run=_cache_build, extra="train")
     verify = actions.add_parser("verify", help="compare every checksum")
@@ -322,6 +325,9 @@ def _bench(options: argparse.Namespace) -> None:
     if options.vae:
         _bench_vae(options, device, dtype)
         return
+    if options.cache:
+        _bench_cache(options, device, dtype)
+        return
     backends, others = options.backends.split(","), options.against.split(",")
     for name in backends:
         registry.check_name(name)
@@ -345,39 +351,40 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _bench_block(options: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
-    from pathlib import Path
-
     from skiparse.bench import block
 
-    if options.cases or (options.backends, options.against) != (_BACKENDS, _AGAINST):
-        raise ValueError("--block takes no cases, --backends or --against; leave them out")
-    kept = Path("bench/block.jsonl")
-    checkout = Path("bench/results.jsonl").exists()
-    results = kept if options.results is None and checkout else Path(options.results or "")
-    block.run(
-        device=device,
-        dtype=dtype,
-        rounds=options.rounds,
-        results=results if results.name else None,
-    )
+    results = _rows_of("block", options)
+    block.run(device=device, dtype=dtype, rounds=options.rounds, results=results)
 
 
 def _bench_vae(options: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
-    from pathlib import Path
-
     from skiparse.bench import vae
 
+    results = _rows_of("vae", options)
+    vae.run(device=device, dtype=dtype, rounds=options.rounds, results=results)
+
+
+def _bench_cache(options: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
+    import torch
+
+    from skiparse.bench import cache
+
+    results = _rows_of("cache", options)
+    if device != "cpu" or dtype != torch.float32:
+        raise ValueError("--cache measures on the CPU in float32; add --device cpu")
+    cache.run(rounds=options.rounds, results=results)
+
+
+def _rows_of(name: str, options: argparse.Namespace) -> Path | None:
+    """The file that gets the rows of a bench that is not one of attention cases."""
+    from pathlib import Path
+
     if options.cases or (options.backends, options.against) != (_BACKENDS, _AGAINST):
-        raise ValueError("--vae takes no cases, --backends or --against; leave them out")
-    kept = Path("bench/vae.jsonl")
+        raise ValueError(f"--{name} takes no cases, --backends or --against; leave them out")
+    if options.results is not None:
+        return Path(options.results) if options.results else None
     checkout = Path("bench/results.jsonl").exists()
-    results = kept if options.results is None and checkout else Path(options.results or "")
-    vae.run(
-        device=device,
-        dtype=dtype,
-        rounds=options.rounds,
-        results=results if results.name else None,
-    )
+    return Path(f"bench/{name}.jsonl") if checkout else None
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -472,7 +479,15 @@ def _cache_build(options: argparse.Namespace) -> None:
     encoders = Encoders.from_pretrained(config.vae, config.text, device)
     out = Path(options.out)
     manifest = Manifest.open(source, index=out / "manifest")
-    cache.build(out, manifest, stage.rule, encoders, seed=config.seed, dtype=options.store)
+    cache.build(
+        out,
+        manifest,
+        stage.rule,
+        encoders,
+        seed=config.seed,
+        dtype=options.store,
+        workers=options.workers,
+    )
     print(out)
 
 
