@@ -71,6 +71,7 @@ class Size:
 
 SIZES = {
     "full": Size((64,), 17, 128, 128, base=8, latent=32, energy=32, steps=400),
+    "demo": Size((0, 31, 62, 101), 17, 128, 128, base=8, latent=32, energy=32, steps=450),
     "quick": Size((64, 80), 9, 32, 32, base=8, latent=16, energy=16, steps=100),
 }
 ABLATION = Size((64,), 17, 64, 64, base=8, latent=32, energy=32, steps=200)
