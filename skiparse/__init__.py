@@ -10,14 +10,18 @@
 
 from skiparse._version import __version__
 from skiparse.functional import attention, attention_with_lse, joint_attention
+from skiparse.pack import Packed, norm_rope_pack, unpack
 from skiparse.pattern import SkipPattern
 from skiparse.registry import list_backends
 
 __all__ = [
+    "Packed",
     "SkipPattern",
     "__version__",
     "attention",
     "attention_with_lse",
     "joint_attention",
     "list_backends",
+    "norm_rope_pack",
+    "unpack",
 ]

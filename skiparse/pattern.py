@@ -149,6 +149,27 @@ class SkipPattern:
             raise ValueError(f"block(k={k}, N={N}): k must divide N; use group(k) for any N")
         return cls(k, max(N // k, 1))
 
+    def packed(self, N: int, T: int) -> SkipPattern:
+        """The pattern of a buffer of ``N + sparsity * T`` rows that has the text inside.
+
+        Sub-sequence ``s`` keeps its tokens in their order and gets the ``T`` text rows behind
+        them: its position ``j`` is row ``token_of(s, j, sparsity, run)`` with the run returned. So
+        single-skip leaves the video where it is, with copy ``g`` of text row ``t`` at
+        ``N + t*sparsity + g``, and any other pattern becomes one block for each sub-sequence.
+
+        Raises:
+            ValueError: if ``run`` is not 1 and the sub-sequences differ in length.
+        """
+        n, w = self.sparsity, self.run
+        if n == 1 or w == 1:
+            return SkipPattern(n, 1)
+        if N % (n * w):
+            raise ValueError(
+                f"packed(N={N}) of {self}: sparsity * run must divide N; "
+                "use joint_attention, or single(k), which takes any N"
+            )
+        return SkipPattern(n, max(N // n + T, 1))
+
     def lengths(self, N: int) -> list[int]:
         """The length of every sub-sequence of ``N`` tokens."""
         return [length_of(s, N, self.sparsity, self.run) for s in range(self.sparsity)]

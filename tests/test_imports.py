@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # they never import each other.
 LAYERS = (
     "pattern", "_version", "backends", "backends/x", "testing", "registry", "ops", "functional",
-    "skiparse", "models", "bench", "cli",
+    "pack", "skiparse", "models", "bench", "cli",
 )  # fmt: skip
 ONLY = {
     "pattern": set(),
@@ -23,6 +23,7 @@ ONLY = {
     "testing": {"pattern"},
     "ops": {"pattern", "backends", "registry"},
     "functional": {"pattern", "ops", "registry"},
+    "pack": {"pattern", "backends", "registry", "ops", "functional"},
     "models": {"skiparse", "pattern"},
 }
 

@@ -228,3 +228,32 @@ def test_a_segment_splits_into_the_same_sub_sequences():
                     for box in segment.boxes
                 ]
                 assert starts == whole
+
+
+@pytest.mark.parametrize(
+    ("p", "N"),
+    [
+        (SkipPattern.single(4), 24), (SkipPattern.single(3), 25), (SkipPattern.group(2), 24),
+        (SkipPattern.block(4, 24), 24), (SkipPattern(3, 4), 24), (SkipPattern(1, 7), 24),
+        (SkipPattern.group(2), 0), (SkipPattern.single(2), 1),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("T", [0, 1, 5])
+def test_packed_sub_sequences_are_the_old_ones_with_the_text_behind(p, N, T):
+    """The rows of a buffer are dealt to sub-sequences, each as long as its tokens and the text."""
+    n, packed = p.sparsity, p.packed(N, T)
+    assert packed.sparsity == n
+    assert packed.lengths(N + n * T) == [length + T for length in p.lengths(N)]
+
+
+def test_packed_text_is_where_the_docstring_says():
+    single, group = SkipPattern.single(4), SkipPattern.group(2).packed(24, 5)
+    for g in range(4):
+        for t in range(5):
+            assert token_of(g, 24 // 4 + t, 4, single.packed(24, 5).run) == 24 + t * 4 + g
+    assert [token_of(s, 12, 2, group.run) for s in range(2)] == [12, 29]  # behind 12 video rows
+
+
+def test_packed_needs_sub_sequences_of_one_length():
+    with pytest.raises(ValueError, match=r"packed\(N=25\).*must divide N"):
+        SkipPattern.group(2).packed(25, 5)

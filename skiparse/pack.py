@@ -1,0 +1,372 @@
+"""q, k and v normalised, rotated and packed with the text inside: for models with such buffers.
+
+Joint attention of video and text is plain attention if every sub-sequence has the text among its
+own rows. :func:`norm_rope_pack` writes such buffers in the pass that normalises and rotates q and
+k, so that no later copy is needed; :func:`unpack` takes the output apart::
+
+    packed = skiparse.norm_rope_pack(q, k, v, cos, sin, norm_q, norm_k, pattern, text_q=..., ...)
+    out, text_out = skiparse.unpack(skiparse.attention(*packed), pattern, q.shape[1])
+
+It is one operator with one gradient, ``skiparse::norm_rope_pack``, in two spellings: ``"eager"``,
+here, in plain PyTorch; and ``"triton"``, one kernel that reads and writes everything once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skiparse import functional, ops, registry
+from skiparse.backends import Inputs
+from skiparse.pattern import SkipPattern
+
+BACKENDS = ("auto", "eager", "triton")
+
+
+class Packed(NamedTuple):
+    """What ``skiparse.attention(*packed)`` takes; q, k and v are ``[B, N + n*T, H, D]``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pattern: SkipPattern
+
+
+def norm_rope_pack(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    pattern: SkipPattern,
+    *,
+    text_q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    text_norm_q: Tensor,
+    text_norm_k: Tensor,
+    axes: Sequence[int],
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> Packed:
+    """RMSNorm of every head of q and k, rotary embedding of the video, and text rows put inside.
+
+    Computed in fp32 (fp64 for fp64) and rounded once. There are no key masks: with one, call
+    :func:`skiparse.joint_attention`.
+
+    Args:
+        q, k, v: ``[B, N, H, D]``, the video; fp64, fp32, bf16 or fp16, any strides.
+        cos, sin: ``[N, D / 2]`` of the angle of every pair of dimensions at every token, in any
+            floating dtype. Constants: they get no gradient.
+        norm_q, norm_k: ``[D]``, weights of the norms, in any floating dtype.
+        pattern: who attends to whom. Single-skip takes any ``N``; for others
+            ``sparsity * run`` must divide it.
+        text_q, text_k, text_v: ``[B, T, H, D]``, any ``T``, 0 included; not rotated.
+        text_norm_q, text_norm_k: ``[D]``, weights of the norms of the text.
+        axes: even numbers of dimensions that tell one coordinate each, ``D`` together; inside
+            each the first half is rotated with the second. ``(D,)`` is ordinary NeoX rotary.
+        eps: added to the mean square, > 0.
+        backend: ``"triton"``, ``"eager"``, or ``"auto"``: triton on a CUDA or HIP device where it
+            can, else eager. The Triton kernels have not yet run on a GPU.
+
+    Returns:
+        :class:`Packed`: contiguous buffers of ``N + n*T`` rows in the dtype of ``q`` (under
+        autocast in its dtype), and ``pattern.packed(N, T)``, which says which row is where.
+
+    Raises:
+        ValueError: for arguments that do not fit together, before any work.
+        RuntimeError: if the backend cannot do this, with its reason.
+
+    Source: Zhang and Sennrich 2019, "RMSNorm"; Su et al. 2021, "RoFormer"; Open-Sora Plan v1.5
+    report, "SUV".
+    """
+    video = {"q": q, "k": k, "v": v}
+    text = {"text_q": text_q, "text_k": text_k, "text_v": text_v}
+    functional._check(video, text, pattern, None, None, None, "auto")
+    norms = {
+        "norm_q": norm_q, "norm_k": norm_k, "text_norm_q": text_norm_q, "text_norm_k": text_norm_k,
+    }  # fmt: skip
+    _check(q, {"cos": cos, "sin": sin}, norms, axes, eps, backend)
+    packed = pattern.packed(q.shape[1], text_q.shape[1])
+    run = 1 if packed.run == 1 else pattern.run
+    rows = (x.to(ops.autocast_dtype(x)) for x in (*video.values(), *text.values()))
+    packed_q, packed_k, packed_v = pack(
+        *rows, *norms.values(), cos, sin, list(axes), float(eps), pattern.sparsity, run, backend
+    )
+    return Packed(packed_q, packed_k, packed_v, packed)
+
+
+def unpack(out: Tensor, pattern: SkipPattern, tokens: int) -> tuple[Tensor, Tensor]:
+    """The video rows of a packed buffer in the order of the tokens, and the mean of the text rows.
+
+    Args:
+        out: ``[B, N + n*T, H, D]``, of :func:`skiparse.attention` over packed q, k and v.
+        pattern: the one given to :func:`norm_rope_pack`.
+        tokens: ``N``, how many rows are video.
+
+    Returns:
+        ``[B, N, H, D]``, of single-skip a view, and ``[B, T, H, D]``.
+
+    Raises:
+        ValueError: if no number of text rows gives that buffer.
+    """
+    n = pattern.sparsity
+    T = (out.shape[1] - tokens) // n if out.ndim == 4 else -1
+    if tokens < 0 or T < 0 or tokens + n * T != out.shape[1]:
+        raise ValueError(
+            f"out has shape {list(out.shape)}, which is not [B, N + {n} * T, H, D] with N = "
+            f"{tokens}; give the pattern and the N that were packed"
+        )
+    run = 1 if pattern.packed(tokens, T).run == 1 else pattern.run
+    video, copies = _views(out, tokens, n, run)
+    return video.reshape(out.shape[0], tokens, *out.shape[2:]), copies.mean(1)
+
+
+def _check(
+    q: Tensor,
+    tables: dict[str, Tensor],
+    norms: dict[str, Tensor],
+    axes: Sequence[int],
+    eps: float,
+    backend: str,
+) -> None:
+    """Raise ValueError for tables, weights and settings that do not fit ``q``."""
+    N, D = q.shape[1], q.shape[3]
+    if sum(axes) != D or any(size < 2 or size & 1 for size in axes):
+        raise ValueError(f"axes must be even, positive and {D} together, got {tuple(axes)}")
+    shapes = dict.fromkeys(tables, (N, D // 2)) | dict.fromkeys(norms, (D,))
+    for name, x in (tables | norms).items():
+        if not isinstance(x, Tensor) or x.shape != shapes[name] or not x.is_floating_point():
+            got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else repr(x)
+            raise ValueError(f"{name} must be floating {list(shapes[name])}, got {got}")
+        functional._check_device(name, x, q)
+    for name, x in tables.items():
+        if x.requires_grad:
+            raise ValueError(f"{name} requires a gradient, but tables are constants; detach it")
+    if not eps > 0:
+        raise ValueError(f"eps must be > 0, got {eps!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+
+
+@torch.library.custom_op("skiparse::norm_rope_pack", mutates_args=())
+def pack(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    text_norm_q: Tensor,
+    text_norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    axes: Sequence[int],
+    eps: float,
+    sparsity: int,
+    run: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed q, k and v, ``[B, N + sparsity * T, H, D]``; arguments are checked by the caller."""
+    forward = _triton().forward if _takes_triton(backend, q, text_q, sparsity, run) else _forward
+    buffers: tuple[Tensor, Tensor, Tensor] = forward(
+        (q, k, v), (text_q, text_k, text_v), (norm_q, norm_k), (text_norm_q, text_norm_k),
+        cos, sin, axes, eps, sparsity, run,
+    )  # fmt: skip
+    return buffers
+
+
+@torch.library.custom_op("skiparse::norm_rope_pack_backward", mutates_args=())
+def pack_backward(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    q: Tensor,
+    k: Tensor,
+    text_q: Tensor,
+    text_k: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    text_norm_q: Tensor,
+    text_norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    axes: Sequence[int],
+    eps: float,
+    sparsity: int,
+    run: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, of the text, and of the four weights, from those of the buffers."""
+    backward = _triton().backward if _takes_triton(backend, q, text_q, sparsity, run) else _backward
+    return tuple(
+        backward(
+            (grad_q, grad_k, grad_v), (q, k), (text_q, text_k), (norm_q, norm_k),
+            (text_norm_q, text_norm_k), cos, sin, axes, eps, sparsity, run,
+        )
+    )  # fmt: skip
+
+
+def _takes_triton(name: str, q: Tensor, text_q: Tensor, sparsity: int, run: int) -> bool:
+    """Whether the Triton kernels do it; RuntimeError if they are named and cannot."""
+    if name == "eager" or (name == "auto" and q.device.type != "cuda"):
+        return False
+    packed = SkipPattern(sparsity, run).packed(q.shape[1], text_q.shape[1])
+    inputs = Inputs(q, q, q, text_q, text_q, text_q, None, None, packed, 1.0)
+    reason = registry.load("triton").why_not(inputs)
+    if reason is not None and name == "triton":
+        raise RuntimeError(f'backend "triton" cannot run this: {reason}')
+    return reason is None
+
+
+def _triton() -> Any:
+    return importlib.import_module("skiparse.backends.triton.pack_kernel")
+
+
+@pack.register_fake
+def _pack_fake(
+    q: Tensor, k: Tensor, v: Tensor, text_q: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, N, H, D = q.shape
+    rows = N + args[-3] * text_q.shape[1]
+    return q.new_empty(B, rows, H, D), k.new_empty(B, rows, H, D), v.new_empty(B, rows, H, D)
+
+
+@pack_backward.register_fake
+def _pack_backward_fake(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    q, k, text_q, text_k, *norms = args[:8]
+    like = (q, k, q, text_q, text_k, text_q, *norms)
+    return tuple(x.new_empty(x.shape) for x in like)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, _, text_q, text_k, _, *rest = inputs
+    ctx.save_for_backward(q, k, text_q, text_k, *rest[:6])
+    ctx.settings = rest[6:]
+
+
+def _autograd(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    found = pack_backward(*grads, *ctx.saved_tensors, *ctx.settings)
+    return (*found, None, None, *(None for _ in ctx.settings))
+
+
+pack.register_autograd(_autograd, setup_context=_setup_context)
+
+
+# The eager spelling.
+
+Two = tuple[Tensor, Tensor]
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def _forward(
+    video: Three, text: Three, norms: Two, text_norms: Two, cos: Tensor, sin: Tensor,
+    axes: Sequence[int], eps: float, n: int, w: int,
+) -> Three:  # fmt: skip
+    """Norm, rotation and placement, one after the other."""
+    packed = []
+    for x, y, norm, text_norm in zip(video[:2], text[:2], norms, text_norms, strict=True):
+        rows = _rotate(_norm(x, norm, eps), cos, sin, axes)
+        packed.append(_place(rows, _norm(y, text_norm, eps), n, w, x.dtype))
+    v, text_v = video[2], text[2]
+    return packed[0], packed[1], _place(v, text_v, n, w, v.dtype)
+
+
+def _backward(
+    grads: Three, video: Two, text: Two, norms: Two, text_norms: Two, cos: Tensor, sin: Tensor,
+    axes: Sequence[int], eps: float, n: int, w: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The same, backwards; text gradients are summed over sub-sequences."""
+    N = video[0].shape[1]
+
+    def one(
+        grad: Tensor, x: Tensor, y: Tensor, norm: Tensor, text_norm: Tensor
+    ) -> tuple[Tensor, ...]:
+        rows, texts = _collect(grad, N, n, w, _wide(x).dtype)
+        rows = _rotate(rows, cos, -sin, axes)
+        return *_norm_backward(rows, x, norm, eps), *_norm_backward(texts, y, text_norm, eps)
+
+    (q, norm_q, text_q, text_norm_q), (k, norm_k, text_k, text_norm_k) = map(
+        one, grads[:2], video, text, norms, text_norms
+    )
+    v, text_v = _collect(grads[2], N, n, w, grads[2].dtype)
+    return q, k, v, text_q, text_k, text_v, norm_q, norm_k, text_norm_q, text_norm_k
+
+
+def _wide(x: Tensor) -> Tensor:
+    """``x`` in the dtype that is computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, wide."""
+    x = _wide(x)
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+
+
+def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Two:
+    """Gradients of ``x`` and ``weight`` of :func:`_norm`, in their dtypes.
+
+    With ``r = 1 / rms(x)`` and ``g = grad * weight``: ``r * (g - x r mean(g x r))``.
+    """
+    wide = _wide(x)
+    r = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normal = wide * r
+    g = grad * weight.to(wide.dtype)
+    dx = r * (g - normal * (g * normal).mean(-1, keepdim=True))
+    return dx.to(x.dtype).contiguous(), (grad * normal).sum((0, 1, 2)).to(weight.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, axes: Sequence[int]) -> Tensor:
+    """Every pair of dimensions of ``[B, N, H, D]`` turned by its angle."""
+    pairs = [size // 2 for size in axes]
+    turned = []
+    tables = (table.to(x.dtype)[:, None].split(pairs, -1) for table in (cos, sin))  # [N, 1, pairs]
+    for part, c, s in zip(x.split(list(axes), -1), *tables, strict=True):
+        first, second = part.chunk(2, -1)
+        turned += [first * c - second * s, second * c + first * s]
+    return torch.cat(turned, -1)
+
+
+def _place(video: Tensor, text: Tensor, n: int, w: int, dtype: torch.dtype) -> Tensor:
+    """``[B, N, H, D]`` and ``n`` copies of ``[B, T, H, D]`` in one buffer."""
+    B, N, H, D = video.shape
+    packed = video.new_empty(B, N + n * text.shape[1], H, D, dtype=dtype)
+    rows, copies = _views(packed, N, n, w)
+    rows.copy_(video.reshape(rows.shape))
+    copies.copy_(text[:, None])
+    return packed
+
+
+def _collect(packed: Tensor, N: int, n: int, w: int, dtype: torch.dtype) -> Two:
+    """The transpose of :func:`_place`: the video rows, and the copies of the text summed."""
+    rows, copies = _views(packed, N, n, w)
+    video = packed.new_empty(packed.shape[0], N, *packed.shape[2:], dtype=dtype)
+    video.view(rows.shape).copy_(rows)
+    return video, _wide(copies).sum(1).to(dtype)
+
+
+def _views(packed: Tensor, N: int, n: int, w: int) -> Two:
+    """The rows of a buffer ``[B, N + n*T, H, D]``, as views: see ``SkipPattern.packed``.
+
+    Video ``[B, N, H, D]`` or, where the buffer is cut into blocks, ``[B, runs, n, w, H, D]``,
+    which is the same order; and text ``[B, n, T, H, D]``.
+    """
+    T = (packed.shape[1] - N) // n
+    if w == 1:
+        video, text = packed.split([N, n * T], 1)
+        return video, text.unflatten(1, (T, n)).transpose(1, 2)
+    L = N // n
+    video, text = packed.unflatten(1, (n, L + T)).split([L, T], 2)
+    return video.unflatten(2, (L // w, w)).transpose(1, 2), text
