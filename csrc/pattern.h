@@ -6,8 +6,10 @@
 
 #include <cstdint>
 
-// Functions that run on the accelerator carry an attribute there and none on the host.
-#ifndef SKIPARSE_DEVICE
+// Functions that run on the accelerator carry an attribute there, which kernel_operator.h defines.
+#ifdef __aicore__
+#define SKIPARSE_DEVICE __aicore__
+#else
 #define SKIPARSE_DEVICE
 #endif
 

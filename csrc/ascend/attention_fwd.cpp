@@ -1,0 +1,624 @@
+// Skiparse attention forward for Atlas A2 (dav-2201). Has never run on an NPU; see csrc/README.md.
+//
+// A task is 256 queries of one head and sub-sequence, and all its keys in stacks of 512. The cube
+// core computes scores = q k^T two stacks ahead of values = weights v; between the two, each vector
+// core turns the scores of its 128 queries into weights, and adds up the values of the stack before
+// the last. They exchange these through a ring of three stacks in the workspace of the core.
+#include "kernel_operator.h"
+
+#include "rows.h"
+
+namespace skiparse {
+
+using namespace AscendC;
+
+// Cross-core flags, one for each exchange of a stack. The way back needs none: weights of stack i
+// mean that its scores were read, and the next scores in that place wait for them; likewise values.
+constexpr uint16_t SCORES_READY = 0, WEIGHTS_READY = 1, VALUES_READY = 2;
+
+struct ForwardArguments {
+    GM_ADDR q;
+    GM_ADDR k;
+    GM_ADDR v;
+    GM_ADDR text_q;
+    GM_ADDR text_k;
+    GM_ADDR text_v;
+    GM_ADDR bias;  // of skiparse_key_bias
+    GM_ADDR out;
+    GM_ADDR text_out;
+    GM_ADDR lse;
+    GM_ADDR text_lse;
+    GM_ADDR workspace;
+};
+
+// Where stack `i` of this core lies in the workspace.
+struct Ring {
+    GM_ADDR base;
+
+    __aicore__ inline GlobalTensor<float> Scores(int64_t i) const {
+        return At<float>(base + i % RING * SCORES_BYTES, 0);
+    }
+    template <class T>
+    __aicore__ inline GlobalTensor<T> Weights(int64_t i) const {
+        return At<T>(base + RING * SCORES_BYTES + i % RING * WEIGHTS_BYTES, 0);
+    }
+    __aicore__ inline GlobalTensor<float> Values(int64_t i) const {
+        return At<float>(base + RING * (SCORES_BYTES + WEIGHTS_BYTES) + i % RING * VALUES_BYTES, 0);
+    }
+};
+
+__aicore__ inline int64_t RoundUp(int64_t x, int64_t unit) { return ceil_div(x, unit) * unit; }
+
+// The rows of a task that belong to half 0 or 1.
+__aicore__ inline int64_t RowsOfHalf(const Task& task, int64_t half) {
+    const int64_t rows = task.rows - half * HALF_ROWS;
+    return rows < 0 ? 0 : least(rows, HALF_ROWS);
+}
+
+template <class T>
+class CubeSide {
+public:
+    __aicore__ inline CubeSide(const Tiling& tiling, const ForwardArguments& arguments, Ring ring)
+        : t_(tiling), a_(arguments), ring_(ring), dim_(tiling.head_dim) {
+        TPipe pipe;
+        query_ = Cut<TPosition::A1, T>(pipe, 2 * QUERY_ROWS * dim_);
+        key_ = Cut<TPosition::B1, T>(pipe, 2 * KEY_ROWS * dim_);
+        value_ = Cut<TPosition::B1, T>(pipe, 2 * KEY_ROWS * dim_);
+        weight_ = Cut<TPosition::A1, T>(pipe, 2 * QUERY_ROWS * KEY_ROWS);
+        left_ = Cut<TPosition::A2, T>(pipe, 2 * LEFT);
+        right_ = Cut<TPosition::B2, T>(pipe, 2 * RIGHT);
+        product_ = Cut<TPosition::CO1, float>(pipe, 2 * PRODUCT);
+        pipe.Destroy();  // gives back the M_MTE1 flags that it sets for itself
+    }
+
+    __aicore__ inline void Run(int64_t core, int64_t cores) {
+        for (int32_t slot = 0; slot < 2; ++slot) {
+            SetFlag<HardEvent::MTE1_MTE2>(QUERY + slot);
+            SetFlag<HardEvent::MTE1_MTE2>(KEY + slot);
+            SetFlag<HardEvent::MTE1_MTE2>(VALUE + slot);
+            SetFlag<HardEvent::M_MTE1>(LEFT_FREE + slot);
+            SetFlag<HardEvent::M_MTE1>(RIGHT_FREE + slot);
+            SetFlag<HardEvent::FIX_M>(slot);
+        }
+        Walk scores(t_, core, cores), values(t_, core, cores);
+        for (int64_t i = 0; !values.done; ++i) {
+            if (!scores.done) {
+                Scores(scores, i);
+                scores.step();
+            }
+            if (i >= LOOKAHEAD) {
+                Values(values, i - LOOKAHEAD);
+                values.step();
+            }
+        }
+        for (int32_t slot = 0; slot < 2; ++slot) {
+            WaitFlag<HardEvent::MTE1_MTE2>(QUERY + slot);
+            WaitFlag<HardEvent::MTE1_MTE2>(KEY + slot);
+            WaitFlag<HardEvent::MTE1_MTE2>(VALUE + slot);
+            WaitFlag<HardEvent::M_MTE1>(LEFT_FREE + slot);
+            WaitFlag<HardEvent::M_MTE1>(RIGHT_FREE + slot);
+            WaitFlag<HardEvent::FIX_M>(slot);
+        }
+    }
+
+private:
+    // Elements of one of the two slots in L0A, L0B and L0C.
+    static constexpr int64_t LEFT = HALF_ROWS * 128, RIGHT = 128 * 128, PRODUCT = HALF_ROWS * 128;
+    // Flags of each memory's two slots: MTE2 and MTE1 share L1, MTE1 and M share L0.
+    static constexpr int32_t QUERY = 0, KEY = 2, VALUE = 4;
+    static constexpr int32_t LEFT_FREE = 0, RIGHT_FREE = 2;
+
+    // scores[rows, KEY_ROWS * tiles] = q k^T
+    __aicore__ inline void Scores(const Walk& walk, int64_t i) {
+        const Task& task = walk.task;
+        const int32_t query_slot = walk.number % 2;
+        const int64_t pitch = RoundUp(task.rows, 16);
+        const LocalTensor<T> query = query_[query_slot * QUERY_ROWS * dim_];
+        if (walk.stack == 0) LoadQuery(task, query, query_slot);
+        for (int64_t tile = 0; tile < walk.key_tiles(); ++tile) {
+            const int32_t slot = key_count_++ % 2;
+            const LocalTensor<T> key = key_[slot * KEY_ROWS * dim_];
+            WaitFlag<HardEvent::MTE1_MTE2>(KEY + slot);
+            GatherKeys(key, VideoRows<T>(a_.k, t_.k, t_, task),
+                       TextRows<T>(a_.text_k, t_.text_k, task), task,
+                       walk.stack * STACK_KEYS + tile * KEY_ROWS, dim_);
+            SetFlag<HardEvent::MTE2_MTE1>(KEY + slot);
+            WaitFlag<HardEvent::MTE2_MTE1>(KEY + slot);
+            const LocalTensor<T> right = TakeRight();
+            LoadTransposedRight(right, key);
+            SetFlag<HardEvent::MTE1_MTE2>(KEY + slot);
+            const bool last = walk.last_stack() && tile + 1 == walk.key_tiles();
+            for (int32_t half = 0; RowsOfHalf(task, half) > 0; ++half) {
+                const int64_t rows = RowsOfHalf(task, half);
+                LoadLeft(query, pitch, half, rows, dim_);
+                WaitFlag<HardEvent::FIX_M>(half);
+                Multiply(half, right, rows, KEY_ROWS, dim_, true);
+                WriteProduct(ring_.Scores(i)[half * HALF_ROWS * STACK_KEYS + tile * KEY_ROWS], half,
+                             rows, KEY_ROWS, STACK_KEYS);
+            }
+            GiveRight();
+            if (last) SetFlag<HardEvent::MTE1_MTE2>(QUERY + query_slot);
+        }
+        CrossCoreSetFlag<2, PIPE_FIX>(SCORES_READY);
+    }
+
+    // values[rows, dim] = weights v, added up over the tiles of the stack
+    __aicore__ inline void Values(const Walk& walk, int64_t i) {
+        const Task& task = walk.task;
+        const int64_t pitch = RoundUp(task.rows, 16), tiles = walk.key_tiles();
+        CrossCoreWaitFlag(WEIGHTS_READY);
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int32_t slot = value_count_++ % 2;
+            const LocalTensor<T> value = value_[slot * KEY_ROWS * dim_];
+            const LocalTensor<T> weight = weight_[slot * QUERY_ROWS * KEY_ROWS];
+            WaitFlag<HardEvent::MTE1_MTE2>(VALUE + slot);
+            GatherKeys(value, VideoRows<T>(a_.v, t_.v, t_, task),
+                       TextRows<T>(a_.text_v, t_.text_v, task), task,
+                       walk.stack * STACK_KEYS + tile * KEY_ROWS, dim_);
+            LoadWeights(weight, ring_.template Weights<T>(i)[tile * KEY_ROWS], task.rows, pitch);
+            SetFlag<HardEvent::MTE2_MTE1>(VALUE + slot);
+            WaitFlag<HardEvent::MTE2_MTE1>(VALUE + slot);
+            const LocalTensor<T> right = TakeRight();
+            LoadRight(right, value);
+            for (int32_t half = 0; RowsOfHalf(task, half) > 0; ++half) {
+                const int64_t rows = RowsOfHalf(task, half);
+                LoadLeft(weight, pitch, half, rows, KEY_ROWS);
+                if (tile == 0) WaitFlag<HardEvent::FIX_M>(half);
+                Multiply(half, right, rows, dim_, KEY_ROWS, tile == 0);
+                if (tile + 1 == tiles) {
+                    WriteProduct(ring_.Values(i)[half * HALF_ROWS * dim_], half, rows, dim_, dim_);
+                }
+            }
+            SetFlag<HardEvent::MTE1_MTE2>(VALUE + slot);
+            GiveRight();
+        }
+        CrossCoreSetFlag<2, PIPE_FIX>(VALUES_READY);
+    }
+
+    __aicore__ inline void LoadQuery(const Task& task, const LocalTensor<T>& query, int32_t slot) {
+        const Rows<T> rows = task.text ? TextRows<T>(a_.text_q, t_.text_q, task)
+                                       : VideoRows<T>(a_.q, t_.q, t_, task);
+        const int64_t pitch = RoundUp(task.rows, 16);
+        WaitFlag<HardEvent::MTE1_MTE2>(QUERY + slot);
+        GatherRows(query, pitch, rows, task.first, task.rows, dim_);
+        FillRows(query[task.rows * C0], pitch, RowAt(rows, task.first + task.rows - 1),
+                 pitch - task.rows, dim_);
+        SetFlag<HardEvent::MTE2_MTE1>(QUERY + slot);
+        WaitFlag<HardEvent::MTE2_MTE1>(QUERY + slot);
+    }
+
+    __aicore__ inline void LoadWeights(const LocalTensor<T>& to, const GlobalTensor<T>& from,
+                                       int64_t rows, int64_t pitch) {
+        CopyRows(to, pitch, from, rows, STACK_KEYS, KEY_ROWS);
+        FillRows(to[rows * C0], pitch, from[(rows - 1) * STACK_KEYS], pitch - rows, KEY_ROWS);
+    }
+
+    // L0A = rows of half `half` of a matrix of `columns` columns: NZ to ZZ, 16 rows at a time.
+    __aicore__ inline void LoadLeft(const LocalTensor<T>& from, int64_t pitch, int32_t half,
+                                    int64_t rows, int64_t columns) {
+        const LocalTensor<T> to = left_[half * LEFT];
+        LoadData2DParams p;
+        p.repeatTimes = columns / 16;
+        p.srcStride = pitch / 16;
+        WaitFlag<HardEvent::M_MTE1>(LEFT_FREE + half);
+        for (int64_t row = 0; row < rows; row += 16) {
+            p.startIndex = (half * HALF_ROWS + row) / 16;
+            LoadData(to[row * columns], from, p);
+        }
+        SetFlag<HardEvent::MTE1_M>(half);
+        WaitFlag<HardEvent::MTE1_M>(half);
+    }
+
+    // L0B = k^T: the NZ of k is the ZN of k^T.
+    __aicore__ inline void LoadTransposedRight(const LocalTensor<T>& to,
+                                               const LocalTensor<T>& from) {
+        LoadData2DParams p;
+        p.repeatTimes = KEY_ROWS * dim_ / 256;
+        p.srcStride = 1;
+        LoadData(to, from, p);
+    }
+
+    // L0B = v: NZ to ZN, every fractal transposed, 16 rows at a time.
+    __aicore__ inline void LoadRight(const LocalTensor<T>& to, const LocalTensor<T>& from) {
+        LoadData2DParams p;
+        p.repeatTimes = dim_ / 16;
+        p.srcStride = KEY_ROWS / 16;
+        p.ifTranspose = true;
+        for (int64_t row = 0; row < KEY_ROWS; row += 16) {
+            p.startIndex = row / 16;
+            LoadData(to[row * dim_], from, p);
+        }
+    }
+
+    __aicore__ inline LocalTensor<T> TakeRight() {
+        WaitFlag<HardEvent::M_MTE1>(RIGHT_FREE + right_slot_);
+        return right_[right_slot_ * RIGHT];
+    }
+
+    __aicore__ inline void GiveRight() {
+        SetFlag<HardEvent::M_MTE1>(RIGHT_FREE + right_slot_);
+        right_slot_ = 1 - right_slot_;
+    }
+
+    // L0C[half] (+)= L0A[half] right
+    __aicore__ inline void Multiply(int32_t half, const LocalTensor<T>& right, int64_t rows,
+                                    int64_t n, int64_t k, bool from_zero) {
+        MmadParams p;
+        p.m = RoundUp(rows, 16);
+        p.n = n;
+        p.k = k;
+        p.cmatrixInitVal = from_zero;
+        // Long products are written by the time the next one adds to them.
+        if (!from_zero && p.m / 16 * (p.n / 16) < 10) PipeBarrier<PIPE_M>();
+        Mmad(product_[half * PRODUCT], left_[half * LEFT], right, p);
+        SetFlag<HardEvent::M_MTE1>(LEFT_FREE + half);
+    }
+
+    __aicore__ inline void WriteProduct(const GlobalTensor<float>& to, int32_t half, int64_t rows,
+                                        int64_t n, int64_t row_stride) {
+        FixpipeParamsV220 p;
+        p.nSize = n;
+        p.mSize = rows;
+        p.srcStride = RoundUp(rows, 16);
+        p.dstStride = row_stride;
+        SetFlag<HardEvent::M_FIX>(half);
+        WaitFlag<HardEvent::M_FIX>(half);
+        Fixpipe<float, float, CFG_ROW_MAJOR>(to, product_[half * PRODUCT], p);
+        SetFlag<HardEvent::FIX_M>(half);
+    }
+
+    const Tiling& t_;
+    const ForwardArguments& a_;
+    Ring ring_;
+    int64_t dim_;
+    int64_t key_count_ = 0, value_count_ = 0;  // tiles loaded so far
+    int32_t right_slot_ = 0;
+    // Two slots each. In L1: of task, key tile, value tile, value tile.
+    LocalTensor<T> query_, key_, value_, weight_;
+    LocalTensor<T> left_, right_;  // L0A, of a half; L0B, of a product
+    LocalTensor<float> product_;   // L0C, of a half
+};
+
+template <class T>
+class VectorSide {
+public:
+    __aicore__ inline VectorSide(const Tiling& tiling, const ForwardArguments& arguments, Ring ring)
+        : t_(tiling), a_(arguments), ring_(ring), dim_(tiling.head_dim), half_(GetSubBlockIdx()) {
+        TPipe pipe;
+        scores_ = Cut<TPosition::VECCALC, float>(pipe, 2 * CHUNK);
+        weights_ = Cut<TPosition::VECCALC, T>(pipe, 2 * CHUNK);
+        out_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS * dim_);
+        fold_ = Cut<TPosition::VECCALC, float>(pipe, CHUNK_ROWS * LANES);
+        bias_ = Cut<TPosition::VECCALC, float>(pipe, 2 * STACK_KEYS);
+        wide_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS * BLOCK);
+        wide_lse_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS * BLOCK);
+        maximum_ = Cut<TPosition::VECCALC, float>(pipe, RING * HALF_ROWS);
+        total_ = Cut<TPosition::VECCALC, float>(pipe, RING * HALF_ROWS);
+        decay_ = Cut<TPosition::VECCALC, float>(pipe, RING * HALF_ROWS);
+        small_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS);
+        pipe.Destroy();
+    }
+
+    __aicore__ inline void Run(int64_t core, int64_t cores) {
+        for (int32_t slot = 0; slot < 2; ++slot) {
+            SetFlag<HardEvent::V_MTE2>(SCORE + slot);
+            SetFlag<HardEvent::V_MTE2>(BIAS + slot);
+            SetFlag<HardEvent::MTE3_V>(WEIGHT + slot);
+        }
+        SetFlag<HardEvent::MTE3_V>(LSE);
+        Duplicate(decay_, 0.0f, RING * HALF_ROWS);
+        PipeBarrier<PIPE_V>();
+        Walk weights(t_, core, cores), values(t_, core, cores);
+        for (int64_t i = 0; !values.done; ++i) {
+            if (!weights.done) {
+                Weights(weights, i);
+                weights.step();
+            }
+            if (i >= LOOKAHEAD) {
+                AddValues(values, i - LOOKAHEAD);
+                values.step();
+            }
+        }
+        for (int32_t slot = 0; slot < 2; ++slot) {
+            WaitFlag<HardEvent::V_MTE2>(SCORE + slot);
+            WaitFlag<HardEvent::V_MTE2>(BIAS + slot);
+            WaitFlag<HardEvent::MTE3_V>(WEIGHT + slot);
+        }
+        WaitFlag<HardEvent::MTE3_V>(LSE);
+    }
+
+private:
+    static constexpr int64_t LANES = 64, BLOCK = 8;  // fp32 of an instruction's repeat, of 32 bytes
+    static constexpr int64_t CHUNK_ROWS = 16, CHUNK = CHUNK_ROWS * STACK_KEYS;
+    // Flags of two slots each, except the last.
+    static constexpr int32_t SCORE = 0, BIAS = 2, WEIGHT = 0, LSE = 2;
+    // A row that attends to nothing has total 0 and values 0; its output is 0 divided by this.
+    static constexpr float LEAST_TOTAL = 1.0e-30f;
+
+    // weights[rows, keys] = exp(scores * scale + bias - maximum), 16 rows at a time
+    __aicore__ inline void Weights(const Walk& walk, int64_t i) {
+        const int64_t rows = RowsOfHalf(walk.task, half_);
+        const int32_t bias_slot = i % 2;
+        const bool biased = rows > 0 && walk.hides_keys();
+        const int64_t ring = walk.number % RING * HALF_ROWS;
+        if (walk.stack == 0) {
+            Duplicate(maximum_[ring], FLOOR, HALF_ROWS);
+            Duplicate(total_[ring], 0.0f, HALF_ROWS);
+            PipeBarrier<PIPE_V>();
+        }
+        if (biased) LoadBias(walk, bias_slot);
+        CrossCoreWaitFlag(SCORES_READY);
+        for (int64_t row = 0; row < rows; row += CHUNK_ROWS) {
+            WeightsOfChunk(walk, i, row, least(rows - row, CHUNK_ROWS), biased);
+        }
+        if (biased) SetFlag<HardEvent::V_MTE2>(BIAS + bias_slot);
+        CrossCoreSetFlag<2, PIPE_MTE3>(WEIGHTS_READY);
+    }
+
+    __aicore__ inline void LoadBias(const Walk& walk, int32_t slot) {
+        const Task& task = walk.task;
+        const int64_t row = (task.batch * t_.sparsity + task.sub) * most_stacks(t_) + walk.stack;
+        WaitFlag<HardEvent::V_MTE2>(BIAS + slot);
+        DataCopy(bias_[slot * STACK_KEYS], At<float>(a_.bias, row * STACK_KEYS),
+                 STACK_KEYS);
+        SetFlag<HardEvent::MTE2_V>(BIAS + slot);
+        WaitFlag<HardEvent::MTE2_V>(BIAS + slot);
+    }
+
+    __aicore__ inline void WeightsOfChunk(const Walk& walk, int64_t i, int64_t row, int64_t rows,
+                                          bool biased) {
+        const int32_t slot = chunk_count_++ % 2;
+        const int64_t width = walk.key_tiles() * KEY_ROWS, skipped = STACK_KEYS - width;
+        const int64_t first = (half_ * HALF_ROWS + row) * STACK_KEYS;
+        const LocalTensor<float> scores = scores_[slot * CHUNK];
+        const LocalTensor<T> weights = weights_[slot * CHUNK];
+
+        DataCopyParams in;
+        in.blockCount = rows;
+        in.blockLen = width / BLOCK;
+        in.srcStride = skipped / BLOCK;
+        WaitFlag<HardEvent::V_MTE2>(SCORE + slot);
+        DataCopy(scores, ring_.Scores(i)[first], in);
+        SetFlag<HardEvent::MTE2_V>(SCORE + slot);
+        WaitFlag<HardEvent::MTE2_V>(SCORE + slot);
+
+        Muls(scores, scores, t_.scale, rows * width);
+        PipeBarrier<PIPE_V>();
+        if (biased) AddBias(scores, bias_[i % 2 * STACK_KEYS], rows, width);
+        const int64_t ring = walk.number % RING * HALF_ROWS + row;
+        const LocalTensor<float> decay = decay_[i % RING * HALF_ROWS + row];
+        SubtractMaximum(scores, maximum_[ring], decay, rows, width);
+        Exp(scores, scores, rows * width);
+        PipeBarrier<PIPE_V>();
+        AddTotal(scores, total_[ring], decay, rows, width);
+        WaitFlag<HardEvent::MTE3_V>(WEIGHT + slot);
+        Cast(weights, scores, RoundMode::CAST_RINT, rows * width);
+        SetFlag<HardEvent::V_MTE2>(SCORE + slot);
+
+        DataCopyParams out;
+        out.blockCount = rows;
+        out.blockLen = width / (2 * BLOCK);
+        out.dstStride = skipped / (2 * BLOCK);
+        SetFlag<HardEvent::V_MTE3>(WEIGHT + slot);
+        WaitFlag<HardEvent::V_MTE3>(WEIGHT + slot);
+        DataCopy(ring_.template Weights<T>(i)[first], weights, out);
+        SetFlag<HardEvent::MTE3_V>(WEIGHT + slot);
+    }
+
+    // scores += bias, the same for all rows
+    __aicore__ inline void AddBias(const LocalTensor<float>& scores, const LocalTensor<float>& bias,
+                                   int64_t rows, int64_t width) {
+        const BinaryRepeatParams p(1, 1, 1, width / BLOCK, width / BLOCK, 0);
+        for (int64_t column = 0; column < width; column += LANES) {
+            Add(scores[column], scores[column], bias[column], LANES, rows, p);
+        }
+        PipeBarrier<PIPE_V>();
+    }
+
+    // scores -= maximum, which these scores may raise; decay = exp(old maximum - new maximum)
+    __aicore__ inline void SubtractMaximum(const LocalTensor<float>& scores,
+                                           const LocalTensor<float>& maximum,
+                                           const LocalTensor<float>& decay, int64_t rows,
+                                           int64_t width) {
+        const LocalTensor<float> peak = small_;
+        const int64_t pitch = width / BLOCK;
+        Max(fold_, scores, scores[LANES], LANES, rows,
+            BinaryRepeatParams(1, 1, 1, BLOCK, pitch, pitch));
+        PipeBarrier<PIPE_V>();
+        for (int64_t column = 2 * LANES; column < width; column += LANES) {
+            Max(fold_, fold_, scores[column], LANES, rows,
+                BinaryRepeatParams(1, 1, 1, BLOCK, BLOCK, pitch));
+            PipeBarrier<PIPE_V>();
+        }
+        WholeReduceMax(peak, fold_, LANES, rows, 1, 1, BLOCK, ReduceOrder::ORDER_ONLY_VALUE);
+        PipeBarrier<PIPE_V>();
+        Max(peak, peak, maximum, rows);
+        PipeBarrier<PIPE_V>();
+        Sub(decay, maximum, peak, rows);
+        PipeBarrier<PIPE_V>();
+        Exp(decay, decay, rows);
+        Max(maximum, maximum, peak, rows);
+        PipeBarrier<PIPE_V>();
+        Brcb(wide_, maximum, CHUNK_ROWS / BLOCK, BrcbRepeatParams(1, BLOCK));
+        PipeBarrier<PIPE_V>();
+        for (int64_t column = 0; column < width; column += LANES) {
+            Sub(scores[column], scores[column], wide_, LANES, rows,
+                BinaryRepeatParams(1, 1, 0, pitch, pitch, 1));
+        }
+        PipeBarrier<PIPE_V>();
+    }
+
+    // total = total * decay + the sum of every row
+    __aicore__ inline void AddTotal(const LocalTensor<float>& weights,
+                                    const LocalTensor<float>& total,
+                                    const LocalTensor<float>& decay, int64_t rows, int64_t width) {
+        const LocalTensor<float> sum = small_;
+        const int64_t pitch = width / BLOCK;
+        Mul(total, total, decay, rows);
+        Add(fold_, weights, weights[LANES], LANES, rows,
+            BinaryRepeatParams(1, 1, 1, BLOCK, pitch, pitch));
+        PipeBarrier<PIPE_V>();
+        for (int64_t column = 2 * LANES; column < width; column += LANES) {
+            Add(fold_, fold_, weights[column], LANES, rows,
+                BinaryRepeatParams(1, 1, 1, BLOCK, BLOCK, pitch));
+            PipeBarrier<PIPE_V>();
+        }
+        WholeReduceSum(sum, fold_, LANES, rows, 1, 1, BLOCK);
+        PipeBarrier<PIPE_V>();
+        Add(total, total, sum, rows);
+        PipeBarrier<PIPE_V>();
+    }
+
+    // out = out * decay + values of the stack, and the end of the task after its last stack
+    __aicore__ inline void AddValues(const Walk& walk, int64_t i) {
+        const int64_t rows = RowsOfHalf(walk.task, half_);
+        CrossCoreWaitFlag(VALUES_READY);
+        if (rows == 0) return;
+        if (walk.stack == 0) {
+            Duplicate(out_, 0.0f, HALF_ROWS * dim_);
+        } else {
+            Spread(wide_, decay_[i % RING * HALF_ROWS]);
+            for (int64_t column = 0; column < dim_; column += LANES) {
+                Mul(out_[column], out_[column], wide_, LANES, rows, ByRow());
+            }
+        }
+        PipeBarrier<PIPE_V>();
+        const int64_t most = CHUNK / dim_;  // rows that fit in a slot of the scores
+        for (int64_t row = 0; row < rows; row += most) {
+            const int32_t slot = chunk_count_++ % 2;
+            const int64_t count = least(rows - row, most) * dim_;
+            const LocalTensor<float> values = scores_[slot * CHUNK];
+            WaitFlag<HardEvent::V_MTE2>(SCORE + slot);
+            DataCopy(values, ring_.Values(i)[(half_ * HALF_ROWS + row) * dim_], count);
+            SetFlag<HardEvent::MTE2_V>(SCORE + slot);
+            WaitFlag<HardEvent::MTE2_V>(SCORE + slot);
+            Add(out_[row * dim_], out_[row * dim_], values, count);
+            SetFlag<HardEvent::V_MTE2>(SCORE + slot);
+        }
+        PipeBarrier<PIPE_V>();
+        if (walk.last_stack()) {
+            const int64_t ring = walk.number % RING * HALF_ROWS;
+            WriteOut(walk.task, rows, total_[ring]);
+            WriteLse(walk.task, rows, maximum_[ring],
+                     total_[ring]);
+        }
+    }
+
+    // Every value of HALF_ROWS fills a block, so that an instruction can use it for a whole row.
+    __aicore__ inline void Spread(const LocalTensor<float>& to, const LocalTensor<float>& from) {
+        Brcb(to, from, HALF_ROWS / BLOCK, BrcbRepeatParams(1, BLOCK));
+        PipeBarrier<PIPE_V>();
+    }
+
+    __aicore__ inline BinaryRepeatParams ByRow() const {
+        return BinaryRepeatParams(1, 1, 0, dim_ / BLOCK, dim_ / BLOCK, 1);
+    }
+
+    __aicore__ inline void WriteOut(const Task& task, int64_t rows,
+                                    const LocalTensor<float>& total) {
+        const LocalTensor<float> safe = small_;
+        const LocalTensor<T> rounded = weights_;
+        Maxs(safe, total, LEAST_TOTAL, HALF_ROWS);
+        PipeBarrier<PIPE_V>();
+        Spread(wide_, safe);
+        for (int64_t column = 0; column < dim_; column += LANES) {
+            Div(out_[column], out_[column], wide_, LANES, rows, ByRow());
+        }
+        PipeBarrier<PIPE_V>();
+        WaitFlag<HardEvent::MTE3_V>(WEIGHT);
+        WaitFlag<HardEvent::MTE3_V>(WEIGHT + 1);
+        Cast(rounded, out_, RoundMode::CAST_RINT, rows * dim_);
+        PipeBarrier<PIPE_V>();
+        SetFlag<HardEvent::V_MTE3>(WEIGHT);
+        WaitFlag<HardEvent::V_MTE3>(WEIGHT);
+        const int64_t place = task.text ? (task.batch * t_.sparsity + task.sub) * t_.text
+                                        : task.batch * t_.tokens;
+        GM_ADDR base = task.text ? a_.text_out : a_.out;
+        const GlobalTensor<T> first = At<T>(base, (place * t_.heads + task.head) * dim_);
+        ScatterRows(OutRows(first, t_.heads * dim_, task), rounded, dim_, dim_,
+                    task.first + half_ * HALF_ROWS, rows);
+        SetFlag<HardEvent::MTE3_V>(WEIGHT);
+        SetFlag<HardEvent::MTE3_V>(WEIGHT + 1);
+    }
+
+    // lse = maximum + ln(total), the logarithm of 0 being -inf
+    __aicore__ inline void WriteLse(const Task& task, int64_t rows,
+                                    const LocalTensor<float>& maximum,
+                                    const LocalTensor<float>& total) {
+        const LocalTensor<float> lse = small_;
+        Ln(lse, total, HALF_ROWS);
+        PipeBarrier<PIPE_V>();
+        Add(lse, lse, maximum, HALF_ROWS);
+        PipeBarrier<PIPE_V>();
+        WaitFlag<HardEvent::MTE3_V>(LSE);
+        Spread(wide_lse_, lse);
+        SetFlag<HardEvent::V_MTE3>(LSE);
+        WaitFlag<HardEvent::V_MTE3>(LSE);
+        const int64_t head = task.batch * t_.heads + task.head;
+        const GlobalTensor<float> first =
+            task.text ? At<float>(a_.text_lse, (head * t_.sparsity + task.sub) * t_.text)
+                      : At<float>(a_.lse, head * t_.tokens);
+        ScatterRows(OutRows(first, 1, task), wide_lse_, BLOCK, 1, task.first + half_ * HALF_ROWS,
+                    rows);
+        SetFlag<HardEvent::MTE3_V>(LSE);
+    }
+
+    template <class U>
+    __aicore__ inline Rows<U> OutRows(const GlobalTensor<U>& base, int64_t stride,
+                                       const Task& task) {
+        if (task.text) return {base, stride, 0, 1, 1};
+        return {base, stride, task.sub, t_.sparsity, t_.run};
+    }
+
+    const Tiling& t_;
+    const ForwardArguments& a_;
+    Ring ring_;
+    int64_t dim_;
+    int64_t half_;
+    int64_t chunk_count_ = 0;  // slots of the scores filled so far
+    LocalTensor<float> scores_;  // [2][CHUNK_ROWS, STACK_KEYS]; values pass through it too
+    LocalTensor<T> weights_;     // the same in 16 bits; the rounded output at the end
+    LocalTensor<float> out_;     // [HALF_ROWS, dim], not yet divided
+    LocalTensor<float> fold_;    // [CHUNK_ROWS, LANES]
+    LocalTensor<float> bias_;    // [2][STACK_KEYS]
+    LocalTensor<float> wide_, wide_lse_;   // [HALF_ROWS, BLOCK], a value of each row
+    LocalTensor<float> maximum_, total_;   // [RING][HALF_ROWS] of the last tasks
+    LocalTensor<float> decay_;             // [RING][HALF_ROWS] of the last stacks
+    LocalTensor<float> small_;             // [HALF_ROWS]
+};
+
+template <class T>
+__aicore__ inline void Forward(const ForwardArguments& arguments, GM_ADDR tiling_address) {
+    Tiling tiling;
+    ReadTiling(tiling, tiling_address);
+    const int64_t cores = GetBlockNum(), core = GetBlockIdx() / GetTaskRation();
+    const Ring ring{arguments.workspace + core * WORKSPACE_BYTES};
+    if ASCEND_IS_AIC {
+        CubeSide<T>(tiling, arguments, ring).Run(core, cores);
+    }
+    if ASCEND_IS_AIV {
+        VectorSide<T>(tiling, arguments, ring).Run(core, cores);
+    }
+}
+
+}  // namespace skiparse
+
+extern "C" __global__ __aicore__ void skiparse_attention_fwd_fp16(
+    GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR text_q, GM_ADDR text_k, GM_ADDR text_v, GM_ADDR bias,
+    GM_ADDR out, GM_ADDR text_out, GM_ADDR lse, GM_ADDR text_lse, GM_ADDR workspace,
+    GM_ADDR tiling) {
+    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
+    skiparse::Forward<half>({q, k, v, text_q, text_k, text_v, bias, out, text_out, lse, text_lse,
+                             workspace},
+                            tiling);
+}
+
+extern "C" __global__ __aicore__ void skiparse_attention_fwd_bf16(
+    GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR text_q, GM_ADDR text_k, GM_ADDR text_v, GM_ADDR bias,
+    GM_ADDR out, GM_ADDR text_out, GM_ADDR lse, GM_ADDR text_lse, GM_ADDR workspace,
+    GM_ADDR tiling) {
+    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
+    skiparse::Forward<bfloat16_t>({q, k, v, text_q, text_k, text_v, bias, out, text_out, lse,
+                                   text_lse, workspace},
+                                  tiling);
+}

@@ -1,0 +1,143 @@
+// The cube sub-core: L1 to L0, the matrix product, and L0C to global memory.
+//
+// A fractal is 16 x 16 elements. Layouts of 16-bit matrices, as the order of their fractals and of
+// the elements inside: NZ (L1) columns of fractals, rows inside; ZZ (L0A) rows, rows; ZN (L0B) rows
+// of fractals, columns inside. L0C holds fp32 in NZ.
+#pragma once
+
+#include "tensor.h"
+
+namespace AscendC {
+
+constexpr uint64_t FRACTAL_SIDE = 16;
+
+// Fractals `startIndex + i * srcStride` of the source, one after another with gaps of `dstGap`.
+struct LoadData2DParams {
+    twin::Field<0, 65535> startIndex = 0;
+    twin::Field<0, 255> repeatTimes = 0;
+    twin::Field<0, 65535> srcStride = 0, dstGap = 0;
+    bool ifTranspose = false;
+};
+
+struct MmadParams {
+    twin::Field<0, 4095> m = 0, n = 0, k = 0;
+    bool cmatrixInitVal = true;  // start from zero rather than add
+};
+
+enum class CO2Layout { NZ, ROW_MAJOR };
+
+struct FixpipeConfig {
+    CO2Layout format;
+};
+constexpr FixpipeConfig CFG_ROW_MAJOR{CO2Layout::ROW_MAJOR};
+
+// `srcStride` between columns of fractals, in rows of 16; `dstStride` between rows, in elements.
+struct FixpipeParamsV220 {
+    twin::Field<0, 4095> nSize = 0;
+    twin::Field<0, 8192> mSize = 0;
+    twin::Field<0, 65535> srcStride = 0;
+    twin::Field<0, 0xffffffff> dstStride = 0;
+};
+
+template <class T>
+void LoadData(const LocalTensor<T>& to, const LocalTensor<T>& from, const LoadData2DParams& p,
+              Where where = Where::here()) {
+    static_assert(sizeof(T) == 2, "the twin loads 16-bit types alone");
+    constexpr uint64_t ELEMENTS = FRACTAL_SIDE * FRACTAL_SIDE;
+    twin::require(to.space == twin::L0A || to.space == twin::L0B, where,
+                  "LoadData fills L0A or L0B, not " + to.memory(where).name);
+    to.expect(to.space, twin::FRACTAL, where);
+    from.expect(twin::L1, twin::BLOCK, where);
+    twin::Operation operation(twin::MTE1, "LoadData", where);
+    for (uint64_t i = 0; i < p.repeatTimes; ++i) {
+        const uint64_t first = (p.startIndex + i * p.srcStride) * ELEMENTS;
+        const uint64_t target = i * (1 + p.dstGap) * ELEMENTS;
+        operation.read(from.memory(where), from.bytes(first * 2, twin::FRACTAL, where),
+                       twin::FRACTAL);
+        operation.write(to.memory(where), to.bytes(target * 2, twin::FRACTAL, where),
+                        twin::FRACTAL);
+        for (uint64_t e = 0; e < ELEMENTS; ++e) {
+            const uint64_t turned = e % FRACTAL_SIDE * FRACTAL_SIDE + e / FRACTAL_SIDE;
+            to.data()[target + e] = from.data()[first + (p.ifTranspose ? turned : e)];
+        }
+    }
+}
+
+inline uint64_t fractals(uint64_t size) { return (size + FRACTAL_SIDE - 1) / FRACTAL_SIDE; }
+
+// C[m, n] (+)= A[m, k] B[k, n], on whole fractals.
+template <class T>
+void Mmad(const LocalTensor<float>& c, const LocalTensor<T>& a, const LocalTensor<T>& b,
+          const MmadParams& p, Where where = Where::here()) {
+    static_assert(std::is_same_v<T, half> || std::is_same_v<T, bfloat16_t>,
+                  "the twin multiplies half and bfloat16_t");
+    c.expect(twin::L0C, 1024, where);
+    a.expect(twin::L0A, twin::FRACTAL, where);
+    b.expect(twin::L0B, twin::FRACTAL, where);
+    twin::require(p.m != 1, where, "m = 1 takes the operand as a vector; give 16 rows");
+    const uint64_t mf = fractals(p.m), nf = fractals(p.n), kf = fractals(p.k);
+    const size_t c_bytes = mf * nf * 2 * twin::FRACTAL;
+
+    twin::Operation operation(twin::M, "Mmad", where);
+    operation.read(a.memory(where), a.bytes(0, mf * kf * twin::FRACTAL, where),
+                   mf * kf * twin::FRACTAL);
+    operation.read(b.memory(where), b.bytes(0, kf * nf * twin::FRACTAL, where),
+                   kf * nf * twin::FRACTAL);
+    const size_t place = c.bytes(0, c_bytes, where);
+    if (!p.cmatrixInitVal) {
+        if (mf * nf >= 10) operation.follow_own_pipe();  // else only a barrier orders two products
+        operation.read(c.memory(where), place, c_bytes);
+    }
+    operation.write(c.memory(where), place, c_bytes);
+
+    const uint64_t n = nf * FRACTAL_SIDE, k = kf * FRACTAL_SIDE, m = mf * FRACTAL_SIDE;
+    std::vector<float> right(k * n), row(n);
+    for (uint64_t i = 0; i < k; ++i) {
+        for (uint64_t j = 0; j < n; ++j) {
+            const uint64_t fractal = i / FRACTAL_SIDE * nf + j / FRACTAL_SIDE;
+            right[i * n + j] = static_cast<float>(
+                b.data()[(fractal * FRACTAL_SIDE + j % FRACTAL_SIDE) * FRACTAL_SIDE +
+                         i % FRACTAL_SIDE]);
+        }
+    }
+    for (uint64_t r = 0; r < m; ++r) {
+        auto result = [&](uint64_t j) -> float& {
+            return c.data()[(j / FRACTAL_SIDE * m + r) * FRACTAL_SIDE + j % FRACTAL_SIDE];
+        };
+        for (uint64_t j = 0; j < n; ++j) row[j] = p.cmatrixInitVal ? 0.0f : result(j);
+        for (uint64_t i = 0; i < k; ++i) {
+            const uint64_t fractal = r / FRACTAL_SIDE * kf + i / FRACTAL_SIDE;
+            const float left = static_cast<float>(
+                a.data()[(fractal * FRACTAL_SIDE + r % FRACTAL_SIDE) * FRACTAL_SIDE +
+                         i % FRACTAL_SIDE]);
+            const float* from = right.data() + i * n;
+            float* into = row.data();
+            for (uint64_t j = 0; j < n; ++j) into[j] += left * from[j];
+        }
+        for (uint64_t j = 0; j < n; ++j) result(j) = row[j];
+    }
+}
+
+template <class T, class U, const FixpipeConfig& CONFIG>
+void Fixpipe(const GlobalTensor<T>& to, const LocalTensor<U>& from, const FixpipeParamsV220& p,
+             Where where = Where::here()) {
+    static_assert(std::is_same_v<T, float> && std::is_same_v<U, float>,
+                  "the twin writes fp32 results as they are");
+    static_assert(CONFIG.format == CO2Layout::ROW_MAJOR, "the twin writes rows");
+    from.expect(twin::L0C, 64, where);
+    twin::require(p.nSize % FRACTAL_SIDE == 0, where, "nSize must be a multiple of 16");
+    twin::Operation operation(twin::FIX, "Fixpipe", where);
+    for (uint64_t r = 0; r < p.mSize; ++r) {
+        float* row = to.GetPhyAddr() + r * p.dstStride;
+        operation.write_global(row, p.nSize * sizeof(float));
+        for (uint64_t j = 0; j < p.nSize; j += FRACTAL_SIDE) {
+            const uint64_t first = (j / FRACTAL_SIDE * p.srcStride + r) * FRACTAL_SIDE;
+            const size_t size = FRACTAL_SIDE * sizeof(float);
+            operation.read(from.memory(where), from.bytes(first * sizeof(float), size, where),
+                           size);
+            std::memcpy(row + j, from.data() + first, size);
+        }
+    }
+}
+
+}  // namespace AscendC

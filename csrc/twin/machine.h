@@ -1,0 +1,448 @@
+// One AI core of the twin: what is known to be complete when, and whether every access is allowed.
+//
+// A core has three sub-cores (one cube, two vector), each with seven pipes that run side by side.
+// Operations are executed in program order, but each remembers what was certain to be complete when
+// it started: a vector clock, with one component for each pipe. Flags and barriers carry clocks
+// from pipe to pipe, cross-core flags from sub-core to sub-core. An operation may touch memory only
+// if the earlier accesses it conflicts with are in its clock; so a missing flag is found however
+// the pipes happen to be timed, although the numbers come out right.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace twin {
+
+enum Pipe { S, V, M, MTE1, MTE2, MTE3, FIX, PIPES };
+constexpr const char* PIPE_NAMES[] = {"S", "V", "M", "MTE1", "MTE2", "MTE3", "FIX"};
+constexpr const char* LANE_NAMES[] = {"cube", "vector 0", "vector 1"};
+constexpr int LANES = 3, COMPONENTS = LANES * PIPES;
+constexpr int EVENTS = 6;         // 6 and 7 belong to the framework
+constexpr int CROSS_FLAGS = 11;   // 11 to 14 belong to SyncAll
+constexpr size_t MOST_PENDING = 15;  // a cross-core flag is a counter of 4 bits
+constexpr size_t STACK_BYTES = 1 << 20;
+
+// The line of the kernel that called.
+struct Where {
+    const char* file;
+    int line;
+
+    // As a default argument, the place of the call.
+    static constexpr Where here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+        return {file, line};
+    }
+    std::string text() const {
+        const std::string path = file;
+        return path.substr(path.rfind('/') + 1) + ":" + std::to_string(line);
+    }
+};
+
+// What a kernel did that the hardware forbids, or does not promise to do right.
+struct Fault : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+[[noreturn]] inline void fail(Where where, const std::string& what) {
+    throw Fault(where.text() + ": " + what);
+}
+
+inline void require(bool right, Where where, const std::string& what) {
+    if (!right) fail(where, what);
+}
+
+// How many operations of every pipe are known to be complete.
+struct Clock {
+    std::array<uint32_t, COMPONENTS> seen{};
+
+    void join(const Clock& other) {
+        for (int i = 0; i < COMPONENTS; ++i) seen[i] = std::max(seen[i], other.seen[i]);
+    }
+};
+
+// An operation that was issued, kept so that a later conflict can name it.
+struct Issued {
+    Where where;
+    const char* name;
+    int core;
+    int component;
+    uint32_t time;
+};
+
+// A memory, and beside it who touched each of its cells last. Operation 0 is "nobody".
+class Memory {
+public:
+    Memory(std::string name, uint8_t* data, size_t bytes, size_t cell, bool filled, bool writable)
+        : name(std::move(name)), data(data), bytes(bytes), writable(writable), cell_(cell),
+          filled_(bytes, filled), cells_(writable ? (bytes + cell - 1) / cell : 0) {}
+
+    std::string name;
+    uint8_t* data;
+    size_t bytes;
+    bool writable;
+
+    bool filled(size_t first, size_t size) const {
+        return !std::memchr(filled_.data() + first, 0, size);
+    }
+
+private:
+    struct Cell {
+        uint32_t write = 0;
+        uint32_t read[2] = {0, 0};  // the last of each of two pipes that read since
+    };
+    friend class Operation;
+    size_t cell_;
+    std::vector<uint8_t> filled_;  // of every byte, whether anything was written there
+    std::vector<Cell> cells_;
+};
+
+// On-chip memories are cells of 32 bytes, their unit of access; global memory is cells of 4, the
+// least that two pipes of a kernel write side by side.
+constexpr size_t CHIP_CELL = 32, GLOBAL_CELL = 4;
+
+// An on-chip memory, from which buffers are cut one after another.
+struct Chip {
+    Chip(const char* name, size_t bytes)
+        : storage(bytes, 0xcd), memory(name, storage.data(), bytes, CHIP_CELL, false, true) {}
+
+    std::vector<uint8_t> storage;
+    Memory memory;
+    size_t used = 0;
+};
+
+struct Flag {
+    bool set = false;
+    Clock clock;
+    Where where{"", 0};
+};
+
+struct CrossFlag {
+    Clock clock;
+    int pipe;
+    Where where;
+};
+
+struct SubCore {
+    explicit SubCore(int lane) : lane(lane) {
+        if (lane == 0) {
+            chips[0] = std::make_unique<Chip>("L1", 512 * 1024 - 256);
+            chips[1] = std::make_unique<Chip>("L0A", 64 * 1024);
+            chips[2] = std::make_unique<Chip>("L0B", 64 * 1024);
+            chips[3] = std::make_unique<Chip>("L0C", 128 * 1024);
+        } else {
+            chips[4] = std::make_unique<Chip>("UB", 192 * 1024 - 256 - 8 * 1024);
+        }
+    }
+
+    int lane;
+    Clock base[PIPES];         // complete before the next operation of the pipe starts
+    Clock done[PIPES];         // complete once all operations of the pipe are
+    uint32_t issued[PIPES]{};
+    Flag flags[PIPES][PIPES][EVENTS];
+    std::deque<CrossFlag> arrived[LANES][CROSS_FLAGS];  // from each lane
+    std::unique_ptr<Chip> chips[5];
+
+    // What is complete when a flag is set on a pipe: its operations, and what it waited for.
+    Clock complete_at_flag(int pipe) const {
+        Clock clock = done[pipe];
+        clock.join(base[pipe]);
+        clock.join(base[S]);
+        return clock;
+    }
+
+    bool finished = false;
+    int waits_for = -1;  // a cross-core flag
+    Where waits_at{"", 0};
+    ucontext_t context{};
+    std::vector<char> stack = std::vector<char>(STACK_BYTES);
+};
+
+// The device: global memory, and the core that is running. Cores run one after another, and since
+// nothing orders them within a launch, any conflict between two of them is a fault.
+struct Machine {
+    std::vector<Memory> global;
+    std::vector<Issued> log{1};
+    uint32_t launch_begins = 1;  // the operations before it belong to launches that have ended
+    std::unique_ptr<SubCore> lanes[LANES];
+    SubCore* self = nullptr;
+    int core = 0, cores = 0;
+    bool mixed = true;  // cube and vector sub-cores work together; else vector 0 alone
+    std::function<void()> kernel;
+    std::string fault;
+    ucontext_t scheduler{};
+
+    Memory& find(const void* address, size_t size, Where where) {
+        const auto* first = static_cast<const uint8_t*>(address);
+        for (Memory& memory : global) {
+            if (first >= memory.data && first < memory.data + memory.bytes) {
+                if (first + size <= memory.data + memory.bytes) return memory;
+                fail(where, "runs past the end of " + memory.name);
+            }
+        }
+        fail(where, "outside every allocation of global memory");
+    }
+};
+
+inline Machine* machine = nullptr;
+
+inline bool cube() { return machine->self->lane == 0; }
+
+// One instruction, from its start. Its reads and writes are checked against what is complete.
+class Operation {
+public:
+    Operation(int pipe, const char* name, Where where) : where_(where), in_order_(pipe == S) {
+        SubCore& self = *machine->self;
+        start_ = self.base[pipe];
+        start_.join(self.base[S]);  // the scalar unit issues, so what it waited for is complete
+        component_ = self.lane * PIPES + pipe;
+        const uint32_t time = ++self.issued[pipe];
+        self.done[pipe].join(start_);
+        self.done[pipe].seen[component_] = time;
+        id_ = static_cast<uint32_t>(machine->log.size());
+        machine->log.push_back({where, name, machine->core, component_, time});
+    }
+
+    // The cube adds to its accumulator in order where it is busy long enough to have written it.
+    void follow_own_pipe() { in_order_ = true; }
+
+    void read(Memory& memory, size_t first, size_t size) {
+        if (size == 0) return;
+        require(memory.filled(first, size), where_,
+                label() + " reads " + memory.name + " where nothing was written");
+        if (!memory.writable) return;
+        const size_t end = (first + size - 1) / memory.cell_;
+        for (size_t i = first / memory.cell_; i <= end; ++i) {
+            Memory::Cell& cell = memory.cells_[i];
+            expect_complete(cell.write, memory, "reads", "written");
+            remember_read(cell, memory);
+        }
+    }
+
+    void write(Memory& memory, size_t first, size_t size) {
+        if (size == 0) return;
+        require(memory.writable, where_, label() + " writes " + memory.name + ", an input");
+        const size_t end = (first + size - 1) / memory.cell_;
+        for (size_t i = first / memory.cell_; i <= end; ++i) {
+            Memory::Cell& cell = memory.cells_[i];
+            expect_complete(cell.write, memory, "overwrites", "written");
+            for (uint32_t& reader : cell.read) {
+                expect_complete(reader, memory, "overwrites", "read");
+                reader = 0;
+            }
+            cell.write = id_;
+        }
+        std::memset(memory.filled_.data() + first, 1, size);
+    }
+
+    void read_global(const void* address, size_t size) {
+        Memory& memory = machine->find(address, size, where_);
+        read(memory, static_cast<const uint8_t*>(address) - memory.data, size);
+    }
+
+    void write_global(const void* address, size_t size) {
+        Memory& memory = machine->find(address, size, where_);
+        write(memory, static_cast<const uint8_t*>(address) - memory.data, size);
+    }
+
+private:
+    bool complete(uint32_t id) {
+        if (id == known_ || id == id_ || id < machine->launch_begins) return true;
+        const Issued& other = machine->log[id];
+        const bool ordered = other.core == machine->core &&
+                             (start_.seen[other.component] >= other.time ||
+                              (in_order_ && other.component == component_));
+        if (ordered) known_ = id;
+        return ordered;
+    }
+
+    void expect_complete(uint32_t id, const Memory& memory, const char* does, const char* was) {
+        if (complete(id)) return;
+        const Issued& other = machine->log[id];
+        fail(where_, label() + " " + does + " " + memory.name + ", " + was + " by " + other.name +
+                         " at " + other.where.text() + ", and nothing orders the two");
+    }
+
+    void remember_read(Memory::Cell& cell, const Memory& memory) {
+        for (uint32_t& reader : cell.read) {
+            if (complete(reader) || machine->log[reader].component == component_) {
+                reader = id_;
+                return;
+            }
+        }
+        fail(where_, label() + " is the third to read " + memory.name + " at once");
+    }
+
+    std::string label() const { return machine->log[id_].name; }
+
+    Where where_;
+    Clock start_;
+    int component_;
+    uint32_t id_, known_ = 0;
+    bool in_order_;  // the scalar unit finishes one operation before the next
+};
+
+// Synchronisation.
+
+inline void barrier(int pipe) {
+    SubCore& self = *machine->self;
+    self.base[pipe].join(self.done[pipe]);
+}
+
+inline void barrier_all() {
+    SubCore& self = *machine->self;
+    Clock all;
+    for (const Clock& clock : self.done) all.join(clock);
+    for (Clock& clock : self.base) clock.join(all);
+}
+
+inline std::string flag_name(int from, int to, int id) {
+    return std::string(PIPE_NAMES[from]) + "_" + PIPE_NAMES[to] + " flag " + std::to_string(id);
+}
+
+inline Flag& flag(int from, int to, int id, Where where) {
+    require(id >= 0 && id < EVENTS, where,
+            flag_name(from, to, id) + ": a kernel has 0 to " + std::to_string(EVENTS - 1));
+    return machine->self->flags[from][to][id];
+}
+
+inline void set_flag(int from, int to, int id, Where where) {
+    Flag& f = flag(from, to, id, where);
+    require(!f.set, where,
+            flag_name(from, to, id) + " is set again; nothing waited since " + f.where.text());
+    f = {true, machine->self->complete_at_flag(from), where};
+}
+
+inline void wait_flag(int from, int to, int id, Where where) {
+    Flag& f = flag(from, to, id, where);
+    require(f.set, where, flag_name(from, to, id) + " is waited for, and nothing has set it");
+    f.set = false;
+    machine->self->base[to].join(f.clock);
+}
+
+inline void set_cross_flag(int id, int pipe, Where where) {
+    require(id >= 0 && id < CROSS_FLAGS, where,
+            "cross-core flag " + std::to_string(id) + ": a kernel has 0 to 10");
+    require(machine->mixed, where, "cross-core flag in a kernel of vector cores alone");
+    SubCore& self = *machine->self;
+    const int first = cube() ? 1 : 0, last = cube() ? 2 : 0;
+    for (int lane = first; lane <= last; ++lane) {
+        auto& arrived = machine->lanes[lane]->arrived[self.lane][id];
+        require(arrived.empty() || arrived.back().pipe == pipe, where,
+                "cross-core flag " + std::to_string(id) + " is set by two pipes, in no order");
+        arrived.push_back({self.complete_at_flag(pipe), pipe, where});
+        require(arrived.size() <= MOST_PENDING, where,
+                "cross-core flag " + std::to_string(id) + " is set more than 15 times ahead");
+    }
+}
+
+inline bool cross_flag_arrived(const SubCore& lane, int id) {
+    if (lane.lane != 0) return !lane.arrived[0][id].empty();
+    return !lane.arrived[1][id].empty() && !lane.arrived[2][id].empty();
+}
+
+inline void wait_cross_flag(int id, Where where) {
+    require(id >= 0 && id < CROSS_FLAGS, where,
+            "cross-core flag " + std::to_string(id) + ": a kernel has 0 to 10");
+    SubCore& self = *machine->self;
+    self.waits_for = id;
+    self.waits_at = where;
+    while (!cross_flag_arrived(self, id)) swapcontext(&self.context, &machine->scheduler);
+    self.waits_for = -1;
+    for (auto& from : self.arrived) {
+        if (from[id].empty()) continue;
+        for (Clock& clock : self.base) clock.join(from[id].front().clock);  // all pipes stop
+        from[id].pop_front();
+    }
+}
+
+// Running.
+
+inline void expect_clean_end(SubCore& lane) {
+    for (int from = 0; from < PIPES; ++from) {
+        for (int to = 0; to < PIPES; ++to) {
+            for (int id = 0; id < EVENTS; ++id) {
+                const Flag& f = lane.flags[from][to][id];
+                require(!f.set, f.where, flag_name(from, to, id) + " is left set at the end");
+            }
+        }
+    }
+}
+
+inline void run_lane() {
+    SubCore& self = *machine->self;
+    try {
+        machine->kernel();
+        expect_clean_end(self);
+    } catch (const Fault& fault) {
+        machine->fault = std::string(LANE_NAMES[self.lane]) + ": " + fault.what();
+    }
+    self.finished = true;
+    swapcontext(&self.context, &machine->scheduler);
+}
+
+inline void run_core(int lanes_from, int lanes_to) {
+    Machine& m = *machine;
+    for (int i = 0; i < LANES; ++i) m.lanes[i] = std::make_unique<SubCore>(i);
+    for (int i = lanes_from; i <= lanes_to; ++i) {
+        SubCore& lane = *m.lanes[i];
+        getcontext(&lane.context);
+        lane.context.uc_stack.ss_sp = lane.stack.data();
+        lane.context.uc_stack.ss_size = lane.stack.size();
+        lane.context.uc_link = nullptr;
+        makecontext(&lane.context, run_lane, 0);
+    }
+    for (bool moved = true, left = true; left;) {
+        moved = left = false;
+        for (int i = lanes_from; i <= lanes_to; ++i) {
+            SubCore& lane = *m.lanes[i];
+            if (lane.finished) continue;
+            left = true;
+            if (lane.waits_for >= 0 && !cross_flag_arrived(lane, lane.waits_for)) continue;
+            moved = true;
+            m.self = &lane;
+            swapcontext(&m.scheduler, &lane.context);
+            if (!m.fault.empty()) throw Fault(m.fault);
+        }
+        if (left && !moved) {
+            std::string waiting;
+            for (int i = lanes_from; i <= lanes_to; ++i) {
+                const SubCore& lane = *m.lanes[i];
+                if (lane.finished) continue;
+                waiting += std::string(waiting.empty() ? "" : "; ") + lane.waits_at.text() + ": " +
+                           LANE_NAMES[i] + " waits for cross-core flag " +
+                           std::to_string(lane.waits_for);
+            }
+            throw Fault(waiting + ": deadlock");
+        }
+    }
+    for (const auto& lane : m.lanes) {
+        for (auto& from : lane->arrived) {
+            for (int id = 0; id < CROSS_FLAGS; ++id) {
+                if (from[id].empty()) continue;
+                fail(from[id].front().where,
+                     "cross-core flag " + std::to_string(id) + " is left set at the end");
+            }
+        }
+    }
+}
+
+// Runs a kernel on `cores` cores: of a cube and two vector sub-cores, or of one vector sub-core.
+inline void launch(Machine& m, int cores, bool mixed, std::function<void()> kernel) {
+    machine = &m;
+    m.kernel = std::move(kernel);
+    m.cores = cores;
+    m.mixed = mixed;
+    m.launch_begins = static_cast<uint32_t>(m.log.size());
+    for (m.core = 0; m.core < cores; ++m.core) run_core(mixed ? 0 : 1, mixed ? 2 : 1);
+}
+
+}  // namespace twin

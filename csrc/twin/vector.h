@@ -1,0 +1,257 @@
+// The vector sub-cores: arithmetic on UB.
+//
+// An instruction repeats up to 255 times over 8 blocks of 32 bytes; strides are in blocks. The
+// other form takes a count of consecutive elements.
+#pragma once
+
+#include <array>
+#include <cmath>
+
+#include "tensor.h"
+
+namespace twin {
+
+constexpr size_t REPEAT_BYTES = 256;
+
+struct Steps {
+    uint64_t block, repeat;
+};
+
+// The operands of one vector instruction, checked: in UB, aligned, and each pair of source and
+// destination either in the same place or apart.
+template <class T>
+struct Operand {
+    AscendC::LocalTensor<T> tensor;
+    Steps steps;
+
+    size_t at(uint64_t repeat, uint64_t block) const {
+        return (repeat * steps.repeat + block * steps.block) * BLOCK;
+    }
+    T* data(uint64_t repeat, uint64_t block) const {
+        return tensor.data() + at(repeat, block) / sizeof(T);
+    }
+};
+
+inline bool apart(size_t first, size_t first_bytes, size_t second, size_t second_bytes) {
+    return first + first_bytes <= second || second + second_bytes <= first;
+}
+
+template <class T>
+void expect_apart_or_same(const Operand<T>& to, const Operand<T>& from, uint64_t repeats,
+                          uint64_t blocks, Where where) {
+    const bool same = to.tensor.at == from.tensor.at && to.steps.block == from.steps.block &&
+                      to.steps.repeat == from.steps.repeat;
+    require(same || apart(to.tensor.at, to.at(repeats - 1, blocks - 1) + BLOCK, from.tensor.at,
+                          from.at(repeats - 1, blocks - 1) + BLOCK),
+            where, "source and destination overlap in part");
+}
+
+// dst = f(sources), element by element, where every source has the type of the destination.
+template <class T, size_t SOURCES, class F>
+void repeated(const char* name, Where where, const Operand<T>& to,
+              const std::array<Operand<T>, SOURCES>& from, uint64_t mask, uint64_t repeats, F f) {
+    constexpr uint64_t PER_BLOCK = BLOCK / sizeof(T);
+    require(mask >= 1 && mask <= REPEAT_BYTES / sizeof(T), where,
+            std::string(name) + ": mask must be 1 to " +
+                std::to_string(REPEAT_BYTES / sizeof(T)));
+    require(repeats >= 1 && repeats <= 255, where, std::string(name) + ": repeats 1 to 255 times");
+    const uint64_t blocks = (mask + PER_BLOCK - 1) / PER_BLOCK;
+    Operation operation(V, name, where);
+    to.tensor.expect(UB, BLOCK, where);
+    for (const auto& source : from) {
+        source.tensor.expect(UB, BLOCK, where);
+        expect_apart_or_same(to, source, repeats, blocks, where);
+    }
+    for (uint64_t r = 0; r < repeats; ++r) {
+        for (uint64_t b = 0; b < blocks; ++b) {
+            const uint64_t count = std::min(PER_BLOCK, mask - b * PER_BLOCK);
+            const size_t size = count * sizeof(T);
+            for (const auto& source : from) {
+                operation.read(source.tensor.memory(where),
+                               source.tensor.bytes(source.at(r, b), size, where), size);
+            }
+            operation.write(to.tensor.memory(where), to.tensor.bytes(to.at(r, b), size, where),
+                            size);
+            for (uint64_t i = 0; i < count; ++i) {
+                std::array<T, SOURCES> values;
+                for (size_t s = 0; s < SOURCES; ++s) values[s] = from[s].data(r, b)[i];
+                to.data(r, b)[i] = f(values);
+            }
+        }
+    }
+}
+
+// The same on `count` consecutive elements; the types may differ.
+template <class D, class T, size_t SOURCES, class F>
+void counted(const char* name, Where where, const AscendC::LocalTensor<D>& to,
+             const std::array<AscendC::LocalTensor<T>, SOURCES>& from, uint64_t count, F f) {
+    require(count >= 1, where, std::string(name) + ": of no elements");
+    Operation operation(V, name, where);
+    to.expect(UB, BLOCK, where);
+    for (const auto& source : from) {
+        source.expect(UB, BLOCK, where);
+        require((to.at == source.at && sizeof(D) == sizeof(T)) ||
+                    apart(to.at, count * sizeof(D), source.at, count * sizeof(T)),
+                where, "source and destination overlap in part");
+        operation.read(source.memory(where), source.bytes(0, count * sizeof(T), where),
+                       count * sizeof(T));
+    }
+    operation.write(to.memory(where), to.bytes(0, count * sizeof(D), where), count * sizeof(D));
+    for (uint64_t i = 0; i < count; ++i) {
+        std::array<T, SOURCES> values;
+        for (size_t s = 0; s < SOURCES; ++s) values[s] = from[s].data()[i];
+        to.data()[i] = f(values);
+    }
+}
+
+}  // namespace twin
+
+namespace AscendC {
+
+enum class RoundMode { CAST_RINT };
+enum class ReduceOrder { ORDER_ONLY_VALUE };
+
+struct BinaryRepeatParams {
+    BinaryRepeatParams(uint64_t dst_block, uint64_t first_block, uint64_t second_block,
+                       uint64_t dst_repeat, uint64_t first_repeat, uint64_t second_repeat,
+                       Where where = Where::here())
+        : dstBlkStride(dst_block, where), src0BlkStride(first_block, where),
+          src1BlkStride(second_block, where), dstRepStride(dst_repeat, where),
+          src0RepStride(first_repeat, where), src1RepStride(second_repeat, where) {}
+
+    twin::Field<0, 255> dstBlkStride, src0BlkStride, src1BlkStride;
+    twin::Field<0, 255> dstRepStride, src0RepStride, src1RepStride;
+};
+
+struct BrcbRepeatParams {
+    BrcbRepeatParams(uint64_t dst_block, uint64_t dst_repeat, Where where = Where::here())
+        : dstBlkStride(dst_block, where), dstRepStride(dst_repeat, where) {}
+
+    twin::Field<0, 65535> dstBlkStride, dstRepStride;
+};
+
+// Arithmetic exists for float and half, and not for bfloat16_t.
+#define TWIN_BINARY(NAME, RESULT) \
+    template <class T> \
+    void NAME(const LocalTensor<T>& to, const LocalTensor<T>& first, \
+              const LocalTensor<T>& second, int32_t count, Where where = Where::here()) { \
+        static_assert(std::is_same_v<T, float>, #NAME ": the twin computes in float"); \
+        twin::counted<T, T, 2>(#NAME, where, to, {first, second}, count, \
+                               [](const std::array<T, 2>& x) { return RESULT; }); \
+    } \
+    template <class T> \
+    void NAME(const LocalTensor<T>& to, const LocalTensor<T>& first, \
+              const LocalTensor<T>& second, uint64_t mask, uint64_t repeats, \
+              const BinaryRepeatParams& p, Where where = Where::here()) { \
+        static_assert(std::is_same_v<T, float>, #NAME ": the twin computes in float"); \
+        twin::repeated<T, 2>(#NAME, where, {to, {p.dstBlkStride, p.dstRepStride}}, \
+                             {{{first, {p.src0BlkStride, p.src0RepStride}}, \
+                               {second, {p.src1BlkStride, p.src1RepStride}}}}, \
+                             mask, repeats, [](const std::array<T, 2>& x) { return RESULT; }); \
+    }
+TWIN_BINARY(Add, x[0] + x[1])
+TWIN_BINARY(Sub, x[0] - x[1])
+TWIN_BINARY(Mul, x[0] * x[1])
+TWIN_BINARY(Div, x[0] / x[1])
+TWIN_BINARY(Max, x[0] > x[1] ? x[0] : x[1])
+#undef TWIN_BINARY
+
+#define TWIN_UNARY(NAME, RESULT) \
+    template <class T> \
+    void NAME(const LocalTensor<T>& to, const LocalTensor<T>& from, int32_t count, \
+              Where where = Where::here()) { \
+        static_assert(std::is_same_v<T, float>, #NAME ": the twin computes in float"); \
+        twin::counted<T, T, 1>(#NAME, where, to, {from}, count, \
+                               [](const std::array<T, 1>& x) { return RESULT; }); \
+    }
+TWIN_UNARY(Exp, std::exp(x[0]))
+TWIN_UNARY(Ln, std::log(x[0]))
+#undef TWIN_UNARY
+
+#define TWIN_SCALAR(NAME, RESULT) \
+    template <class T> \
+    void NAME(const LocalTensor<T>& to, const LocalTensor<T>& from, T value, int32_t count, \
+              Where where = Where::here()) { \
+        static_assert(std::is_same_v<T, float>, #NAME ": the twin computes in float"); \
+        twin::counted<T, T, 1>(#NAME, where, to, {from}, count, \
+                               [value](const std::array<T, 1>& x) { return RESULT; }); \
+    }
+TWIN_SCALAR(Muls, x[0] * value)
+TWIN_SCALAR(Maxs, x[0] > value ? x[0] : value)
+#undef TWIN_SCALAR
+
+template <class T>
+void Duplicate(const LocalTensor<T>& to, T value, int32_t count, Where where = Where::here()) {
+    twin::counted<T, T, 0>("Duplicate", where, to, {}, count,
+                           [value](const std::array<T, 0>&) { return value; });
+}
+
+template <class T>
+void Cast(const LocalTensor<T>& to, const LocalTensor<float>& from, RoundMode, uint32_t count,
+          Where where = Where::here()) {
+    twin::counted<T, float, 1>("Cast", where, to, {from}, count,
+                               [](const std::array<float, 1>& x) { return T::round(x[0]); });
+}
+
+// Each of 8 elements per repeat fills a block of 32 bytes.
+template <class T>
+void Brcb(const LocalTensor<T>& to, const LocalTensor<T>& from, uint64_t repeats,
+          const BrcbRepeatParams& p, Where where = Where::here()) {
+    constexpr uint64_t PER_BLOCK = twin::BLOCK / sizeof(T), EACH = 8;
+    twin::Operation operation(twin::V, "Brcb", where);
+    to.expect(twin::UB, twin::BLOCK, where);
+    from.expect(twin::UB, twin::BLOCK, where);
+    for (uint64_t i = 0; i < repeats * EACH; ++i) {
+        const size_t size = sizeof(T);
+        operation.read(from.memory(where), from.bytes(i * size, size, where), size);
+        const uint64_t block = i / EACH * p.dstRepStride + i % EACH * p.dstBlkStride;
+        operation.write(to.memory(where), to.bytes(block * twin::BLOCK, twin::BLOCK, where),
+                        twin::BLOCK);
+        std::fill_n(to.data() + block * PER_BLOCK, PER_BLOCK, from.data()[i]);
+    }
+}
+
+// One value of every repeat; the destination's stride is in elements.
+template <class T, class F>
+void reduce_repeats(const char* name, const LocalTensor<T>& to, const LocalTensor<T>& from,
+                    uint64_t mask, uint64_t repeats, uint64_t to_step, uint64_t block_step,
+                    uint64_t repeat_step, Where where, F f) {
+    static_assert(std::is_same_v<T, float>, "the twin reduces float");
+    constexpr uint64_t PER_BLOCK = twin::BLOCK / sizeof(T);
+    twin::require(mask >= 1 && mask <= twin::REPEAT_BYTES / sizeof(T) && repeats <= 255, where,
+                  std::string(name) + ": mask or repeats out of range");
+    twin::Operation operation(twin::V, name, where);
+    to.expect(twin::UB, sizeof(T), where);
+    from.expect(twin::UB, twin::BLOCK, where);
+    const twin::Operand<T> source{from, {block_step, repeat_step}};
+    for (uint64_t r = 0; r < repeats; ++r) {
+        T result{};
+        for (uint64_t i = 0; i < mask; ++i) {
+            const size_t at = source.at(r, i / PER_BLOCK) + i % PER_BLOCK * sizeof(T);
+            operation.read(from.memory(where), from.bytes(at, sizeof(T), where), sizeof(T));
+            const T value = from.data()[at / sizeof(T)];
+            result = i == 0 ? value : f(result, value);
+        }
+        operation.write(to.memory(where), to.bytes(r * to_step * sizeof(T), sizeof(T), where),
+                        sizeof(T));
+        to.data()[r * to_step] = result;
+    }
+}
+
+template <class T>
+void WholeReduceMax(const LocalTensor<T>& to, const LocalTensor<T>& from, int32_t mask,
+                    int32_t repeats, int32_t to_step, int32_t block_step, int32_t repeat_step,
+                    ReduceOrder, Where where = Where::here()) {
+    reduce_repeats("WholeReduceMax", to, from, mask, repeats, to_step, block_step, repeat_step,
+                   where, [](T a, T b) { return a > b ? a : b; });
+}
+
+template <class T>
+void WholeReduceSum(const LocalTensor<T>& to, const LocalTensor<T>& from, int32_t mask,
+                    int32_t repeats, int32_t to_step, int32_t block_step, int32_t repeat_step,
+                    Where where = Where::here()) {
+    reduce_repeats("WholeReduceSum", to, from, mask, repeats, to_step, block_step, repeat_step,
+                   where, [](T a, T b) { return a + b; });
+}
+
+}  // namespace AscendC
