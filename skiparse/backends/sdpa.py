@@ -16,12 +16,21 @@ batch entry, still without a copy. A length that does not divide leaves at most 
 equally long sub-sequences, one call each: no padding, and no mask unless the caller gave one. On a
 CPU packed buffers are small, for a few sub-sequences at a time: fresh memory costs more than the
 copy into it.
+
+Which library runs a call is the first of ``LIBRARIES`` that takes it. The order is ours, not that
+of torch, whose own prefers a kernel half as fast on Hopper; torch's switches (``sdpa_kernel``,
+``torch.backends.cuda.enable_cudnn_sdp``, ``enable_flash_sdp``) are obeyed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +58,9 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
         return "the CUDA library kernels take no key masks"
     if D % 8:
         return f"the CUDA library kernels take a head dimension that is a multiple of 8, not {D}"
-    return None
+    rows = q.new_empty(1, 1, 2, D)
+    library, reasons = _choose((rows, rows, rows), backward)
+    return None if library is not None else f"no library takes it: {reasons}"
 
 
 def forward(inputs: Inputs) -> Outputs:
@@ -70,12 +81,7 @@ def forward(inputs: Inputs) -> Outputs:
         if dead is not None:
             rows = rows.masked_fill(dead, 0)
             row_lse = row_lse.masked_fill(dead, -torch.inf)
-        whole = call.natural_order(rows, q.shape)
-        if whole is not None:
-            out = whole
-        else:
-            out = q.new_empty(q.shape) if out is None else out
-            call.write(rows, out)
+        out = call.into(out, rows, q)
         call.write(row_lse, lse.transpose(1, 2).unsqueeze(-1))
         text_out[here, subs] = rows[:, :, L:]
         text_lse[here, :, subs] = row_lse[:, :, L:].squeeze(-1).permute(0, 3, 1, 2)
@@ -93,7 +99,7 @@ def backward(
     (B, _, H, D), T = q.shape, inputs.text_q.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     dtype = wide if q.device.type == "cpu" else q.dtype
-    video = [q.new_empty(q.shape) for _ in range(3)]
+    video: list[Tensor | None] = [None, None, None]
     text = [q.new_empty(B, n, T, H, D, dtype=dtype) for _ in range(3)]
 
     for call in _calls(inputs, tile=None, per_thread=4):
@@ -112,11 +118,14 @@ def backward(
         grads = _attend_backward(
             folded_grad, query, key, value, bias, folded_out, folded_lse.squeeze(-1), inputs.scale
         )
-        for whole, parts, folded in zip(video, text, grads, strict=True):
+        for i, (parts, folded) in enumerate(zip(text, grads, strict=True)):
             rows = call.unfold(folded)
-            call.write(rows, whole)
+            video[i] = call.into(video[i], rows, q)
             parts[here, subs] = rows[:, :, L:]
-    return Gradients(*video, *(x.sum(1, dtype=wide).to(q.dtype) for x in text))
+    return Gradients(
+        *(q.new_empty(q.shape) if x is None else x for x in video),
+        *(x.sum(1, dtype=wide).to(q.dtype) for x in text),
+    )
 
 
 # From sub-sequences to the [batch, heads, rows, D] of a library kernel, and back. The "rows" of a
@@ -167,6 +176,15 @@ class _Call:
         """Put the video part of ``[B, S, rows, H, D]`` back into ``[B, N, H, D]``."""
         for box in self.segment.boxes:
             _tokens(video[self.batch], box).copy_(_rows_of(rows, box))
+
+    def into(self, video: Tensor | None, rows: Tensor, like: Tensor) -> Tensor:
+        """``video`` with the video part of ``rows`` in it; made, like ``like``, if it is None."""
+        whole = self.natural_order(rows, like.shape)
+        if whole is not None and whole.dtype == like.dtype:
+            return whole
+        video = like.new_empty(like.shape) if video is None else video
+        self.write(rows, video)
+        return video
 
     def natural_order(self, rows: Tensor, shape: torch.Size) -> Tensor | None:
         """The video part of ``[B, S, rows, H, D]`` as ``[B, N, H, D]`` if it lies in that order."""
@@ -285,24 +303,38 @@ def _rows_of(rows: Tensor, box: Box) -> Tensor:
     return rows[:, :, box.first : box.first + runs * width].unflatten(2, (runs, width))
 
 
-# The library kernels: [batch, heads, rows, D] in, the same and its log-sum-exp [batch, heads, rows]
-# out. The operators under torch's SDPA are called directly, for the log-sum-exp.
+# The libraries: [batch, heads, rows, D] in, the same and its log-sum-exp [batch, heads, rows] out.
+# The operators under torch's SDPA are called directly, for the log-sum-exp.
+
+
+class _Sources(NamedTuple):
+    """What a backward pass starts from; ``lse`` is contiguous."""
+
+    grad: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+class Library(NamedTuple):
+    """One library of attention kernels; only the CPU's is given key masks, as ``bias``."""
+
+    name: str
+    why_not: Callable[[Three, bool], str | None]  # of query, key, value; True: for the backward
+    forward: Callable[[Three, Tensor | None, float], tuple[Tensor, Tensor]]
+    backward: Callable[[_Sources, Tensor | None, float], Three]
 
 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    if query.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, attn_mask=bias, scale=scale
-        )
-    if _cudnn_takes(query, key, value):
-        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-            query, key, value, None, True, scale=scale
-        )
-        return out, lse.reshape(out.shape[:3])
-    out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)
-    return out, lse
+    operands = query, key, value
+    return _chosen(operands, False).forward(operands, bias, scale)
 
 
 def _attend_backward(
@@ -314,28 +346,222 @@ def _attend_backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    lse = lse.contiguous()
-    if query.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=scale
-        )
-    rows, keys = query.shape[2], key.shape[2]
-    no_seed = torch.empty(0, dtype=torch.uint64, device=query.device)  # there is no dropout
-    # cuDNN's backward is faster and not deterministic; flash's follows torch's own switch.
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    if _cudnn_takes(query, key, value) and not deterministic:
-        return aten._scaled_dot_product_cudnn_attention_backward(
-            grad, query, key, value, out, lse.unsqueeze(-1), no_seed, no_seed,
-            None, None, None, rows, keys, 0.0, False, scale=scale,
-        )  # fmt: skip
-    return aten._scaled_dot_product_flash_attention_backward(
-        grad, query, key, value, out, lse, None, None, rows, keys, 0.0, False, no_seed, no_seed,
-        scale=scale,
+) -> Three:
+    sources = _Sources(grad, query, key, value, out, lse.contiguous())
+    return _chosen((query, key, value), True).backward(sources, bias, scale)
+
+
+def _chosen(operands: Three, backward: bool) -> Library:
+    library, reasons = _choose(operands, backward)
+    if library is None:
+        raise RuntimeError(f"no library takes rows {list(operands[0].shape)}: {reasons}")
+    return library
+
+
+def _choose(operands: Three, backward: bool) -> tuple[Library | None, str]:
+    """The first library that takes this, or why none does."""
+    reasons = []
+    for library in LIBRARIES:
+        reason = library.why_not(operands, backward)
+        if reason is None:
+            return library, ""
+        reasons.append(f"{library.name}: {reason}")
+    return None, "; ".join(reasons)
+
+
+# Torch's own for the CPU.
+
+
+def _cpu_why_not(operands: Three, backward: bool) -> str | None:
+    device = operands[0].device.type
+    return None if device == "cpu" else f'it is for "cpu", not "{device}"'
+
+
+def _cpu(operands: Three, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        *operands, attn_mask=bias, scale=scale
+    )
+    return out, lse
+
+
+def _cpu_backward(sources: _Sources, bias: Tensor | None, scale: float) -> Three:
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *sources, 0.0, False, attn_mask=bias, scale=scale
+    )
+
+
+# cuDNN, through torch.
+
+
+def _torch_params(operands: Three, backward: bool) -> torch.backends.cuda.SDPAParams:
+    """What torch decides by; some kernels have fewer shapes for the backward."""
+    with torch.enable_grad():
+        query, key, value = (x.detach().requires_grad_(backward) for x in operands)
+        return torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, False)
+
+
+def _asks_torch(name: str, operands: Three, backward: bool) -> str | None:
+    can_use: Callable[..., bool] = getattr(torch.backends.cuda, name)
+    with torch.set_grad_enabled(backward):
+        if can_use(_torch_params(operands, backward)):
+            return None
+    return f"torch.backends.cuda.{name} says no"
+
+
+def _repeats(operands: Three) -> bool:
+    """Whether some stride is 0, as of an expanded tensor: bulk copies may not know that."""
+    return any(
+        stride == 0 and size > 1
+        for x in operands
+        for size, stride in zip(x.shape, x.stride(), strict=True)
+    )
+
+
+def _cudnn_why_not(operands: Three, backward: bool) -> str | None:
+    if _repeats(operands):
+        return "a stride is 0"
+    if backward and torch.are_deterministic_algorithms_enabled():
+        return "its backward is not deterministic"  # and has no switch: pytorch#182551
+    return _asks_torch("can_use_cudnn_attention", operands, backward)
+
+
+def _cudnn(operands: Three, _: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse, *_rest = aten._scaled_dot_product_cudnn_attention(*operands, None, True, scale=scale)
+    return out, lse.squeeze(-1)
+
+
+def _cudnn_backward(sources: _Sources, _: Tensor | None, scale: float) -> Three:
+    grad, query, key, value, out, lse = sources
+    # Torch keeps plans by the strides of q, k and v alone; in the first call of a plan those of
+    # the output and its gradient go in. So let them be what q's strides say, always.
+    grad, out = (_laid_out_like(x, query) for x in (grad, out))
+    no_seed = query.new_empty(0, dtype=torch.int64)  # there is no dropout
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        grad, query, key, value, out, lse.unsqueeze(-1), no_seed, no_seed,
+        None, None, None, query.shape[2], key.shape[2], 0.0, False, scale=scale,
     )  # fmt: skip
 
 
-def _cudnn_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """cuDNN comes first: torch's own order prefers flash, which is about half as fast on Hopper."""
-    params = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, False, False)
-    return torch.backends.cuda.can_use_cudnn_attention(params)
+def _laid_out_like(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` with the strides of ``torch.empty_like(like)``, copied only if it has others."""
+    shape, stride = like.shape, torch.empty_like(like, device="meta").stride()
+    same = all(a == b for a, b, size in zip(x.stride(), stride, shape, strict=True) if size > 1)
+    return x if same else torch.empty_like(like).copy_(x)
+
+
+# FlashAttention 2, through torch.
+
+
+def _flash_why_not(operands: Three, backward: bool) -> str | None:
+    return _asks_torch("can_use_flash_attention", operands, backward)
+
+
+def _flash(operands: Three, _: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse, *_rest = aten._scaled_dot_product_flash_attention(*operands, scale=scale)
+    return out, lse
+
+
+def _flash_backward(sources: _Sources, _: Tensor | None, scale: float) -> Three:
+    query, key = sources.query, sources.key
+    seed_type = torch.uint64 if torch.version.hip is None else torch.int64
+    seed, offset = (query.new_empty(shape, dtype=seed_type) for shape in ((2,), ()))  # no dropout
+    return aten._scaled_dot_product_flash_attention_backward(
+        *sources, None, None, query.shape[2], key.shape[2], 0.0, False, seed, offset, scale=scale
+    )
+
+
+# FlashAttention 3 and 4: packages of their own, which take [batch, rows, heads, D]. They are called
+# directly: registering them with torch would change the attention of the whole process.
+
+
+def _package_why_not(
+    operands: Three, module: str, majors: tuple[int, ...], most: int
+) -> str | None:
+    query = operands[0]
+    if not _is_there(module):
+        return f"{module} is not installed"
+    if query.device.type != "cuda" or torch.version.hip is not None:
+        return "it is for NVIDIA GPUs"
+    if not torch.backends.cuda.flash_sdp_enabled():
+        return "torch.backends.cuda.flash_sdp_enabled() is False"
+    major, minor = torch.cuda.get_device_capability(query.device)
+    if major not in majors:
+        return f"it is for compute capability {majors}, not {major}.{minor}"
+    if query.shape[-1] > most:
+        return f"it takes a head dimension up to {most}, not {query.shape[-1]}"
+    return "a stride is 0" if _repeats(operands) else None
+
+
+@functools.cache
+def _is_there(module: str) -> bool:
+    """Whether a module can be found, without importing the packages it lies in."""
+    package, *inner = module.split(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not inner:
+        return spec is not None
+    places = spec.submodule_search_locations or ()
+    return any(Path(place, *inner).with_suffix(".py").exists() for place in places)
+
+
+def _rows_first(*tensors: Tensor) -> list[Tensor]:
+    """From ``[batch, heads, rows, D]`` to ``[batch, rows, heads, D]``, or back."""
+    return [x.transpose(1, 2) for x in tensors]
+
+
+FA3, FA4 = "flash_attn_interface", "flash_attn.cute.interface"
+
+
+def _fa3_why_not(operands: Three, backward: bool) -> str | None:
+    return _package_why_not(operands, FA3, majors=(9,), most=256)
+
+
+def _fa3(operands: Three, _: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    # By position, which releases agree on (unlike some names): 20 optional tensors and lengths
+    # stand between the operands and (scale, causal).
+    out, lse, *_rest = importlib.import_module(FA3)._flash_attn_forward(
+        *_rows_first(*operands), *[None] * 20, scale, False
+    )
+    return out.transpose(1, 2), lse
+
+
+def _fa3_backward(sources: _Sources, _: Tensor | None, scale: float) -> Three:
+    *rows, lse = sources
+    grad, query, key, value, out = _rows_first(*rows)
+    grads = [torch.empty_like(x) for x in (query, key, value)]
+    importlib.import_module(FA3)._flash_attn_backward(
+        grad, query, key, value, out, lse, *[None] * 6, *grads, scale, False,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    dq, dk, dv = _rows_first(*grads)
+    return dq, dk, dv
+
+
+def _fa4_why_not(operands: Three, backward: bool) -> str | None:
+    return _package_why_not(operands, FA4, majors=(9, 10), most=128)
+
+
+def _fa4(operands: Three, _: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = importlib.import_module(FA4)._flash_attn_fwd(
+        *_rows_first(*operands), softmax_scale=scale, causal=False, return_lse=True
+    )
+    return out.transpose(1, 2), lse
+
+
+def _fa4_backward(sources: _Sources, _: Tensor | None, scale: float) -> Three:
+    *rows, lse = sources
+    grad, query, key, value, out = _rows_first(*rows)
+    grads = importlib.import_module(FA4)._flash_attn_bwd(
+        query, key, value, out, grad, lse, softmax_scale=scale, causal=False,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    dq, dk, dv = _rows_first(*grads)
+    return dq, dk, dv
+
+
+LIBRARIES = (
+    Library("cpu", _cpu_why_not, _cpu, _cpu_backward),
+    Library("cudnn", _cudnn_why_not, _cudnn, _cudnn_backward),
+    Library("fa3", _fa3_why_not, _fa3, _fa3_backward),
+    Library("fa4", _fa4_why_not, _fa4, _fa4_backward),
+    Library("flash", _flash_why_not, _flash, _flash_backward),
+)

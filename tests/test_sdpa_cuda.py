@@ -1,0 +1,465 @@
+"""What the sdpa backend asks of the CUDA libraries, seen without a GPU.
+
+Stand-ins compute on the CPU what a library would on the device. Those of torch's operators hold the
+arguments against torch's own schemas and give outputs the layout that torch's own shape functions
+say; those of FlashAttention 3 and 4 have the packages' signatures. What only a device can tell is
+in test_cuda.py.
+"""
+
+import itertools
+import sys
+import types
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from skiparse import SkipPattern
+from skiparse.backends import Inputs, sdpa
+from skiparse.testing import check, make_problem, run
+
+PATTERNS = (
+    SkipPattern.dense(),
+    SkipPattern.single(4),
+    SkipPattern.group(4),
+    SkipPattern(3, 2),
+    SkipPattern.block(4, 64),
+)
+
+
+def attend(q, k, v, scale):
+    """Attention over ``[batch, heads, rows, D]`` and its log-sum-exp."""
+    scores = q.float() @ k.float().mT * scale
+    return scores.softmax(-1) @ v.float(), scores.logsumexp(-1)
+
+
+def attend_backward(grad, q, k, v, out, lse, scale):
+    """From the output and its log-sum-exp, as the libraries do it."""
+    grad, q, k, v, out = (x.float() for x in (grad, q, k, v, out))
+    p = (q @ k.mT * scale - lse[..., None]).exp()
+    ds = p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * scale
+    return ds @ k, ds.mT @ q, p.mT @ grad
+
+
+class Operators:
+    """Torch's attention operators for CUDA, on CPU tensors."""
+
+    def __init__(self):
+        self.plans = {}
+        self._scaled_dot_product_flash_attention_for_cpu = None  # not to be called
+
+    def outputs(self, name, args, kwargs):
+        """Empty outputs, in the layout that torch's shape function of the operator gives."""
+
+        def meta(x):
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+        args, kwargs = tree_map_only(torch.Tensor, meta, (args, kwargs))
+        return tree_map_only(
+            torch.Tensor,
+            lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype),
+            getattr(torch.ops.aten, name)(*args, **kwargs),
+        )
+
+    def _scaled_dot_product_cudnn_attention(self, *args, **kwargs):
+        assert args[4], "the log-sum-exp must be asked for"
+        found = self.outputs("_scaled_dot_product_cudnn_attention", args, kwargs)
+        out, lse = attend(*args[:3], kwargs["scale"])
+        found[0].copy_(out)
+        found[1].copy_(lse[..., None])  # [batch, heads, rows, 1]
+        return found
+
+    def _scaled_dot_product_cudnn_attention_backward(self, *args, **kwargs):
+        found = self.outputs("_scaled_dot_product_cudnn_attention_backward", args, kwargs)
+        grad, q, k, v, out, lse = args[:6]
+        assert lse.shape == (*q.shape[:3], 1)
+        assert lse.is_contiguous()
+        assert args[11:13] == (q.shape[2], k.shape[2])
+        # The plan of the first call with such q, k and v reads all others as it did that one.
+        key = tuple((x.shape, x.stride()) for x in (q, k, v))
+        strides = self.plans.setdefault(key, (grad.stride(), out.stride()))
+        grad, out = (
+            x.as_strided(x.shape, stride) if reaches(x, stride) else torch.full_like(x, torch.nan)
+            for x, stride in zip((grad, out), strides, strict=True)
+        )
+        for x, value in zip(
+            found,
+            attend_backward(grad, q, k, v, out, lse.squeeze(-1), kwargs["scale"]),
+            strict=True,
+        ):
+            x.copy_(value)
+        return found
+
+    def _scaled_dot_product_flash_attention(self, *args, **kwargs):
+        found = self.outputs("_scaled_dot_product_flash_attention", args, kwargs)
+        out, lse = attend(*args[:3], kwargs["scale"])
+        found[0].copy_(out)
+        found[1].copy_(lse)
+        return found
+
+    def _scaled_dot_product_flash_attention_backward(self, *args, **kwargs):
+        found = self.outputs("_scaled_dot_product_flash_attention_backward", args, kwargs)
+        grad, q, k, v, out, lse = args[:6]
+        assert lse.shape == q.shape[:3]
+        assert lse.is_contiguous()
+        assert args[8:10] == (q.shape[2], k.shape[2])
+        values = attend_backward(grad, q, k, v, out, lse, kwargs["scale"])
+        for x, value in zip(found, values, strict=True):
+            x.copy_(value)
+        return found
+
+
+def reaches(x, stride):
+    """Whether the storage of ``x`` holds all that these strides would read."""
+    last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, stride, strict=True))
+    return last * x.element_size() < x.untyped_storage().nbytes()
+
+
+def fa3_module(release):
+    """`flash_attn_interface`: ``[batch, rows, heads, D]``; two of its releases."""
+    module = types.ModuleType("flash_attn_interface")
+
+    def forward(q, k, v, others, softmax_scale, causal):
+        assert all(x is None for x in others)
+        assert not causal
+        assert all(x.stride(-1) == 1 for x in (q, k, v))
+        out, lse = attend(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale)
+        return out.transpose(1, 2).to(q.dtype).contiguous(), lse.contiguous(), None, None
+
+    def backward(dout, q, k, v, out, lse, others, grads, softmax_scale, causal, deterministic):
+        assert all(x is None for x in others)
+        assert not causal
+        module.deterministic = deterministic
+        assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
+        assert lse.is_contiguous()
+        rows = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+        values = attend_backward(*rows, lse, softmax_scale)
+        for x, value in zip(grads, values, strict=True):
+            x.copy_(value.transpose(1, 2))
+
+    if release == 2026:
+
+        def _flash_attn_forward(
+            q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None,
+            cu_seqlens_k=None, cu_seqlens_k_new=None, seqused_q=None, seqused_k=None,
+            max_seqlen_q=None, max_seqlen_k=None, page_table=None, kv_batch_idx=None,
+            leftpad_k=None, rotary_cos=None, rotary_sin=None, seqlens_rotary=None, q_descale=None,
+            k_descale=None, v_descale=None, softmax_scale=None, causal=False, window_size_left=-1,
+            window_size_right=-1, attention_chunk=0, softcap=0.0, rotary_interleaved=True,
+            scheduler_metadata=None, num_splits=1, pack_gqa=None, sm_margin=0,
+        ):  # fmt: skip
+            others = [
+                k_new, v_new, qv, out_, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q,
+                seqused_k, max_seqlen_q, max_seqlen_k, page_table, kv_batch_idx, leftpad_k,
+                rotary_cos, rotary_sin, seqlens_rotary, q_descale, k_descale, v_descale,
+            ]  # fmt: skip
+            assert (window_size_left, window_size_right, num_splits) == (-1, -1, 1)
+            return forward(q, k, v, others, softmax_scale, causal)
+
+        def _flash_attn_backward(
+            dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None,
+            sequed_k=None, max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None,
+            softmax_scale=None, is_causal=False, window_size_left=-1, window_size_right=-1,
+            softcap=0.0, deterministic=False, sm_margin=0,
+        ):  # fmt: skip
+            others = [cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k]
+            grads = (dq, dk, dv)
+            backward(
+                dout, q, k, v, out, softmax_lse, others, grads, softmax_scale, is_causal,
+                deterministic,
+            )  # fmt: skip
+
+    else:
+
+        def _flash_attn_forward(
+            q, k, v, k_new, v_new, qv, out, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new,
+            seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table, kv_batch_idx, leftpad_k,
+            rotary_cos, rotary_sin, seqlens_rotary, q_descale, k_descale, v_descale,
+            softmax_scale, causal, window_size=(-1, -1), attention_chunk=0, softcap=0.0,
+            rotary_interleaved=True, scheduler_metadata=None, num_splits=1, pack_gqa=None,
+            sm_margin=0,
+        ):  # fmt: skip
+            return forward(q, k, v, [k_new, out, v_descale], softmax_scale, causal)
+
+        def _flash_attn_backward(
+            dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k,
+            max_seqlen_q, max_seqlen_k, dq, dk, dv, softmax_scale, causal, window_size=(-1, -1),
+            softcap=0.0, deterministic=False, sm_margin=0,
+        ):  # fmt: skip
+            others, grads = [cu_seqlens_q, max_seqlen_k], (dq, dk, dv)
+            backward(
+                dout, q, k, v, out, softmax_lse, others, grads, softmax_scale, causal,
+                deterministic,
+            )  # fmt: skip
+
+    module._flash_attn_forward = _flash_attn_forward
+    module._flash_attn_backward = _flash_attn_backward
+    return module
+
+
+def fa4_module():
+    """`flash_attn.cute.interface`: ``[batch, rows, heads, D]``, gradients returned."""
+    module = types.ModuleType("flash_attn.cute.interface")
+
+    def _flash_attn_fwd(q, k, v, *, softmax_scale=None, causal=False, return_lse=False):
+        assert return_lse
+        assert not causal
+        out, lse = attend(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale)
+        return out.transpose(1, 2).to(q.dtype).contiguous(), lse.contiguous()
+
+    def _flash_attn_bwd(
+        q, k, v, out, dout, lse, softmax_scale=None, causal=False, *, deterministic=False
+    ):
+        assert lse.is_contiguous()
+        assert not causal
+        module.deterministic = deterministic
+        rows = (x.transpose(1, 2) for x in (dout, q, k, v, out))
+        values = attend_backward(*rows, lse, softmax_scale)
+        return tuple(x.transpose(1, 2).to(q.dtype).contiguous() for x in values)
+
+    module._flash_attn_fwd, module._flash_attn_bwd = _flash_attn_fwd, _flash_attn_bwd
+    return module
+
+
+def library(name):
+    return next(x for x in sdpa.LIBRARIES if x.name == name)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Let the named library compute everything, here."""
+
+    def put(name):
+        release = 2025 if name == "fa3-2025" else 2026
+        monkeypatch.setattr(sdpa, "aten", Operators())
+        monkeypatch.setitem(sys.modules, sdpa.FA3, fa3_module(release))
+        monkeypatch.setitem(sys.modules, sdpa.FA4, fa4_module())
+        chosen = library(name.partition("-")[0])._replace(why_not=lambda operands, backward: None)
+        monkeypatch.setattr(sdpa, "LIBRARIES", (chosen,))
+
+    return put
+
+
+NAMES = ("cudnn", "fa3", "fa3-2025", "fa4", "flash")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", ["contiguous", "packed", "heads_first"])
+@pytest.mark.parametrize("T", [0, 7])
+def test_answers_and_gradients(T, layout, name, stand_in):
+    stand_in(name)
+    for p, B in itertools.product(PATTERNS, (1, 2)):
+        problem = make_problem(p, B=B, N=64, T=T, H=2, D=16, layout=layout)
+        check(run(problem, "sdpa"), problem)
+    problem = make_problem(SkipPattern.group(4), N=59, T=T, D=16, layout=layout)
+    check(run(problem, "sdpa"), problem)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_strides_of_the_gradient_may_change_between_calls(name, stand_in):
+    stand_in(name)
+    problem = make_problem(SkipPattern.block(4, 64), B=2, N=64, D=16)
+    bent = (
+        problem.grad_out.transpose(1, 2).contiguous().transpose(1, 2),
+        problem.grad_out[:, :1].expand_as(problem.grad_out),
+    )
+    for grad_out in (problem.grad_out, *bent, problem.grad_out):
+        other = problem.__class__(**(problem.__dict__ | {"grad_out": grad_out}))
+        check(run(other, "sdpa"), other)
+
+
+@pytest.mark.parametrize("name", ["fa3", "fa4"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_packages_are_told_to_be_deterministic(strict, name, stand_in):
+    stand_in(name)
+    torch.use_deterministic_algorithms(strict)
+    run(make_problem(SkipPattern.single(2), N=16), "sdpa")
+    module = sys.modules[sdpa.FA3 if name == "fa3" else sdpa.FA4]
+    assert module.deterministic is strict
+
+
+# On tensors that have a shape and no numbers: fake CUDA ones, or "meta" where they are indexed.
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A machine on which torch says yes to these libraries, and these packages are installed."""
+
+    def make(*libraries, capability=(9, 0), packages=()):
+        torch.use_deterministic_algorithms(False)
+        for name in ("cudnn", "flash"):
+            monkeypatch.setattr(
+                torch.backends.cuda,
+                f"can_use_{name}_attention",
+                lambda params, debug=False, *, yes=name in libraries: yes,
+            )
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(sdpa, "_is_there", lambda module: module in packages)
+
+    return make
+
+
+def inputs(p, N=64, D=64, dtype=torch.bfloat16, make=torch.empty, device="cuda", **masks):
+    with nullcontext() if device == "meta" else FakeTensorMode():
+        video = [make((1, N, 2, D), dtype=dtype, device=device) for _ in range(3)]
+        text = [torch.empty(1, 0, 2, D, dtype=dtype, device=device) for _ in range(3)]
+    return Inputs(*video, *text, masks.get("mask"), masks.get("text_mask"), p, D**-0.5)
+
+
+def chosen(given, *, backward=False):
+    operands = [x.transpose(1, 2) for x in (given.q, given.k, given.v)]
+    found, reasons = sdpa._choose(tuple(operands), backward)
+    return found.name if found else reasons
+
+
+BOTH = (sdpa.FA3, sdpa.FA4)
+GIVEN = SkipPattern.single(2)
+
+
+@pytest.mark.parametrize(
+    ("libraries", "capability", "packages", "first"),
+    [
+        (("cudnn", "flash"), (9, 0), BOTH, "cudnn"),
+        (("flash",), (9, 0), BOTH, "fa3"),
+        (("flash",), (9, 0), BOTH[1:], "fa4"),
+        (("flash",), (10, 0), BOTH, "fa4"),
+        (("flash",), (8, 0), BOTH, "flash"),
+        (("flash",), (9, 0), (), "flash"),
+        (("cudnn",), (12, 0), (), "cudnn"),
+    ],
+)
+def test_order_of_the_libraries(libraries, capability, packages, first, device):
+    device(*libraries, capability=capability, packages=packages)
+    given = inputs(GIVEN)
+    assert sdpa.why_not(given) is None
+    assert sdpa.why_not(given, backward=True) is None
+    assert chosen(given) == chosen(given, backward=True) == first
+
+
+def test_cudnn_gives_way_where_it_would_not_be_deterministic(device):
+    device("cudnn", "flash")
+    torch.use_deterministic_algorithms(True)
+    assert chosen(inputs(GIVEN)) == "cudnn"
+    assert chosen(inputs(GIVEN), backward=True) == "flash"
+
+
+def test_torchs_switch_for_flash_is_that_of_the_packages(device):
+    device("flash", packages=BOTH)
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        assert chosen(inputs(GIVEN)) == "flash"  # which torch itself would refuse, here it is asked
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+
+
+def test_expanded_tensors_go_to_flash(device):
+    device("cudnn", "flash", packages=BOTH)
+
+    def expanded(shape, **options):
+        return torch.empty((shape[0], 1, *shape[2:]), **options).expand(shape)
+
+    assert chosen(inputs(GIVEN, make=expanded)) == "flash"
+
+
+def test_head_dimensions_of_the_packages(device):
+    device("flash", packages=BOTH)
+    assert chosen(inputs(GIVEN, D=256)) == "fa3"
+    device("flash", packages=BOTH[1:])
+    assert chosen(inputs(GIVEN, D=256)) == "flash"
+
+
+def test_torch_is_asked_about_the_backward_where_there_is_one(device, monkeypatch):
+    device("flash")
+    seen = []
+    monkeypatch.setattr(
+        torch.backends.cuda,
+        "can_use_flash_attention",
+        lambda params: not seen.append((params.query.requires_grad, torch.is_grad_enabled())),
+    )
+    with torch.no_grad():
+        assert sdpa.why_not(inputs(GIVEN)) is None
+        assert sdpa.why_not(inputs(GIVEN), backward=True) is None
+    assert seen == [(False, False), (True, True)]
+
+
+def test_reasons(device):
+    device("cudnn", "flash")
+    mask = torch.ones(1, 64, dtype=torch.bool)
+    assert "fp16 and bf16" in sdpa.why_not(inputs(GIVEN, dtype=torch.float32))
+    assert "no key masks" in sdpa.why_not(inputs(GIVEN, mask=mask))
+    assert "up to 256, not 264" in sdpa.why_not(inputs(GIVEN, D=264))
+    assert "multiple of 8, not 20" in sdpa.why_not(inputs(GIVEN, D=20))
+    device(capability=(7, 5), packages=BOTH[:1])
+    reason = sdpa.why_not(inputs(GIVEN))
+    for part in (
+        "cudnn: torch.backends.cuda.can_use_cudnn_attention says no",
+        "fa3: it is for compute capability (9,), not 7.5",
+        "fa4: flash_attn.cute.interface is not installed",
+        "flash: torch.backends.cuda.can_use_flash_attention says no",
+    ):
+        assert part in reason
+    with pytest.raises(RuntimeError, match="no library takes rows"):
+        sdpa.forward(inputs(GIVEN, device="meta"))
+
+
+class Recorder(TorchDispatchMode):
+    """The operators that run, and how many elements are copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.copied = [], 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator._schema.name.removeprefix("aten::")
+        self.names.append(name)
+        if name in ("copy_", "clone"):
+            self.copied += args[0].numel()
+        return operator(*args, **(kwargs or {}))
+
+
+def passes(given, *, backward):
+    """Library calls, and elements copied in units of q, for forward or backward."""
+    outputs = sdpa.forward(given)
+    with Recorder() as seen:
+        if backward:
+            sdpa.backward(given, outputs, torch.empty_like(outputs.out), outputs.text_out)
+        else:
+            sdpa.forward(given)
+    calls = sum("scaled_dot_product" in name for name in seen.names)
+    return calls, seen.copied / given.q.numel()
+
+
+@pytest.mark.parametrize("p", [SkipPattern.single(4), SkipPattern.block(4, 64)], ids=str)
+@pytest.mark.parametrize("name", ["cudnn", "flash"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_views_are_one_call_and_no_copy(backward, name, p, device):
+    device(name)
+    calls, copied = passes(inputs(p, device="meta"), backward=backward)
+    assert calls == 1
+    assert copied <= 1 / 32  # the log-sum-exp, put in order: a number for each row of D = 64
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash"])
+def test_natural_group_skip_is_one_pass_each(name, device):
+    device(name)
+    for backward, most in ((False, 4), (True, 8)):  # q, k, v and out; grad and 3 results besides
+        calls, copied = passes(inputs(SkipPattern.group(4), device="meta"), backward=backward)
+        assert calls == 1
+        assert most <= copied <= most + 1 / 32
+
+
+def test_a_package_is_found_without_being_imported(tmp_path, monkeypatch):
+    (tmp_path / "flash_attn_interface.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    find = sdpa._is_there.__wrapped__
+    assert find(sdpa.FA3)
+    assert not find(sdpa.FA4)
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn/__init__.py").write_text("raise SystemExit('imported')")
+    assert not find(sdpa.FA4)
+    (tmp_path / "flash_attn/cute").mkdir()
+    (tmp_path / "flash_attn/cute/interface.py").write_text("raise SystemExit('imported')")
+    assert find(sdpa.FA4)
