@@ -57,7 +57,7 @@ def test_libraries_take_any_layout(B, library, layout):
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_strides_of_the_gradient_may_change_between_calls(library):
     """cuDNN keeps plans by the strides of q, k and v, not of the output and its gradient."""
-    problem = problem_of(SkipPattern.block(4, 256), B=2)
+    problem = problem_of(SkipPattern.block(4, 256))
     bent = (
         problem.grad_out.transpose(1, 2).contiguous().transpose(1, 2),
         problem.grad_out[:, :1].expand_as(problem.grad_out),
