@@ -325,7 +325,7 @@ def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Two:
     normal = wide * r
     g = grad * weight.to(wide.dtype)
     dx = r * (g - normal * (g * normal).mean(-1, keepdim=True))
-    return dx.to(x.dtype).contiguous(), (grad * normal).sum((0, 1, 2)).to(weight.dtype)
+    return dx.to(x.dtype), (grad * normal).sum((0, 1, 2)).to(weight.dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, axes: Sequence[int]) -> Tensor:

@@ -149,6 +149,10 @@ class SkipPattern:
             raise ValueError(f"block(k={k}, N={N}): k must divide N; use group(k) for any N")
         return cls(k, max(N // k, 1))
 
+    def can_pack(self, N: int) -> bool:
+        """Whether ``N`` video tokens can be in a buffer with the text inside: :meth:`packed`."""
+        return self.sparsity == 1 or self.run == 1 or N % (self.sparsity * self.run) == 0
+
     def packed(self, N: int, T: int) -> SkipPattern:
         """The pattern of a buffer of ``N + sparsity * T`` rows that has the text inside.
 
@@ -161,13 +165,13 @@ class SkipPattern:
             ValueError: if ``run`` is not 1 and the sub-sequences differ in length.
         """
         n, w = self.sparsity, self.run
-        if n == 1 or w == 1:
-            return SkipPattern(n, 1)
-        if N % (n * w):
+        if not self.can_pack(N):
             raise ValueError(
                 f"packed(N={N}) of {self}: sparsity * run must divide N; "
                 "use joint_attention, or single(k), which takes any N"
             )
+        if n == 1 or w == 1:
+            return SkipPattern(n, 1)
         return SkipPattern(n, max(N // n + T, 1))
 
     def lengths(self, N: int) -> list[int]:

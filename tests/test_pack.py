@@ -5,11 +5,14 @@ interpreter. What is right is written out here: norm by its definition, rotation
 numbers, attention by the oracle, places by the formulas of ``skiparse.pattern``.
 """
 
+import copy
 import functools
 import os
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 if not torch.cuda.is_available():
@@ -17,6 +20,10 @@ if not torch.cuda.is_available():
 
 import skiparse
 from skiparse import SkipPattern
+from skiparse.models.suv import blocks
+from skiparse.models.suv.model import SUV
+from skiparse.models.suv.plan import Plan
+from skiparse.models.suv.rope import rotary_angles
 from skiparse.pattern import length_of, pos_of, sub_of, token_of
 from skiparse.testing import (
     INPUT_NAMES,
@@ -31,6 +38,7 @@ from skiparse.testing import (
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)
 NORMS = ("norm_q", "norm_k", "text_norm_q", "text_norm_k")
+FORWARD = 2e-5  # recorded with SUV's goldens, relative to the largest value
 EPS = 0.05  # large enough to be missed if it were left out
 
 # A tile has 128 pairs of dimensions in the interpreter: 16 rows at D = 16, 4 at D = 48.
@@ -232,8 +240,8 @@ def test_every_row_is_where_the_pattern_says(case, backend):
     video, text = places(given.pattern, N, T)
     assert packed.pattern == given.pattern.packed(N, T)
     assert torch.equal(packed.v[:, video], given.problem.v)
-    for copy in text:
-        assert torch.equal(packed.v[:, copy], given.problem.text_v)
+    for rows in text:
+        assert torch.equal(packed.v[:, rows], given.problem.text_v)
     found, text_found = skiparse.unpack(packed.v, given.pattern, N)
     assert torch.equal(found, given.problem.v)
     assert torch.equal(text_found, packed.v[:, text].mean(1))
@@ -413,3 +421,101 @@ def test_named_kernels_run_or_say_why_not(monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET")
         with pytest.raises(RuntimeError, match="only if TRITON_INTERPRET=1"):
             Given("single").pack(Given("single").leaves(), "triton")
+
+
+def attend_in(dtype, inputs, grads, pattern, attention):
+    """Outputs and all gradients of SUV's attention layer, as ``dtype``."""
+    attention = copy.deepcopy(attention).to(dtype)
+    leaves = [x.to(dtype).requires_grad_() for x in inputs[:2]]
+    outputs = attention(*leaves, inputs[2:], pattern, None, None, "auto")
+    wanted = [*leaves, *attention.parameters()]
+    return [*outputs, *torch.autograd.grad(outputs, wanted, [g.to(dtype) for g in grads])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [SkipPattern.single(4), SkipPattern.block(4, 48), SkipPattern.group(2)], ids=str
+)
+def test_a_layer_of_suv_gives_the_same_packed(pattern, dtype, monkeypatch):
+    """Within the error that it has unpacked; exact are norms and rotation as written out above."""
+    torch.manual_seed(0)
+    attention = blocks.JointAttention(2, 16, EPS, last=False)
+    for norm in (attention.norm_q, attention.norm_k, attention.text_norm_q, attention.text_norm_k):
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    angles = torch.from_numpy(rotary_angles((3, 4, 4), 16))
+    inputs = (torch.randn(2, 48, 32), torch.randn(2, 5, 32), angles.cos(), angles.sin())
+    grads = [torch.randn(x.shape) for x in inputs[:2]]
+    given = (inputs, grads, pattern, attention)
+    plain = attend_in(dtype, *given)
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "packs", lambda *_: True)
+        packed = attend_in(dtype, *given)
+
+    def head_norm(norm, x, rotary=None):
+        x = normal(x, norm.weight)
+        return x if rotary is None else turned(x, angles, AXES[16])
+
+    monkeypatch.setattr(blocks.HeadNorm, "forward", head_norm)
+    exact = attend_in(torch.float64, *given)
+    for i, right in enumerate(exact):
+        allowed = budget({"x": right}, [{"x": plain[i]}], dtype) * right.abs().max()
+        assert (packed[i].double() - right).abs().max() <= allowed, i
+
+
+def test_a_whole_suv_packs_unless_there_are_masks(monkeypatch):
+    """As it would on a GPU; N = 72, so that k = 2 is in skip order and k = 4 in natural order."""
+    torch.manual_seed(0)
+    model = SUV(**SUV.presets["tiny"]).eval()
+    config = model.config
+    latents = torch.randn(2, config.in_channels, 2, 12, 12)
+    text = torch.randn(2, 7, config.text_channels)
+    inputs = (latents, torch.rand(2), text, torch.randn(2, config.pooled_channels))
+
+    def run(mask):
+        with torch.no_grad(), Calls() as calls:
+            return model(*inputs, text_mask=mask), calls.packs
+
+    everything = torch.ones(2, 7)
+    plain, packs = run(everything)
+    assert packs == 0
+    monkeypatch.setattr(blocks, "packs", lambda q, pattern, _: pattern.can_pack(q.shape[1]))
+    packed, packs = run(everything)
+    possible = [
+        plan.pattern(stage, layer).can_pack(72)
+        for plan in [Plan.of(72, config.sparsity)]
+        for stage, layers in enumerate(config.num_layers)
+        for layer in range(layers)
+    ]
+    assert packs == sum(possible) > len(possible) / 2
+    assert (packed - plain).abs().max() <= FORWARD * plain.abs().max()
+    some = everything.clone()
+    some[0, 2] = 0
+    assert run(some)[1] == 0
+
+
+class Calls(TorchDispatchMode):
+    """Counts how often buffers were packed."""
+
+    packs = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.packs += function is torch.ops.skiparse.norm_rope_pack.default
+        return function(*args, **kwargs or {})
+
+
+SINGLE = SkipPattern.single(2)
+
+
+def test_suv_packs_where_library_kernels_would():
+    def packs(dtype=torch.bfloat16, device="cuda", pattern=SINGLE, backend="auto"):
+        with FakeTensorMode():
+            return blocks.packs(
+                torch.empty(1, 30, 1, 16, dtype=dtype, device=device), pattern, backend
+            )
+
+    assert packs()
+    assert packs(torch.float16, backend="sdpa")
+    assert not packs(torch.float32)
+    assert not packs(device="cpu")
+    assert not packs(backend="triton")
+    assert not packs(pattern=SkipPattern.group(4))  # 16 does not divide 30

@@ -19,6 +19,7 @@ TABLE = Path(__file__).parent / "data/pack_aot.json"
 ARCHITECTURES = ("sm_90", "sm_80", "gfx942")  # those with configurations of their own
 CASES = [(128, "bfloat16"), (64, "bfloat16")]
 MORE = [(D, dtype) for D in (16, 32, 48, 96, 256) for dtype in ("bfloat16", "float16", "float32")]
+MORE += [(D, dtype) for D in (64, 128) for dtype in ("float16", "float32")]
 KERNELS = {"skiparse_pack", "skiparse_pack_backward"}
 
 

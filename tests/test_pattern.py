@@ -242,6 +242,7 @@ def test_a_segment_splits_into_the_same_sub_sequences():
 def test_packed_sub_sequences_are_the_old_ones_with_the_text_behind(p, N, T):
     """The rows of a buffer are dealt to sub-sequences, each as long as its tokens and the text."""
     n, packed = p.sparsity, p.packed(N, T)
+    assert p.can_pack(N)
     assert packed.sparsity == n
     assert packed.lengths(N + n * T) == [length + T for length in p.lengths(N)]
 
@@ -255,5 +256,6 @@ def test_packed_text_is_where_the_docstring_says():
 
 
 def test_packed_needs_sub_sequences_of_one_length():
+    assert not SkipPattern.group(2).can_pack(25)
     with pytest.raises(ValueError, match=r"packed\(N=25\).*must divide N"):
         SkipPattern.group(2).packed(25, 5)

@@ -24,6 +24,7 @@ from skiparse.models.suv.parts import (
     norm,
     recomputed,
 )
+from skiparse.models.suv.rope import axis_dims
 
 INIT_STD = 0.02  # of every matrix inside the blocks
 
@@ -105,6 +106,17 @@ class HeadNorm(nn.Module):
         return recomputed(head_norm_rotate, x, self.weight, *rotary, self.eps)
 
 
+def packs(q: Tensor, pattern: SkipPattern, backend: str) -> bool:
+    """Whether attention is given packed buffers, if there are no masks.
+
+    Where library kernels attend on a GPU, and would copy all rows into such buffers anyway. By
+    the count of bytes; not yet measured on a GPU. On a CPU it gains nothing: ``bench/NOTES.md``.
+    """
+    halves = (torch.float16, torch.bfloat16)
+    library = q.device.type == "cuda" and q.dtype in halves and backend in ("auto", "sdpa")
+    return library and pattern.can_pack(q.shape[1])
+
+
 class JointAttention(nn.Module):
     """Skiparse attention of video and text, with projections of their own."""
 
@@ -134,11 +146,21 @@ class JointAttention(nn.Module):
         text_q, text_k, text_v = (
             self._split(linear(text)) for linear in (self.text_to_q, self.text_to_k, self.text_to_v)
         )
-        out, text_out = skiparse.joint_attention(
-            self.norm_q(q, rotary), self.norm_k(k, rotary), v,
-            self.text_norm_q(text_q), self.text_norm_k(text_k), text_v,
-            pattern, mask=mask, text_mask=text_mask, backend=backend,
-        )  # fmt: skip
+        if mask is None and text_mask is None and packs(q, pattern, backend):
+            packed = skiparse.norm_rope_pack(
+                q, k, v, *rotary, self.norm_q.weight, self.norm_k.weight, pattern,
+                text_q=text_q, text_k=text_k, text_v=text_v,
+                text_norm_q=self.text_norm_q.weight, text_norm_k=self.text_norm_k.weight,
+                axes=axis_dims(q.shape[-1]), eps=self.norm_q.eps,
+            )  # fmt: skip
+            attended = skiparse.attention(*packed, backend=backend)
+            out, text_out = skiparse.unpack(attended, pattern, q.shape[1])
+        else:
+            out, text_out = skiparse.joint_attention(
+                self.norm_q(q, rotary), self.norm_k(k, rotary), v,
+                self.text_norm_q(text_q), self.text_norm_k(text_k), text_v,
+                pattern, mask=mask, text_mask=text_mask, backend=backend,
+            )  # fmt: skip
         video = self.to_out(out.flatten(2))
         return video, None if self.text_to_out is None else self.text_to_out(text_out.flatten(2))
 
