@@ -3,10 +3,14 @@
 ``python aot_compile.py sm_90 --dims 64 128``: the launchers run on meta tensors, their launches
 are recorded instead of started, and each is specialised and compiled as Triton would do it on the
 device. Needs TRITON_INTERPRET unset, hence its own process (see test_aot.py).
+
+``python aot_compile.py all --write data/aot.json`` puts the table that test_aot.py compares with
+anew, for the Triton that is installed; rows of other releases of Triton stay.
 """
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -29,8 +33,23 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-CONFIG_ROWS = {"sm_89": "sm_80", "sm_100": "sm_90", "sm_120": "sm_80"}  # others have their own
+CONFIG_ROWS = {  # others have their own
+    "sm_89": "sm_80",
+    "sm_100": "sm_90",
+    "sm_120": "sm_80",
+    "gfx950": "gfx942",
+}
+TABLE_DIMS = (64, 128, 256)  # of the table, in bf16, with and without key masks
+# What is counted in the main loop: matrix products; copies from global memory (by tensor map, to
+# shared memory, to registers); shared memory read and written; local memory, where spills go.
+COUNTED = {
+    "cuda": ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "LDG", "LDSM", "LDS", "STS",
+             "LDL", "STL"),
+    "hip": ("v_mfma", "buffer_load", "global_load", "ds_read", "ds_write", "scratch_"),
+}  # fmt: skip
+PRODUCTS = r"\b(HGMMA|HMMA|UTCHMMA|v_mfma)"
 
 
 def launches(arch, pattern, N, D, dtype, masked):
@@ -51,6 +70,7 @@ def launches(arch, pattern, N, D, dtype, masked):
         (kernel, args, kwargs)
     )
     device.architecture = lambda q: CONFIG_ROWS.get(arch, arch)
+    device.exact_architecture = lambda q: arch
     forward(inputs)
     backward(inputs, outputs, outputs.out, outputs.text_out)
     return recorded
@@ -79,13 +99,50 @@ def resources(compiled, target):
     return {"registers": registers, "spills": sum(spills), "shared": compiled.metadata.shared}
 
 
-def _cuobjdump(cubin):
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def main_loop(compiled, target):
+    """How many instructions of each kind in ``COUNTED`` the loop over the video has.
+
+    That is the first of the innermost loops with matrix products. A jump back to code in a loop
+    from behind the kernel's end (waiting for a copy goes on there) makes no loop.
+    """
+    if target.backend == "hip":
+        lines = compiled.asm["amdgcn"].splitlines()
+        place, jump = r"^\.LBB(\d+_\d+):", r"s_c?branch\S* \.LBB(\d+_\d+)"
+    else:
+        lines = _cuobjdump(compiled.asm["cubin"], "--dump-sass").splitlines()
+        place, jump = r"^\s+/\*0*([0-9a-f]+)\*/", r"\bBRA.*?0x([0-9a-f]+)"
+    places = {m[1]: i for i, text in enumerate(lines) if (m := re.search(place, text))}
+    loops = []
+    for end, text in enumerate(lines):
+        found = re.search(jump, text)
+        start = places[found[1]] if found else end
+        if start < end and any(re.search(PRODUCTS, line) for line in lines[start:end]):
+            loops.append((start, end))
+    inner = [
+        (start, end)
+        for start, end in loops
+        if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in loops)
+    ]
+    if not inner:
+        return {}
+    start, end = min(inner)
+    word = r"\b" if target.backend == "cuda" else ""  # LDS is not LDSM; v_mfma goes on
+    counts = {
+        name: sum(bool(re.search(rf"\b{name}{word}", text)) for text in lines[start:end])
+        for name in COUNTED[target.backend]
+    }
+    return {name: n for name, n in counts.items() if n}
+
+
+def _cuobjdump(cubin, option="--dump-resource-usage"):
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    path = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}  # it calls its neighbour
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        command = [folder / "cuobjdump", option, file.name]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=path)
+    return done.stdout
 
 
 def offset_types(compiled):
@@ -94,25 +151,52 @@ def offset_types(compiled):
     return sorted(set(found))
 
 
+def rows_of(arch, D, *, dtype="bfloat16", masked=False, run=8, tokens=36864):
+    """One row for each kernel that forward and backward launch."""
+    target = TARGETS[arch]
+    given = SkipPattern(8, run), tokens, D, getattr(torch, dtype), masked
+    for kernel, arguments, options in launches(arch, *given):
+        compiled = compile_launch(kernel, arguments, options, target)
+        row = {"kernel": kernel.__name__, "arch": arch, "D": D, "masked": masked}
+        row |= resources(compiled, target) | {"offsets": offset_types(compiled)}
+        yield row | {"loop": main_loop(compiled, target)}
+
+
+def write_table(path):
+    """Put the rows of the installed Triton into the table, a line each."""
+    table = json.loads(path.read_text()) if path.exists() else {}
+    table[triton.__version__] = [
+        row
+        for arch in TARGETS
+        for D in TABLE_DIMS
+        for masked in (False, True)
+        for row in rows_of(arch, D, masked=masked)
+    ]
+    parts = (
+        f"{json.dumps(release)}: [\n" + ",\n".join(map(json.dumps, rows)) + "\n]"
+        for release, rows in sorted(table.items())
+    )
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("arch", choices=TARGETS)
-    parser.add_argument("--dims", type=int, nargs="+", required=True)
+    parser.add_argument("arch", choices=(*TARGETS, "all"))
+    parser.add_argument("--write", type=Path)
+    parser.add_argument("--dims", type=int, nargs="+", default=TABLE_DIMS)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--masked", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--run", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=36864)
     args = parser.parse_args()
-    target, pattern = TARGETS[args.arch], SkipPattern(8, args.run)
+    if args.write:
+        write_table(args.write)
+        return
     for D in args.dims:
         for masked in map(bool, args.masked):
-            recorded = launches(
-                args.arch, pattern, args.tokens, D, getattr(torch, args.dtype), masked
-            )
-            for kernel, arguments, options in recorded:
-                compiled = compile_launch(kernel, arguments, options, target)
-                row = {"kernel": kernel.__name__, "arch": args.arch, "D": D, "masked": masked}
-                row |= resources(compiled, target) | {"offsets": offset_types(compiled)}
+            for row in rows_of(
+                args.arch, D, dtype=args.dtype, masked=masked, run=args.run, tokens=args.tokens
+            ):
                 print(json.dumps(row), flush=True)
 
 

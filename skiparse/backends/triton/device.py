@@ -218,6 +218,20 @@ def choose(configs: Configs, q: Tensor) -> Config:
     return next(config for D, config in configs[row].items() if q.shape[-1] <= D)
 
 
+def exact_architecture(q: Tensor) -> str:
+    """The device of ``q`` itself, not its family: for tables that hold for some devices only."""
+    if q.device.type == "cpu" or torch.version.hip is not None:
+        return architecture(q)
+    major, minor = torch.cuda.get_device_capability(q.device)
+    return f"sm_{major}{minor}"
+
+
+def choose_if_any(configs: Configs, q: Tensor) -> Config | None:
+    """The configuration if the table has this device and so large a head dimension."""
+    row = configs.get(exact_architecture(q), {})
+    return next((config for D, config in row.items() if q.shape[-1] <= D), None)
+
+
 def launch(kernel: Any, inputs: Inputs, rows: int, *args: Any, **options: int) -> None:
     """One program for each ``rows`` rows of each sub-sequence, head and batch entry.
 

@@ -1,4 +1,8 @@
-"""The forward kernel: online softmax over a sub-sequence's video keys, then over the text.
+"""The forward kernels: online softmax over a sub-sequence's video keys, then over the text.
+
+One finds every row by a pointer and takes anything. The other has whole tiles of keys and values
+copied by the tensor memory accelerator of Hopper and later, which needs regular strides and lengths
+(:func:`tile_views`); it computes the same.
 
 Source: Dao et al. 2022, "FlashAttention", algorithm 1; Milakov and Gimelshein 2018, "Online
 normalizer calculation for softmax".
@@ -12,7 +16,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from skiparse import pattern
 from skiparse.backends import Inputs, Outputs
 from skiparse.backends.triton.device import (
     LOG2E,
@@ -21,6 +28,8 @@ from skiparse.backends.triton.device import (
     Configs,
     attended,
     choose,
+    choose_if_any,
+    device_function,
     launch,
     length_of,
     load_tile,
@@ -42,6 +51,25 @@ CONFIGS: Configs = {
     "fp32": {64: Config(32, 32, 8, 2), 128: Config(32, 32, 8, 1), 256: Config(32, 16, 8, 1)},
     "interpreter": {256: Config(32, 16, 1, 1)},
 }
+# The devices with a tensor memory accelerator; for 16-bit types. Not yet run on a GPU.
+TMA_CONFIGS: Configs = {
+    "sm_90": {64: Config(128, 128, 8, 2), 128: Config(128, 128, 8, 2)},
+    "sm_100": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3)},
+}
+
+
+@device_function
+def online_softmax(q_tile, k_tile, v_tile, attend, log2_scale, top, total, acc):
+    """``top``, ``total`` and ``acc`` after one more block of keys."""
+    scores = tl.dot(q_tile, k_tile.T, input_precision="ieee") * log2_scale  # [M, N]
+    scores = tl.where(attend[None, :], scores, -float("inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))  # [M]
+    shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # no key yet: inf - inf is NaN
+    p = tl.exp2(scores - shift[:, None])  # [M, N]
+    decay = tl.exp2(top - shift)  # [M]
+    total = total * decay + tl.sum(p, 1)
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
+    return new_top, total, acc
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -85,22 +113,144 @@ def skiparse_forward(
         )
         attend = attended(mask, key_is_video, b, s, key, h, key_exists)  # [N]
         k_tile = load_tile(k, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
-        scores = tl.dot(q_tile, k_tile.T, input_precision="ieee") * log2_scale  # [M, N]
-        scores = tl.where(attend[None, :], scores, -float("inf"))
-
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # no key yet: inf - inf is NaN
-        p = tl.exp2(scores - shift[:, None])  # [M, N]
-        decay = tl.exp2(top - shift)  # [M]
-        top = new_top
-        total = total * decay + tl.sum(p, 1)
         v_tile = load_tile(v, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
+        top, total, acc = online_softmax(
+            q_tile, k_tile, v_tile, attend, log2_scale, top, total, acc
+        )
 
     total = tl.where(total == 0.0, 1.0, total)  # [M]; without a key acc is 0 and top -inf
     store_tile(out, is_video, b, s, row, h, exists, acc / total[:, None], HEAD_DIM, BLOCK_D)
     row_lse = (top + tl.log2(total)) / LOG2E  # [M]
     tl.store(pair_pointers(lse, is_video, b, s, row, h), row_lse, mask=exists)
+
+
+@device_function
+def tile_at(tiles, b, run, s, offset, h, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The block of rows ``[BLOCK_N, HEAD_DIM]`` that begins ``offset`` rows into a run."""
+    return tiles.load([b, run, s, offset, h * HEAD_DIM]).reshape(BLOCK_N, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def skiparse_forward_tma(
+    q,
+    k,
+    v,
+    text_k,
+    text_v,
+    mask,
+    out,
+    lse,
+    scale,
+    N,
+    T,
+    H,
+    longest,
+    n,
+    w,
+    WHOLE_RUNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The same, keys and values as tiles; one loop over those of the video, one over the text."""
+    video_blocks = tl.cdiv(longest, BLOCK_M)
+    b, h, s, block = program(video_blocks + tl.cdiv(T, BLOCK_M), n, H)
+    L = length_of(s, N, n, w)
+    sizes = (L, T, n, w)
+    is_video, row, exists = rows_of(block, video_blocks, s, sizes, WHOLE_RUNS, BLOCK_M)
+    q_tile = load_tile(q, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
+    log2_scale = scale * LOG2E
+    batch, head = b.to(tl.int32), h.to(tl.int32)
+
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)  # [M], the largest score so far
+    total = tl.zeros([BLOCK_M], tl.float32)  # [M], sum of 2**(score - top)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [M, D]
+
+    video_key_blocks = tl.cdiv(L, BLOCK_N)
+    for key_block in range(video_key_blocks):
+        key_is_video, key, key_exists = rows_of(
+            key_block, video_key_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
+        )
+        attend = attended(mask, key_is_video, b, s, key, h, key_exists)  # [N]
+        run = key_block * BLOCK_N // w
+        offset = key_block * BLOCK_N - run * w
+        k_tile = tile_at(k, batch, run, s, offset, head, BLOCK_N, HEAD_DIM)  # [N, D]
+        v_tile = tile_at(v, batch, run, s, offset, head, BLOCK_N, HEAD_DIM)  # [N, D]
+        top, total, acc = online_softmax(
+            q_tile, k_tile, v_tile, attend, log2_scale, top, total, acc
+        )
+    for key_block in range(tl.cdiv(T, BLOCK_N)):
+        key_is_video, key, key_exists = rows_of(
+            video_key_blocks + key_block, video_key_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
+        )
+        attend = attended(mask, key_is_video, b, s, key, h, key_exists)  # [N]
+        first = key_block * BLOCK_N
+        k_tile = tile_at(text_k, batch, first, 0, 0, head, BLOCK_N, HEAD_DIM)  # [N, D]
+        v_tile = tile_at(text_v, batch, first, 0, 0, head, BLOCK_N, HEAD_DIM)  # [N, D]
+        top, total, acc = online_softmax(
+            q_tile, k_tile, v_tile, attend, log2_scale, top, total, acc
+        )
+
+    total = tl.where(total == 0.0, 1.0, total)  # [M]; without a key acc is 0 and top -inf
+    store_tile(out, is_video, b, s, row, h, exists, acc / total[:, None], HEAD_DIM, BLOCK_D)
+    row_lse = (top + tl.log2(total)) / LOG2E  # [M]
+    tl.store(pair_pointers(lse, is_video, b, s, row, h), row_lse, mask=exists)
+
+
+def tile_views(inputs: Inputs, block: int) -> tuple[TensorDescriptor, ...] | None:
+    """k, v, text_k and text_v as ``[B, runs, n, w, H*D]``, read ``block`` rows of a head at a time.
+
+    None where a block of a sub-sequence is not a box of that: if the last period is not whole, a
+    block is neither whole runs nor a part of one, or heads are not side by side. Rows behind the
+    last run read as 0.
+    """
+    n, w = inputs.pattern.sparsity, inputs.pattern.run
+    _, N, H, D = inputs.q.shape
+    sources = [inputs.k, inputs.v, inputs.text_k, inputs.text_v]
+    segments = inputs.pattern.segments(N)
+    regular = len(segments) == 1 and [box.shape[2] for box in segments[0].boxes] == [w]
+    short, long = sorted((w, block))
+    if not regular or not pattern.tiles_runs(short, long) or not all(map(_can_be_tiled, sources)):
+        return None
+    width = min(w, block)
+    if inputs.text_q.shape[1] == 0:
+        sources[2:] = sources[:2]  # never read, but there must be something
+
+    def view(x: Tensor, n: int, w: int, box: list[int]) -> TensorDescriptor:
+        B, rows = x.shape[:2]
+        step = x.stride(1)
+        shape = [B, rows // (n * w), n, w, H * D]
+        return TensorDescriptor(x, shape, [x.stride(0), n * w * step, w * step, step, 1], box)
+
+    video = [1, block // width, 1, width, D]
+    k, v = (view(x, n, w, video) for x in sources[:2])
+    text_k, text_v = (view(x, 1, 1, [1, block, 1, 1, D]) for x in sources[2:])
+    return k, v, text_k, text_v
+
+
+def _can_be_tiled(x: Tensor) -> bool:
+    """Heads side by side; batch and rows apart by multiples of 16 bytes, and beginning at one."""
+    H, D = x.shape[2:]
+    steps = [x.stride(i) for i in range(2) if x.shape[i] > 1]
+    begin = x.storage_offset()
+    return (
+        D >= 16
+        and triton.next_power_of_2(D) == D
+        and (H == 1 or x.stride(2) == D)
+        and 0 not in steps
+        and all(elements * x.element_size() % 16 == 0 for elements in (*steps, begin))
+    )
+
+
+def _tma(inputs: Inputs) -> tuple[Config, tuple[TensorDescriptor, ...]] | None:
+    """How the kernel with tiles would run this, if it can."""
+    q = inputs.q
+    config = choose_if_any(TMA_CONFIGS, q)
+    if config is None or q.element_size() > 2:
+        return None
+    tiles = tile_views(inputs, config.BLOCK_N)
+    return None if tiles is None else (config, tiles)
 
 
 def forward(inputs: Inputs) -> Outputs:
@@ -113,18 +263,26 @@ def forward(inputs: Inputs) -> Outputs:
         lse=q.new_empty(B, H, N, dtype=torch.float32),
         text_lse=q.new_empty(B, H, n, T, dtype=torch.float32),
     )
-    config = choose(CONFIGS, q)
-    launch(
-        skiparse_forward,
-        inputs,
-        config.BLOCK_M,
-        (shared(q), shared(inputs.text_q)),
-        (shared(inputs.k), shared(inputs.text_k)),
-        (shared(inputs.v), shared(inputs.text_v)),
+    query = (shared(q), shared(inputs.text_q))
+    results = (
         mask_pair(inputs),
         (shared(outputs.out), own(outputs.text_out)),
         lse_pair(outputs.lse, outputs.text_lse),
         inputs.scale,
-        **config._asdict(),
     )
+    tma = _tma(inputs)
+    if tma is not None:
+        config, tiles = tma
+        launch(
+            skiparse_forward_tma, inputs, config.BLOCK_M, query, *tiles, *results,
+            **config._asdict(),
+        )  # fmt: skip
+        return outputs
+    config = choose(CONFIGS, q)
+    keys = (shared(inputs.k), shared(inputs.text_k))
+    values = (shared(inputs.v), shared(inputs.text_v))
+    launch(
+        skiparse_forward, inputs, config.BLOCK_M, query, keys, values, *results,
+        **config._asdict(),
+    )  # fmt: skip
     return outputs
