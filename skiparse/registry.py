@@ -3,13 +3,26 @@
 Named explicitly, a backend runs or raises with its reason. ``"auto"`` takes the first row of
 ``BACKENDS`` that lists the device and accepts the problem; if none does, the error gives every
 reason. No environment variable, no fallback, no reference backend on an accelerator.
+
+A file in ``orders/`` that ``skiparse tune`` wrote on a device, with the times it measured, puts
+those that accept in another order there: for problems like the measured ones, the forward and the
+backward pass each by itself. Nothing is measured when attention runs.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import json
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
 
 from skiparse.backends import Backend, Inputs
 
@@ -59,6 +72,69 @@ def load(name: str) -> Backend:
     return cast(Backend, importlib.import_module(f"skiparse.backends.{name}"))
 
 
+ORDERS = Path(__file__).with_name("orders")
+FURTHEST = 2.0  # times longer or shorter than measured a sub-sequence may be
+
+
+def order(inputs: Inputs, *, backward: bool) -> Sequence[Row]:
+    """The rows of ``BACKENDS`` in the order in which ``"auto"`` tries them for this problem."""
+    rules = measured(device_name(inputs.q))
+    if not rules:
+        return BACKENDS
+    alike = problem_like(inputs, backward=backward)
+    length = alike.pop("length")
+
+    def distance(rule: dict[str, Any]) -> float:
+        return abs(math.log(length / rule["length"])) if length else math.inf
+
+    nearest = min(
+        (rule for rule in rules if all(rule[key] == value for key, value in alike.items())),
+        key=distance,
+        default=None,
+    )
+    if nearest is None or distance(nearest) > math.log(FURTHEST):
+        return BACKENDS
+    first: list[str] = nearest["order"]
+    return sorted(BACKENDS, key=lambda row: first.index(row.name) if row.name in first else 99)
+
+
+def problem_like(inputs: Inputs, *, backward: bool) -> dict[str, Any]:
+    """What decides which backend is fastest, as the files in ``orders/`` spell it."""
+    pattern, N = inputs.pattern, inputs.q.shape[1]
+    boxes = [box for segment in pattern.segments(N) for box in segment.boxes]
+    if pattern.sparsity == 1:
+        kind = "dense"
+    elif pattern.run == 1:
+        kind = "single"
+    else:
+        kind = "block" if all(box.shape[1] == 1 for box in boxes) else "group"
+    return {
+        "pass": "backward" if backward else "forward",
+        "kind": kind,
+        "text": inputs.text_q.shape[1] > 0,
+        "dtype": str(inputs.q.dtype).removeprefix("torch."),
+        "head_dim": inputs.q.shape[-1],
+        "length": N / pattern.sparsity,
+    }
+
+
+def device_name(x: Tensor) -> str:
+    """The name of the device ``x`` is on, as its maker gives it."""
+    return torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else x.device.type
+
+
+def orders_file(device: str) -> Path:
+    """Where the measurements of a device are kept."""
+    return ORDERS / f"{re.sub('[^a-z0-9]+', '-', device.lower())}.json"
+
+
+@functools.cache
+def measured(device: str) -> tuple[dict[str, Any], ...]:
+    """The rules measured on a device; none if nobody did."""
+    path = orders_file(device)
+    return tuple(json.loads(path.read_text())["rules"]) if path.exists() else ()
+
+
 def select(name: str, inputs: Inputs, *, backward: bool = False) -> Backend:
     """The backend that runs this problem.
 
@@ -73,7 +149,7 @@ def select(name: str, inputs: Inputs, *, backward: bool = False) -> Backend:
         return backend
     device = inputs.q.device.type
     reasons = []
-    for row in BACKENDS:
+    for row in order(inputs, backward=backward):
         if device in row.auto:
             backend = load(row.name)
             reason = backend.why_not(inputs, backward=backward)
