@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import skiparse
+from skiparse.backends import sdpa
 from skiparse.bench import baselines, run
 from skiparse.bench.baselines import Contender, Work
 from skiparse.bench.cases import CASES, HEADLINE, SPARSITY, Case
@@ -92,7 +93,7 @@ def dense(setting: Setting, out: Path) -> None:
     for backward in (False, True):
         (case,) = setting.cases(backward=backward, dense=True)
         problem = _problem(case, setting)
-        _measure(case, problem, baselines.dense(case, problem), [], setting, out)
+        _measure(case, problem, _dense(case, problem), [], setting, out)
 
 
 def flex(setting: Setting, out: Path) -> None:
@@ -102,8 +103,11 @@ def flex(setting: Setting, out: Path) -> None:
     _measure(case, problem, _best_dense(case, problem, setting), [baselines.flex], setting, out)
 
 
-def _views(kernel: SDPBackend, name: str, *, backward: bool) -> Callable[[Setting, Path], None]:
-    """The library kernel through views alone: the text lies inside the buffers, skip order."""
+def _views(kernel: SDPBackend, *, backward: bool) -> Callable[[Setting, Path], None]:
+    """A library through views alone: the text lies inside the buffers, skip order.
+
+    ``kernel`` is torch's switch; FlashAttention 3 or 4 is taken with that of flash if installed.
+    """
 
     def contender(case: Case, problem: Problem) -> Contender:
         packed = text_inside(case, problem)
@@ -116,8 +120,9 @@ def _views(kernel: SDPBackend, name: str, *, backward: bool) -> Callable[[Settin
 
         with sdpa_kernel(allowed):
             check_sample(packed, "sdpa", backward=case.backward)
+            library = sdpa.library_for(q.transpose(1, 2), backward=case.backward)
         return Contender(
-            f"views.{name}", baselines._step(case, attend, (q, k, v), (packed.grad_out,))
+            f"views.{library}", baselines._step(case, attend, (q, k, v), (packed.grad_out,))
         )
 
     def part(setting: Setting, out: Path) -> None:
@@ -137,6 +142,27 @@ def _skiparse(backend: str, *, backward: bool) -> Callable[[Setting, Path], None
 
     def part(setting: Setting, out: Path) -> None:
         _each(setting, setting.cases(backward=backward), [contender], out)
+
+    return part
+
+
+def _triton(name: str, configs: dict[str, dict[int, tuple[int, ...]]]) -> Callable[..., None]:
+    """The forward kernel with other tile configurations; none: by pointers."""
+
+    def part(setting: Setting, out: Path) -> None:
+        from skiparse.backends.triton import device, forward_kernel
+
+        forward_kernel.TMA_CONFIGS = {  # of this process only
+            arch: {D: device.Config(*config) for D, config in row.items()}
+            for arch, row in configs.items()
+        }
+
+        def contender(case: Case, problem: Problem) -> Contender:
+            own = replace(problem, pattern=case.pattern)
+            check_sample(own, "triton", backward=False)
+            return replace(baselines.skiparse_backend(case, own, "triton"), name=name)
+
+        _each(setting, setting.cases(backward=False), [contender], out)
 
     return part
 
@@ -178,19 +204,24 @@ def copies(setting: Setting, out: Path) -> None:
 WORK: dict[str, Callable[[Setting, Path], None]] = {
     "dense": dense,
     "flex": flex,
-    "views.cudnn": _views(SDPBackend.CUDNN_ATTENTION, "cudnn", backward=False),
-    "views.flash": _views(SDPBackend.FLASH_ATTENTION, "flash", backward=False),
+    "views.cudnn": _views(SDPBackend.CUDNN_ATTENTION, backward=False),
+    "views.flash": _views(SDPBackend.FLASH_ATTENTION, backward=False),
     "sdpa": _skiparse("sdpa", backward=False),
     "triton": _skiparse("triton", backward=False),
-    "views.cudnn.backward": _views(SDPBackend.CUDNN_ATTENTION, "cudnn", backward=True),
-    "views.flash.backward": _views(SDPBackend.FLASH_ATTENTION, "flash", backward=True),
+    "triton.pointers": _triton("triton.pointers", {}),
+    "triton.short": _triton("triton.short", {"sm_90": {128: (128, 64, 8, 3)}}),
+    "views.cudnn.backward": _views(SDPBackend.CUDNN_ATTENTION, backward=True),
+    "views.flash.backward": _views(SDPBackend.FLASH_ATTENTION, backward=True),
     "sdpa.backward": _skiparse("sdpa", backward=True),
     "triton.backward": _skiparse("triton", backward=True),
     "copies": copies,
 }
 LIMITS = {"flex": 80.0}  # seconds of a part, 60 for others
-NEEDS_A_GPU = ("flex", "views.cudnn", "triton", "views.cudnn.backward", "triton.backward")
-TESTS = ("tests/test_cuda.py", "tests/test_triton.py")
+NEEDS_A_GPU = (
+    "flex", "views.cudnn", "triton", "triton.pointers", "triton.short", "views.cudnn.backward",
+    "triton.backward",
+)  # fmt: skip
+TESTS = ("tests/test_cuda.py", "tests/test_triton_tma.py", "tests/test_triton.py")
 
 
 def parts(out: Path, *, dry_run: bool) -> list[Part]:
@@ -313,10 +344,34 @@ def _each(
         raise RuntimeError(f"no figures of {', '.join(failed)}")
 
 
+def _dense(case: Case, problem: Problem) -> list[Contender]:
+    """Torch's dense kernels, and FlashAttention 3 or 4 where a package is installed."""
+    contenders = baselines.dense(case, problem)
+    q, k, v, grad = (
+        torch.cat(pair, 1)
+        for pair in (
+            *zip(problem.inputs[:3], problem.inputs[3:], strict=True),
+            (problem.grad_out, problem.grad_text_out),
+        )
+    )
+    allowed = [SDPBackend.FLASH_ATTENTION]
+    with sdpa_kernel(allowed):
+        library = sdpa.library_for(q.transpose(1, 2), backward=case.backward)
+    if library not in ("fa3", "fa4"):
+        return contenders
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        with sdpa_kernel(allowed):
+            return (skiparse.attention(q, k, v, SkipPattern.dense(), backend="sdpa"),)
+
+    work = baselines._step(case, attend, (q, k, v), (grad,))
+    return [*contenders, Contender(f"dense.{library}", work)]
+
+
 def _best_dense(case: Case, problem: Problem, setting: Setting) -> list[Contender]:
     """The fastest dense kernel that runs here."""
     times = {}
-    for contender in baselines.dense(case, problem):
+    for contender in _dense(case, problem):
         assert contender.work is not None
         try:
             contender.work()

@@ -337,6 +337,7 @@ def test_order_of_the_libraries(libraries, capability, packages, first, device):
     assert sdpa.why_not(given) is None
     assert sdpa.why_not(given, backward=True) is None
     assert chosen(given) == chosen(given, backward=True) == first
+    assert sdpa.library_for(given.q.transpose(1, 2)) == first
 
 
 def test_cudnn_gives_way_where_it_would_not_be_deterministic(device):

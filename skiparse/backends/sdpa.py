@@ -358,6 +358,12 @@ def _chosen(operands: Three, backward: bool) -> Library:
     return library
 
 
+def library_for(rows: Tensor, *, backward: bool = False) -> str | None:
+    """The name of the library that gets ``[batch, heads, rows, D]`` like these, if one does."""
+    library, _ = _choose((rows, rows, rows), backward)
+    return None if library is None else library.name
+
+
 def _choose(operands: Three, backward: bool) -> tuple[Library | None, str]:
     """The first library that takes this, or why none does."""
     reasons = []
