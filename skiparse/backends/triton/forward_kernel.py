@@ -59,17 +59,15 @@ TMA_CONFIGS: Configs = {
 
 
 @device_function
-def online_softmax(q_tile, k_tile, v_tile, attend, log2_scale, top, total, acc):
-    """``top``, ``total`` and ``acc`` after one more block of keys."""
+def online_softmax(q_tile, k_tile, attend, log2_scale, top):
+    """Weights of one more block of keys, the new ``top``, and by what the old sums decay."""
     scores = tl.dot(q_tile, k_tile.T, input_precision="ieee") * log2_scale  # [M, N]
     scores = tl.where(attend[None, :], scores, -float("inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))  # [M]
     shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # no key yet: inf - inf is NaN
     p = tl.exp2(scores - shift[:, None])  # [M, N]
     decay = tl.exp2(top - shift)  # [M]
-    total = total * decay + tl.sum(p, 1)
-    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
-    return new_top, total, acc
+    return p, new_top, decay
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -113,10 +111,10 @@ def skiparse_forward(
         )
         attend = attended(mask, key_is_video, b, s, key, h, key_exists)  # [N]
         k_tile = load_tile(k, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
+        p, top, decay = online_softmax(q_tile, k_tile, attend, log2_scale, top)
+        total = total * decay + tl.sum(p, 1)
         v_tile = load_tile(v, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
-        top, total, acc = online_softmax(
-            q_tile, k_tile, v_tile, attend, log2_scale, top, total, acc
-        )
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
 
     total = tl.where(total == 0.0, 1.0, total)  # [M]; without a key acc is 0 and top -inf
     store_tile(out, is_video, b, s, row, h, exists, acc / total[:, None], HEAD_DIM, BLOCK_D)
@@ -176,10 +174,10 @@ def skiparse_forward_tma(
         run = key_block * BLOCK_N // w
         offset = key_block * BLOCK_N - run * w
         k_tile = tile_at(k, batch, run, s, offset, head, BLOCK_N, HEAD_DIM)  # [N, D]
+        p, top, decay = online_softmax(q_tile, k_tile, attend, log2_scale, top)
+        total = total * decay + tl.sum(p, 1)
         v_tile = tile_at(v, batch, run, s, offset, head, BLOCK_N, HEAD_DIM)  # [N, D]
-        top, total, acc = online_softmax(
-            q_tile, k_tile, v_tile, attend, log2_scale, top, total, acc
-        )
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
     for key_block in range(tl.cdiv(T, BLOCK_N)):
         key_is_video, key, key_exists = rows_of(
             video_key_blocks + key_block, video_key_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
@@ -187,10 +185,10 @@ def skiparse_forward_tma(
         attend = attended(mask, key_is_video, b, s, key, h, key_exists)  # [N]
         first = key_block * BLOCK_N
         k_tile = tile_at(text_k, batch, first, 0, 0, head, BLOCK_N, HEAD_DIM)  # [N, D]
+        p, top, decay = online_softmax(q_tile, k_tile, attend, log2_scale, top)
+        total = total * decay + tl.sum(p, 1)
         v_tile = tile_at(text_v, batch, first, 0, 0, head, BLOCK_N, HEAD_DIM)  # [N, D]
-        top, total, acc = online_softmax(
-            q_tile, k_tile, v_tile, attend, log2_scale, top, total, acc
-        )
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
 
     total = tl.where(total == 0.0, 1.0, total)  # [M]; without a key acc is 0 and top -inf
     store_tile(out, is_video, b, s, row, h, exists, acc / total[:, None], HEAD_DIM, BLOCK_D)
