@@ -19,5 +19,5 @@ setup(
         "skiparse.models": "models",
         "skiparse.bench": "bench",
     },
-    package_data={"skiparse": ["py.typed"], "skiparse.models.train": ["*.yaml"]},
+    package_data={"skiparse": ["py.typed", "orders/*.json"], "skiparse.models.train": ["*.yaml"]},
 )

@@ -54,6 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     bench.set_defaults(run=_bench, extra="bench")
 
+    tune = commands.add_parser(
+        "tune", help="measure which backend is fastest on this GPU, for backend='auto'"
+    )
+    tune.add_argument("--device", help='such as "cuda:1"; default: cuda')
+    tune.add_argument("--dtype", help="default: bfloat16 on cuda")
+    tune.add_argument("--rounds", type=int, default=7, help="repetitions (%(default)s)")
+    tune.set_defaults(run=_tune, extra="bench")
+
     demo = commands.add_parser(
         "demo", help="attention on a real clip, then an autoencoder and a model trained on it"
     )
@@ -385,6 +393,15 @@ def _rows_of(name: str, options: argparse.Namespace) -> Path | None:
         return Path(options.results) if options.results else None
     checkout = Path("bench/results.jsonl").exists()
     return Path(f"bench/{name}.jsonl") if checkout else None
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from skiparse.bench import tune
+
+    device, dtype = _device_and_dtype(options)
+    if device == "cpu":
+        raise ValueError("tune is for a GPU, and torch finds none here; a CPU has its order")
+    print(tune.tune(device=device, dtype=dtype, rounds=options.rounds))
 
 
 def _demo(options: argparse.Namespace) -> None:
