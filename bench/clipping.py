@@ -139,14 +139,10 @@ def run(
         asked["recorded"] = load_file(recorded)["main.osp15.norm_before"].tolist()
     clip, folder = demo.bundled_clip(), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with overfit.one_thread():
         scenes = overfit.scenes_of(clip, size)
         model = overfit.models_of(scenes, size)["sparse"]
         runs = train(model, scenes, steps)
-    finally:
-        torch.set_num_threads(threads)
     found = {
         "method": __doc__,
         "credit": demo.CREDIT,

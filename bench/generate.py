@@ -41,7 +41,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from skiparse.bench import demo
+from skiparse.bench import demo, report
 from skiparse.models import shards
 from skiparse.models.data import cache
 from skiparse.models.data.features import Encoders
@@ -53,6 +53,7 @@ from skiparse.models.train import config as train_config
 from skiparse.models.train.config import Config, Stage
 from skiparse.models.train.export import export
 from skiparse.models.train.loop import train
+from skiparse.models.wfvae import evaluate
 
 SCENES = (
     (0.0, "a rabbit crawls out of its burrow"),
@@ -235,14 +236,13 @@ def make_videos(folder: Path, model: Path, config: Config) -> list[dict[str, Any
         videos.append(video)
         sources.append(source)
     for one, video in zip(made, videos, strict=True):
-        one["psnr"] = [psnr(video, source) for source in sources]
+        one["psnr"] = [likeness(video, source) for source in sources]
     return made
 
 
-def psnr(video: Tensor, other: Tensor) -> float:
-    """Peak signal to noise, in dB, over all frames together."""
-    error = (video.float() - other.float()).square().mean()
-    return float(10 * torch.log10(255**2 / error.clamp(min=1e-6)))
+def likeness(video: Tensor, other: Tensor) -> float:
+    """PSNR in dB of two videos, uint8 ``[T, H, W, 3]``: the mean over frames."""
+    return float(evaluate.psnr(*(x.movedim(-1, 1) / 255 for x in (video, other))).mean())
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
@@ -315,6 +315,7 @@ def section(out: str | os.PathLike[str], found: dict[str, Any]) -> str:
     videos = "".join(_pair(folder, **one) for one in found["videos"])
     heads = "".join(f"<th>source {i + 1}</th>" for i in range(len(found["videos"])))
     seconds = sum(row["seconds"] for row in log)
+    alt = "Loss, gradient norm and threshold over the steps"
     return f"""<section>
 <h2>From the clip to generated video</h2>
 <p>A chain of {len(stages)} stages ({", ".join(map(html.escape, stages))}) trains a tiny SUV in
@@ -325,7 +326,7 @@ autoencoder above.</p>
 <div class="videos">{videos}</div>
 <div class="wide"><table><thead><tr><th>PSNR, dB, of the video from</th>{heads}</tr></thead>
 <tbody>{rows}</tbody></table></div>
-<figure class="plot">{_png(draw(log), "Loss, gradient norm and threshold over the steps")}</figure>
+<figure class="plot">{report._image(draw(log), "png", alt)}</figure>
 </section>
 """
 
@@ -339,10 +340,6 @@ def _pair(folder: Path, caption: str, files: Sequence[str], **rest: object) -> s
     )
     legend = f"{html.escape(caption)}: source, generated"
     return f"<figure>{shown}<figcaption>{legend}</figcaption></figure>"
-
-
-def _png(data: bytes, alt: str) -> str:
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{_base64(data)}">'
 
 
 def _base64(data: bytes) -> str:

@@ -21,6 +21,8 @@ from __future__ import annotations
 import io
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -109,17 +111,13 @@ def run(
         raise ValueError(f"steps must be at least 1, got {steps}")
     clip, folder = demo.bundled_clip(), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         start = time.perf_counter()
         scenes = scenes_of(clip, size)
         models = models_of(scenes, size)
         curve = train(models, scenes, steps)
         samples = {name: sample(model, scenes) for name, model in models.items()}
         seconds = time.perf_counter() - start
-    finally:
-        torch.set_num_threads(threads)
     found = result(models, scenes, size, steps, curve, samples)
     picture = folder / "overfit.png"
     write_json(folder / "overfit.json", found)
@@ -136,6 +134,17 @@ def run(
     )
     print(f"The picture is at {picture.resolve()}")
     return picture
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread meanwhile, so that small problems give the same numbers again."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def scenes_of(clip: Path, size: Size) -> Scenes:

@@ -76,13 +76,9 @@ def run(
         raise ValueError(f"steps must be at least 2, got {steps}")
     clip, folder = demo.bundled_clip(), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with overfit.one_thread():
         scenes = overfit.scenes_of(clip, size.scenes)
         found = compare(scenes, size, steps)
-    finally:
-        torch.set_num_threads(threads)
     picture = folder / "sparsity.png"
     write_json(folder / "sparsity.json", found)
     with replacing(picture) as aside:

@@ -77,10 +77,10 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         for file in (*folder.iterdir(), folder):
-            _sync(file)
+            sync(file)
         refuse_existing(path)
         os.rename(folder, path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def refuse_existing(path: str | os.PathLike[str]) -> None:
@@ -134,7 +134,7 @@ def write(
     files = {
         file.name: {
             "bytes": file.stat().st_size,
-            "sha256": digests.get(file.name) or _sha256(file),
+            "sha256": digests.get(file.name) or sha256(file),
         }
         for file in sorted(folder.iterdir())
     }
@@ -156,7 +156,7 @@ def verify(folder: str | os.PathLike[str]) -> None:
         size = file.stat().st_size
         if not isinstance(entry, dict) or size != entry.get("bytes"):
             raise ValueError(f"{file} has {size} bytes, not those of {MANIFEST}. Copy it again")
-        if _sha256(file) != entry.get("sha256"):
+        if sha256(file) != entry.get("sha256"):
             raise ValueError(f"{file} does not have the SHA-256 of {MANIFEST}. Copy it again")
     left_out = sorted(set(_weight_map(folder).values()) - set(files))
     if left_out:
@@ -256,12 +256,14 @@ def _write_shard(path: Path, tensors: Mapping[str, Lazy], progress: Callable[[in
     return digest.hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -10,7 +10,7 @@
 
 from skiparse._version import __version__
 from skiparse.functional import attention, attention_with_lse, joint_attention
-from skiparse.pack import Packed, norm_rope_pack, unpack
+from skiparse.pack import Packed, norm_rope_pack, packing_pays, unpack
 from skiparse.pattern import SkipPattern
 from skiparse.registry import list_backends
 
@@ -23,5 +23,6 @@ __all__ = [
     "joint_attention",
     "list_backends",
     "norm_rope_pack",
+    "packing_pays",
     "unpack",
 ]

@@ -25,7 +25,8 @@ from skiparse import functional, ops, registry
 from skiparse.backends import Inputs
 from skiparse.pattern import SkipPattern
 
-BACKENDS = ("auto", "eager", "triton")
+PACKERS = {row.name: row for row in registry.BACKENDS if row.pack_kernels}
+BACKENDS = ("auto", "eager", *PACKERS)
 
 
 class Packed(NamedTuple):
@@ -103,6 +104,23 @@ def norm_rope_pack(
     return Packed(packed_q, packed_k, packed_v, packed)
 
 
+def packing_pays(q: Tensor, pattern: SkipPattern, backend: str = "auto") -> bool:
+    """Whether a model should pack q, k and v with the text inside, if it has no masks.
+
+    It should where library kernels attend on a GPU in half precision, which would copy all rows
+    into such buffers anyway. By the count of bytes; not yet measured on a GPU. On a CPU it gains
+    nothing.
+
+    Args:
+        q: ``[B, N, H, D]``, the video.
+        pattern, backend: of the attention to come.
+    """
+    copies = any(row.copies_text and backend in ("auto", row.name) for row in registry.BACKENDS)
+    halves = (torch.float16, torch.bfloat16)
+    library = copies and q.device.type == "cuda" and q.dtype in halves
+    return library and pattern.can_pack(q.shape[1])
+
+
 def unpack(out: Tensor, pattern: SkipPattern, tokens: int) -> tuple[Tensor, Tensor]:
     """The video rows of a packed buffer in the order of the tokens, and the mean of the text rows.
 
@@ -177,7 +195,8 @@ def pack(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Packed q, k and v, ``[B, N + sparsity * T, H, D]``; arguments are checked by the caller."""
-    forward = _triton().forward if _takes_triton(backend, q, text_q, sparsity, run) else _forward
+    kernels = _kernels(backend, q, text_q, sparsity, run)
+    forward = kernels.forward if kernels else _forward
     buffers: tuple[Tensor, Tensor, Tensor] = forward(
         (q, k, v), (text_q, text_k, text_v), (norm_q, norm_k), (text_norm_q, text_norm_k),
         cos, sin, axes, eps, sparsity, run,
@@ -207,7 +226,8 @@ def pack_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, of the text, and of the four weights, from those of the buffers."""
-    backward = _triton().backward if _takes_triton(backend, q, text_q, sparsity, run) else _backward
+    kernels = _kernels(backend, q, text_q, sparsity, run)
+    backward = kernels.backward if kernels else _backward
     return tuple(
         backward(
             (grad_q, grad_k, grad_v), (q, k), (text_q, text_k), (norm_q, norm_k),
@@ -216,20 +236,19 @@ def pack_backward(
     )  # fmt: skip
 
 
-def _takes_triton(name: str, q: Tensor, text_q: Tensor, sparsity: int, run: int) -> bool:
-    """Whether the Triton kernels do it; RuntimeError if they are named and cannot."""
-    if name == "eager" or (name == "auto" and q.device.type != "cuda"):
-        return False
-    packed = SkipPattern(sparsity, run).packed(q.shape[1], text_q.shape[1])
-    inputs = Inputs(q, q, q, text_q, text_q, text_q, None, None, packed, 1.0)
-    reason = registry.load("triton").why_not(inputs)
-    if reason is not None and name == "triton":
-        raise RuntimeError(f'backend "triton" cannot run this: {reason}')
-    return reason is None
-
-
-def _triton() -> Any:
-    return importlib.import_module("skiparse.backends.triton.pack_kernel")
+def _kernels(name: str, q: Tensor, text_q: Tensor, sparsity: int, run: int) -> Any:
+    """The module of kernels that do it, or None; RuntimeError if they are named and cannot."""
+    for row in PACKERS.values():
+        if name == row.name or (name == "auto" and q.device.type in row.auto):
+            packed = SkipPattern(sparsity, run).packed(q.shape[1], text_q.shape[1])
+            inputs = Inputs(q, q, q, text_q, text_q, text_q, None, None, packed, 1.0)
+            reason = registry.load(row.name).why_not(inputs)
+            if reason is None:
+                assert row.pack_kernels is not None
+                return importlib.import_module(row.pack_kernels)
+            if name == row.name:
+                raise RuntimeError(f'backend "{name}" cannot run this: {reason}')
+    return None
 
 
 @pack.register_fake

@@ -29,12 +29,18 @@ from skiparse.backends import Backend, Inputs
 
 @dataclass(frozen=True)
 class Row:
-    """A backend: its name, the device types on which ``"auto"`` may take it, and its standing."""
+    """A backend: its name, the device types on which ``"auto"`` may take it, and its standing.
+
+    With text it may copy all rows into one buffer on a GPU, ``copies_text``; then a model does
+    better to pack them itself. ``pack_kernels`` is the module that packs by kernels of its own.
+    """
 
     name: str
     auto: tuple[str, ...]
     what: str
     verified: str
+    copies_text: bool = False
+    pack_kernels: str | None = None
 
 
 BACKENDS = (
@@ -43,6 +49,7 @@ BACKENDS = (
         ("cpu", "cuda"),
         "PyTorch's own attention kernels, through views where the pattern allows",
         "CPU: every test. CUDA: not yet run on a GPU",
+        copies_text=True,
     ),
     Row(
         "triton",
@@ -50,6 +57,7 @@ BACKENDS = (
         "fused kernels, text as a second key source, deterministic backward",
         "interpreter: every test; sm_80, sm_90, gfx942: compiled ahead of time. "
         "Not yet run on a GPU",
+        pack_kernels="skiparse.backends.triton.pack_kernel",
     ),
     Row(
         "reference",

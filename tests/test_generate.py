@@ -95,4 +95,4 @@ def test_the_section_loads_nothing(made):
 
 def test_psnr_by_hand():
     black, grey = torch.zeros(1, 2, 2, 3), torch.full((1, 2, 2, 3), 255 / 10)
-    assert generate.psnr(black, grey) == pytest.approx(20)
+    assert generate.likeness(black, grey) == pytest.approx(20)

@@ -448,7 +448,7 @@ def test_a_layer_of_suv_gives_the_same_packed(pattern, dtype, monkeypatch):
     given = (inputs, grads, pattern, attention)
     plain = attend_in(dtype, *given)
     with monkeypatch.context() as patch:
-        patch.setattr(blocks, "packs", lambda *_: True)
+        patch.setattr(skiparse, "packing_pays", lambda *_: True)
         packed = attend_in(dtype, *given)
 
     def head_norm(norm, x, rotary=None):
@@ -478,7 +478,9 @@ def test_a_whole_suv_packs_unless_there_are_masks(monkeypatch):
     everything = torch.ones(2, 7)
     plain, packs = run(everything)
     assert packs == 0
-    monkeypatch.setattr(blocks, "packs", lambda q, pattern, _: pattern.can_pack(q.shape[1]))
+    monkeypatch.setattr(
+        skiparse, "packing_pays", lambda q, pattern, _: pattern.can_pack(q.shape[1])
+    )
     packed, packs = run(everything)
     possible = [
         plan.pattern(stage, layer).can_pack(72)
@@ -509,7 +511,7 @@ SINGLE = SkipPattern.single(2)
 def test_suv_packs_where_library_kernels_would():
     def packs(dtype=torch.bfloat16, device="cuda", pattern=SINGLE, backend="auto"):
         with FakeTensorMode():
-            return blocks.packs(
+            return skiparse.packing_pays(
                 torch.empty(1, 30, 1, 16, dtype=dtype, device=device), pattern, backend
             )
 

@@ -1,4 +1,4 @@
-// Skiparse attention forward for Atlas A2 (dav-2201). Has never run on an NPU; see csrc/README.md.
+// Skiparse attention forward for Atlas A2 (dav-2201). Has never run on an NPU.
 //
 // A task is 256 queries of one head and sub-sequence, and all its keys in stacks of 512. The cube
 // core computes scores = q k^T two stacks ahead of values = weights v; between the two, each vector

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 @contextmanager
@@ -38,3 +38,15 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def truncated(path: Path, lines: int) -> Iterator[TextIO]:
+    """A text file, open for writing after its first ``lines`` lines; later ones go."""
+    path.touch()
+    with path.open("r+", encoding="utf-8") as file:
+        for _ in range(lines):
+            file.readline()
+        file.truncate(file.tell())
+        file.seek(0, os.SEEK_END)
+        yield file

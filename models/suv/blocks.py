@@ -106,17 +106,6 @@ class HeadNorm(nn.Module):
         return recomputed(head_norm_rotate, x, self.weight, *rotary, self.eps)
 
 
-def packs(q: Tensor, pattern: SkipPattern, backend: str) -> bool:
-    """Whether attention is given packed buffers, if there are no masks.
-
-    Where library kernels attend on a GPU, and would copy all rows into such buffers anyway. By
-    the count of bytes; not yet measured on a GPU. On a CPU it gains nothing: ``bench/NOTES.md``.
-    """
-    halves = (torch.float16, torch.bfloat16)
-    library = q.device.type == "cuda" and q.dtype in halves and backend in ("auto", "sdpa")
-    return library and pattern.can_pack(q.shape[1])
-
-
 class JointAttention(nn.Module):
     """Skiparse attention of video and text, with projections of their own."""
 
@@ -146,7 +135,7 @@ class JointAttention(nn.Module):
         text_q, text_k, text_v = (
             self._split(linear(text)) for linear in (self.text_to_q, self.text_to_k, self.text_to_v)
         )
-        if mask is None and text_mask is None and packs(q, pattern, backend):
+        if mask is None and text_mask is None and skiparse.packing_pays(q, pattern, backend):
             packed = skiparse.norm_rope_pack(
                 q, k, v, *rotary, self.norm_q.weight, self.norm_k.weight, pattern,
                 text_q=text_q, text_k=text_k, text_v=text_v,

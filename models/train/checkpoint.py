@@ -10,7 +10,6 @@ number of processes can read what any other number wrote.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -35,6 +34,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 import skiparse
+from skiparse.models import shards
 from skiparse.models.checkpoints import refuse
 from skiparse.models.data.atomic import write_json
 
@@ -167,11 +167,11 @@ class Checkpoints:
             files |= entry
         versions = {"skiparse": skiparse.__version__, "torch": torch.__version__}
         write_json(hidden / COMPLETE, {"step": step, "files": files, "versions": versions})
-        sync(hidden)
+        shards.sync(hidden)
         if path.exists():  # incomplete
             _remove(path)
         hidden.rename(path)
-        sync(self.folder)
+        shards.sync(self.folder)
         for old in [old for old in _steps(self.folder) if _is_complete(old)][: -self.keep]:
             _remove(old)
 
@@ -301,15 +301,6 @@ class Checkpoint:
             state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
 
 
-def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _steps(folder: Path) -> list[Path]:
     """What looks like a checkpoint, oldest first."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
@@ -338,9 +329,7 @@ def _entries(files: Iterator[Path] | list[Path]) -> dict[str, dict[str, Any]]:
 
 def _entry(path: Path) -> dict[str, Any]:
     """What ``COMPLETE`` says of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": shards.sha256(path)}
 
 
 def _verify(path: Path, entry: object) -> None:

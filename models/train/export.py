@@ -12,7 +12,7 @@ from skiparse.models import shards
 from skiparse.models.pipeline import SUVPipeline
 from skiparse.models.suv.model import SUV
 from skiparse.models.text import TextEncoders
-from skiparse.models.train.checkpoint import FOLDER, Checkpoint, Checkpoints, sync
+from skiparse.models.train.checkpoint import FOLDER, Checkpoint, Checkpoints
 from skiparse.models.wfvae.model import WFVAE
 
 Weights = Literal["ema", "model"]
@@ -66,7 +66,7 @@ def export(
     with shards.new_folder(out) as folder:
         pipeline.save_pretrained(folder)
         for file in folder.rglob("*"):
-            sync(file)
+            shards.sync(file)
     return Path(out)
 
 

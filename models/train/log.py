@@ -11,6 +11,8 @@ from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
+from skiparse.models.data.atomic import truncated
+
 LOG, CURVES = "log.jsonl", "tensorboard"
 
 
@@ -52,15 +54,3 @@ def opened(out: Path | None, steps: int) -> Iterator[Log]:
             yield Log(file, curves)
         finally:
             curves.close()
-
-
-@contextmanager
-def truncated(path: Path, lines: int) -> Iterator[TextIO]:
-    """A text file, open for writing after its first ``lines`` lines; later ones go."""
-    path.touch()
-    with path.open("r+", encoding="utf-8") as file:
-        for _ in range(lines):
-            file.readline()
-        file.truncate(file.tell())
-        file.seek(0, os.SEEK_END)
-        yield file

@@ -14,7 +14,6 @@ Source: Li et al. 2024, "WF-VAE", section 4, and its released evaluation scripts
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
 import skiparse
+from skiparse.models import shards
 from skiparse.models.data.atomic import write_json
 from skiparse.models.data.video import probe, read_video
 from skiparse.models.data.writer import write_image
@@ -299,7 +299,7 @@ def run(
         "overlap": overlap,
         "dtype": str(dtype).removeprefix("torch."),
         "networks": {
-            key: {"file": Path(path).name, "sha256": _sha256(Path(path))}
+            key: {"file": Path(path).name, "sha256": shards.sha256(Path(path))}
             for key, path in (("lpips", lpips), ("features", fvd))
             if path is not None
         },
@@ -384,10 +384,5 @@ def _script(file: Path, device: str) -> torch.jit.ScriptModule:
         raise ValueError(f"{file} is no TorchScript; save one with torch.jit.save") from error
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _weights(folder: Path) -> dict[str, str]:
-    return {file.name: _sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    return {file.name: shards.sha256(file) for file in sorted(folder.glob("*.safetensors"))}

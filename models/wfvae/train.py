@@ -18,13 +18,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from skiparse.models import shards
+from skiparse.models.data.atomic import truncated
 from skiparse.models.data.video import VideoError, probe, read_video
 from skiparse.models.train.ema import EMA
 from skiparse.models.wfvae import losses
@@ -119,8 +119,7 @@ STAGES: dict[str, tuple[int, Settings]] = {
 class Clips(Dataset[Tensor]):
     """Cuts of the videos under a folder, without end: each file once an epoch, at a random time.
 
-    Cut ``i`` depends on ``i``, the seed and the list of files alone. Files are decoded from their
-    beginning, so they should be short, some seconds each.
+    Cut ``i`` depends on ``i``, the seed and the list of files alone.
 
     Args:
         folder: everything in it and below is tried.
@@ -180,8 +179,14 @@ class Clips(Dataset[Tensor]):
         path, rate, frames = self.files[order[place]]
         last = frames - settings.frames
         start = int(_random(settings.seed, index, _CUT).integers(last, endpoint=True))
-        until = start + settings.frames
-        return read_video(path, frames=until, fps=rate, size=settings.size, threads=1)[start:]
+        return read_video(
+            path,
+            frames=settings.frames,
+            fps=rate,
+            size=settings.size,
+            start=start / rate,
+            threads=1,
+        )
 
 
 @dataclass
@@ -316,7 +321,7 @@ def train(
     with (
         torch.random.fork_rng(range(torch.cuda.device_count())),
         tqdm(total=steps, initial=begin, unit="step") as bar,
-        _log(out / LOG, begin) as log,
+        truncated(out / LOG, begin) as log,
     ):
         run = Run.start(vae, settings, device)
         if saved:
@@ -500,18 +505,6 @@ def _differences(was: Any, now: Any) -> tuple[Any, Any]:
         return was, now
     names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     return {n: was.get(n) for n in names}, {n: now.get(n) for n in names}
-
-
-@contextmanager
-def _log(path: Path, lines: int) -> Iterator[TextIO]:
-    """The log, open for writing after its first ``lines`` lines; later ones go."""
-    path.touch()
-    with path.open("r+", encoding="utf-8") as file:
-        for _ in range(lines):
-            file.readline()
-        file.truncate(file.tell())
-        file.seek(0, os.SEEK_END)
-        yield file
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
