@@ -488,7 +488,7 @@ def test_a_full_disk_leaves_nothing(tiny, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_sync", sync)
+        patch.setattr(shards, "sync", sync)
         with pytest.raises(OSError, match="No space left"):
             convert.convert_file(tmp_path / "in.pt", tmp_path / "out")
     assert os.listdir(tmp_path) == ["in.pt"]
@@ -503,7 +503,7 @@ def test_all_is_on_disk_before_the_name(tiny, tmp_path, monkeypatch):
     torch.save(tiny, tmp_path / "in.pt")
     events = []
     rename = os.rename
-    monkeypatch.setattr(shards, "_sync", lambda path: events.append(path.name))
+    monkeypatch.setattr(shards, "sync", lambda path: events.append(path.name))
 
     def renamed(before, after):
         assert before.parents[1] == after.parent  # so on one file system
