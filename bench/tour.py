@@ -17,7 +17,7 @@ from skiparse.bench import demo, generate, reconstruct, report
 
 
 def run(out: str | os.PathLike[str] = "demo_out", *, quick: bool = False) -> Path:
-    """Do everything; up to ten minutes on two cores.
+    """Do everything; about seven minutes on two cores.
 
     Args:
         out: folder to write ``report.html`` and all it shows into; made if need be.
