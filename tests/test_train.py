@@ -159,6 +159,27 @@ def test_the_conversion_carries_weights_and_average(source, tmp_path):
             torch.testing.assert_close(after[name], expected)
 
 
+@pytest.mark.full  # a minute of compiling
+def test_compiled_blocks_train_as_they_do_uncompiled(source, tmp_path, monkeypatch):
+    """Through every stage, with its other sparsity; and really compiled."""
+    compiled, real = [], SUV.compile_repeated_blocks
+    monkeypatch.setattr(
+        SUV, "compile_repeated_blocks", lambda self: (compiled.append(self), real(self))
+    )
+    train(config(source, tmp_path / "plain"))
+    assert not compiled
+    torch._dynamo.utils.counters.clear()
+    train(config(source, tmp_path / "compiled", compile=True))
+    assert len(compiled) == 2  # the dense model, and the one it was converted to
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for plain, other in zip(rows(tmp_path / "plain"), rows(tmp_path / "compiled"), strict=True):
+        assert other["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+        assert other["norm"] == pytest.approx(plain["norm"], rel=1e-3)
+    whole, other = tensors(tmp_path / "plain"), tensors(tmp_path / "compiled")
+    assert whole.keys() == other.keys()
+
+
 class Killed(BaseException):
     """As by kill -9, as far as one process can: nothing after it is done."""
 
