@@ -93,6 +93,9 @@ def test_arguments_go_before_the_file(tmp_path):
          "skip_connection"),
         ({"samples": {"every": 5}}, "samples.prompts is empty"),
         ({"init": "weights"}, "model has no effect with init"),
+        ({"model": {"depth": 9}}, "model has no depth"),
+        ({"model": {"num_heads": "many"}}, r"model\.num_heads"),
+        ({"model": {"num_layers": [1, 2.5, 1]}}, r"model\.num_layers"),
     ],
 )  # fmt: skip
 def test_what_means_nothing_is_refused(tmp_path, change, message):

@@ -284,9 +284,14 @@ def load(path: str | os.PathLike[str] | None = None, arguments: Sequence[str] = 
     try:
         found = parser.parse_args(given)
         made: Namespace = parser.instantiate(found)
+        config = Config(**{name: value for name, value in vars(made).items() if name != "config"})
+        if config.init is None:
+            sizes = ArgumentParser(exit_on_error=False)
+            sizes.add_class_arguments(SUV, "model")
+            sizes.parse_object({"model": {**SUV.presets[config.preset], **config.model}})
     except ArgumentError as error:
         raise ValueError(str(error)) from error
-    return Config(**{name: value for name, value in vars(made).items() if name != "config"})
+    return config
 
 
 def unknown_keys(kind: Any, table: Mapping[Any, Any], path: str = "") -> list[str]:
