@@ -6,7 +6,8 @@
 // the last. They exchange these through a ring of three stacks in the workspace of the core.
 #include "kernel_operator.h"
 
-#include "rows.h"
+#include "products.h"
+#include "rowwise.h"
 
 namespace skiparse {
 
@@ -47,8 +48,6 @@ struct Ring {
     }
 };
 
-__aicore__ inline int64_t RoundUp(int64_t x, int64_t unit) { return ceil_div(x, unit) * unit; }
-
 // The rows of a task that belong to half 0 or 1.
 __aicore__ inline int64_t RowsOfHalf(const Task& task, int64_t half) {
     const int64_t rows = task.rows - half * HALF_ROWS;
@@ -65,9 +64,7 @@ public:
         key_ = Cut<TPosition::B1, T>(pipe, 2 * KEY_ROWS * dim_);
         value_ = Cut<TPosition::B1, T>(pipe, 2 * KEY_ROWS * dim_);
         weight_ = Cut<TPosition::A1, T>(pipe, 2 * QUERY_ROWS * KEY_ROWS);
-        left_ = Cut<TPosition::A2, T>(pipe, 2 * LEFT);
-        right_ = Cut<TPosition::B2, T>(pipe, 2 * RIGHT);
-        product_ = Cut<TPosition::CO1, float>(pipe, 2 * PRODUCT);
+        products_.Init(pipe);
         pipe.Destroy();  // gives back the M_MTE1 flags that it sets for itself
     }
 
@@ -76,10 +73,8 @@ public:
             SetFlag<HardEvent::MTE1_MTE2>(QUERY + slot);
             SetFlag<HardEvent::MTE1_MTE2>(KEY + slot);
             SetFlag<HardEvent::MTE1_MTE2>(VALUE + slot);
-            SetFlag<HardEvent::M_MTE1>(LEFT_FREE + slot);
-            SetFlag<HardEvent::M_MTE1>(RIGHT_FREE + slot);
-            SetFlag<HardEvent::FIX_M>(slot);
         }
+        products_.Open();
         Walk scores(t_, core, cores), values(t_, core, cores);
         for (int64_t i = 0; !values.done; ++i) {
             if (!scores.done) {
@@ -95,18 +90,12 @@ public:
             WaitFlag<HardEvent::MTE1_MTE2>(QUERY + slot);
             WaitFlag<HardEvent::MTE1_MTE2>(KEY + slot);
             WaitFlag<HardEvent::MTE1_MTE2>(VALUE + slot);
-            WaitFlag<HardEvent::M_MTE1>(LEFT_FREE + slot);
-            WaitFlag<HardEvent::M_MTE1>(RIGHT_FREE + slot);
-            WaitFlag<HardEvent::FIX_M>(slot);
         }
+        products_.Close();
     }
 
 private:
-    // Elements of one of the two slots in L0A, L0B and L0C.
-    static constexpr int64_t LEFT = HALF_ROWS * 128, RIGHT = 128 * 128, PRODUCT = HALF_ROWS * 128;
-    // Flags of each memory's two slots: MTE2 and MTE1 share L1, MTE1 and M share L0.
-    static constexpr int32_t QUERY = 0, KEY = 2, VALUE = 4;
-    static constexpr int32_t LEFT_FREE = 0, RIGHT_FREE = 2;
+    static constexpr int32_t QUERY = 0, KEY = 2, VALUE = 4;  // flags of two slots each in L1
 
     // scores[rows, KEY_ROWS * tiles] = q k^T
     __aicore__ inline void Scores(const Walk& walk, int64_t i) {
@@ -119,24 +108,23 @@ private:
             const int32_t slot = key_count_++ % 2;
             const LocalTensor<T> key = key_[slot * KEY_ROWS * dim_];
             WaitFlag<HardEvent::MTE1_MTE2>(KEY + slot);
-            GatherKeys(key, VideoRows<T>(a_.k, t_.k, t_, task),
-                       TextRows<T>(a_.text_k, t_.text_k, task), task,
-                       walk.stack * STACK_KEYS + tile * KEY_ROWS, dim_);
+            GatherKeys(key, a_.k, t_.k, a_.text_k, t_.text_k, task,
+                       walk.stack * STACK_KEYS + tile * KEY_ROWS);
             SetFlag<HardEvent::MTE2_MTE1>(KEY + slot);
             WaitFlag<HardEvent::MTE2_MTE1>(KEY + slot);
-            const LocalTensor<T> right = TakeRight();
-            LoadTransposedRight(right, key);
+            products_.LoadTransposedRight(key, KEY_ROWS, dim_);
             SetFlag<HardEvent::MTE1_MTE2>(KEY + slot);
             const bool last = walk.last_stack() && tile + 1 == walk.key_tiles();
             for (int32_t half = 0; RowsOfHalf(task, half) > 0; ++half) {
                 const int64_t rows = RowsOfHalf(task, half);
-                LoadLeft(query, pitch, half, rows, dim_);
-                WaitFlag<HardEvent::FIX_M>(half);
-                Multiply(half, right, rows, KEY_ROWS, dim_, true);
-                WriteProduct(ring_.Scores(i)[half * HALF_ROWS * STACK_KEYS + tile * KEY_ROWS], half,
-                             rows, KEY_ROWS, STACK_KEYS);
+                products_.LoadLeft(query, pitch, half * HALF_ROWS, rows, 0, dim_);
+                products_.Multiply(half, rows, KEY_ROWS, dim_, true);
+                products_.GiveLeft();
+                products_.Write(
+                    ring_.Scores(i)[half * HALF_ROWS * STACK_KEYS + tile * KEY_ROWS], half, rows,
+                    KEY_ROWS, STACK_KEYS);
             }
-            GiveRight();
+            products_.GiveRight();
             if (last) SetFlag<HardEvent::MTE1_MTE2>(QUERY + query_slot);
         }
         CrossCoreSetFlag<2, PIPE_FIX>(SCORES_READY);
@@ -152,25 +140,24 @@ private:
             const LocalTensor<T> value = value_[slot * KEY_ROWS * dim_];
             const LocalTensor<T> weight = weight_[slot * QUERY_ROWS * KEY_ROWS];
             WaitFlag<HardEvent::MTE1_MTE2>(VALUE + slot);
-            GatherKeys(value, VideoRows<T>(a_.v, t_.v, t_, task),
-                       TextRows<T>(a_.text_v, t_.text_v, task), task,
-                       walk.stack * STACK_KEYS + tile * KEY_ROWS, dim_);
+            GatherKeys(value, a_.v, t_.v, a_.text_v, t_.text_v, task,
+                       walk.stack * STACK_KEYS + tile * KEY_ROWS);
             LoadWeights(weight, ring_.template Weights<T>(i)[tile * KEY_ROWS], task.rows, pitch);
             SetFlag<HardEvent::MTE2_MTE1>(VALUE + slot);
             WaitFlag<HardEvent::MTE2_MTE1>(VALUE + slot);
-            const LocalTensor<T> right = TakeRight();
-            LoadRight(right, value);
+            products_.LoadRight(value, KEY_ROWS, dim_);
             for (int32_t half = 0; RowsOfHalf(task, half) > 0; ++half) {
                 const int64_t rows = RowsOfHalf(task, half);
-                LoadLeft(weight, pitch, half, rows, KEY_ROWS);
-                if (tile == 0) WaitFlag<HardEvent::FIX_M>(half);
-                Multiply(half, right, rows, dim_, KEY_ROWS, tile == 0);
+                products_.LoadLeft(weight, pitch, half * HALF_ROWS, rows, 0, KEY_ROWS);
+                products_.Multiply(half, rows, dim_, KEY_ROWS, tile == 0);
+                products_.GiveLeft();
                 if (tile + 1 == tiles) {
-                    WriteProduct(ring_.Values(i)[half * HALF_ROWS * dim_], half, rows, dim_, dim_);
+                    products_.Write(ring_.Values(i)[half * HALF_ROWS * dim_], half, rows, dim_,
+                                    dim_);
                 }
             }
             SetFlag<HardEvent::MTE1_MTE2>(VALUE + slot);
-            GiveRight();
+            products_.GiveRight();
         }
         CrossCoreSetFlag<2, PIPE_FIX>(VALUES_READY);
     }
@@ -193,78 +180,13 @@ private:
         FillRows(to[rows * C0], pitch, from[(rows - 1) * STACK_KEYS], pitch - rows, KEY_ROWS);
     }
 
-    // L0A = rows of half `half` of a matrix of `columns` columns: NZ to ZZ, 16 rows at a time.
-    __aicore__ inline void LoadLeft(const LocalTensor<T>& from, int64_t pitch, int32_t half,
-                                    int64_t rows, int64_t columns) {
-        const LocalTensor<T> to = left_[half * LEFT];
-        LoadData2DParams p;
-        p.repeatTimes = columns / 16;
-        p.srcStride = pitch / 16;
-        WaitFlag<HardEvent::M_MTE1>(LEFT_FREE + half);
-        for (int64_t row = 0; row < rows; row += 16) {
-            p.startIndex = (half * HALF_ROWS + row) / 16;
-            LoadData(to[row * columns], from, p);
-        }
-        SetFlag<HardEvent::MTE1_M>(half);
-        WaitFlag<HardEvent::MTE1_M>(half);
-    }
-
-    // L0B = k^T: the NZ of k is the ZN of k^T.
-    __aicore__ inline void LoadTransposedRight(const LocalTensor<T>& to,
-                                               const LocalTensor<T>& from) {
-        LoadData2DParams p;
-        p.repeatTimes = KEY_ROWS * dim_ / 256;
-        p.srcStride = 1;
-        LoadData(to, from, p);
-    }
-
-    // L0B = v: NZ to ZN, every fractal transposed, 16 rows at a time.
-    __aicore__ inline void LoadRight(const LocalTensor<T>& to, const LocalTensor<T>& from) {
-        LoadData2DParams p;
-        p.repeatTimes = dim_ / 16;
-        p.srcStride = KEY_ROWS / 16;
-        p.ifTranspose = true;
-        for (int64_t row = 0; row < KEY_ROWS; row += 16) {
-            p.startIndex = row / 16;
-            LoadData(to[row * dim_], from, p);
-        }
-    }
-
-    __aicore__ inline LocalTensor<T> TakeRight() {
-        WaitFlag<HardEvent::M_MTE1>(RIGHT_FREE + right_slot_);
-        return right_[right_slot_ * RIGHT];
-    }
-
-    __aicore__ inline void GiveRight() {
-        SetFlag<HardEvent::M_MTE1>(RIGHT_FREE + right_slot_);
-        right_slot_ = 1 - right_slot_;
-    }
-
-    // L0C[half] (+)= L0A[half] right
-    __aicore__ inline void Multiply(int32_t half, const LocalTensor<T>& right, int64_t rows,
-                                    int64_t n, int64_t k, bool from_zero) {
-        MmadParams p;
-        p.m = RoundUp(rows, 16);
-        p.n = n;
-        p.k = k;
-        p.cmatrixInitVal = from_zero;
-        // Long products are written by the time the next one adds to them.
-        if (!from_zero && p.m / 16 * (p.n / 16) < 10) PipeBarrier<PIPE_M>();
-        Mmad(product_[half * PRODUCT], left_[half * LEFT], right, p);
-        SetFlag<HardEvent::M_MTE1>(LEFT_FREE + half);
-    }
-
-    __aicore__ inline void WriteProduct(const GlobalTensor<float>& to, int32_t half, int64_t rows,
-                                        int64_t n, int64_t row_stride) {
-        FixpipeParamsV220 p;
-        p.nSize = n;
-        p.mSize = rows;
-        p.srcStride = RoundUp(rows, 16);
-        p.dstStride = row_stride;
-        SetFlag<HardEvent::M_FIX>(half);
-        WaitFlag<HardEvent::M_FIX>(half);
-        Fixpipe<float, float, CFG_ROW_MAJOR>(to, product_[half * PRODUCT], p);
-        SetFlag<HardEvent::FIX_M>(half);
+    __aicore__ inline void GatherKeys(const LocalTensor<T>& to, GM_ADDR video,
+                                      const Strides& video_strides, GM_ADDR text,
+                                      const Strides& text_strides, const Task& task,
+                                      int64_t first) {
+        GatherTile(to, KEY_ROWS, VideoRows<T>(video, video_strides, t_, task),
+                   TextRows<T>(text, text_strides, task), task.video_keys, first,
+                   least(KEY_ROWS, task.keys - first), dim_);
     }
 
     const Tiling& t_;
@@ -272,11 +194,9 @@ private:
     Ring ring_;
     int64_t dim_;
     int64_t key_count_ = 0, value_count_ = 0;  // tiles loaded so far
-    int32_t right_slot_ = 0;
-    // Two slots each. In L1: of task, key tile, value tile, value tile.
+    // Two slots each in L1: of task, key tile, value tile, value tile.
     LocalTensor<T> query_, key_, value_, weight_;
-    LocalTensor<T> left_, right_;  // L0A, of a half; L0B, of a product
-    LocalTensor<float> product_;   // L0C, of a half
+    Products<T> products_;
 };
 
 template <class T>
@@ -328,7 +248,6 @@ public:
     }
 
 private:
-    static constexpr int64_t LANES = 64, BLOCK = 8;  // fp32 of an instruction's repeat, of 32 bytes
     static constexpr int64_t CHUNK_ROWS = 16, CHUNK = CHUNK_ROWS * STACK_KEYS;
     // Flags of two slots each, except the last.
     static constexpr int32_t SCORE = 0, BIAS = 2, WEIGHT = 0, LSE = 2;
@@ -384,7 +303,7 @@ private:
 
         Muls(scores, scores, t_.scale, rows * width);
         PipeBarrier<PIPE_V>();
-        if (biased) AddBias(scores, bias_[i % 2 * STACK_KEYS], rows, width);
+        if (biased) AddToRows(scores, bias_[i % 2 * STACK_KEYS], rows, width);
         const int64_t ring = walk.number % RING * HALF_ROWS + row;
         const LocalTensor<float> decay = decay_[i % RING * HALF_ROWS + row];
         SubtractMaximum(scores, maximum_[ring], decay, rows, width);
@@ -403,16 +322,6 @@ private:
         WaitFlag<HardEvent::V_MTE3>(WEIGHT + slot);
         DataCopy(ring_.template Weights<T>(i)[first], weights, out);
         SetFlag<HardEvent::MTE3_V>(WEIGHT + slot);
-    }
-
-    // scores += bias, the same for all rows
-    __aicore__ inline void AddBias(const LocalTensor<float>& scores, const LocalTensor<float>& bias,
-                                   int64_t rows, int64_t width) {
-        const BinaryRepeatParams p(1, 1, 1, width / BLOCK, width / BLOCK, 0);
-        for (int64_t column = 0; column < width; column += LANES) {
-            Add(scores[column], scores[column], bias[column], LANES, rows, p);
-        }
-        PipeBarrier<PIPE_V>();
     }
 
     // scores -= maximum, which these scores may raise; decay = exp(old maximum - new maximum)
@@ -439,13 +348,8 @@ private:
         Exp(decay, decay, rows);
         Max(maximum, maximum, peak, rows);
         PipeBarrier<PIPE_V>();
-        Brcb(wide_, maximum, CHUNK_ROWS / BLOCK, BrcbRepeatParams(1, BLOCK));
-        PipeBarrier<PIPE_V>();
-        for (int64_t column = 0; column < width; column += LANES) {
-            Sub(scores[column], scores[column], wide_, LANES, rows,
-                BinaryRepeatParams(1, 1, 0, pitch, pitch, 1));
-        }
-        PipeBarrier<PIPE_V>();
+        Spread(wide_, maximum, CHUNK_ROWS);
+        SubtractFromRows(scores, wide_, rows, width);
     }
 
     // total = total * decay + the sum of every row
@@ -477,7 +381,7 @@ private:
         if (walk.stack == 0) {
             Duplicate(out_, 0.0f, HALF_ROWS * dim_);
         } else {
-            Spread(wide_, decay_[i % RING * HALF_ROWS]);
+            Spread(wide_, decay_[i % RING * HALF_ROWS], HALF_ROWS);
             for (int64_t column = 0; column < dim_; column += LANES) {
                 Mul(out_[column], out_[column], wide_, LANES, rows, ByRow());
             }
@@ -504,12 +408,6 @@ private:
         }
     }
 
-    // Every value of HALF_ROWS fills a block, so that an instruction can use it for a whole row.
-    __aicore__ inline void Spread(const LocalTensor<float>& to, const LocalTensor<float>& from) {
-        Brcb(to, from, HALF_ROWS / BLOCK, BrcbRepeatParams(1, BLOCK));
-        PipeBarrier<PIPE_V>();
-    }
-
     __aicore__ inline BinaryRepeatParams ByRow() const {
         return BinaryRepeatParams(1, 1, 0, dim_ / BLOCK, dim_ / BLOCK, 1);
     }
@@ -520,7 +418,7 @@ private:
         const LocalTensor<T> rounded = weights_;
         Maxs(safe, total, LEAST_TOTAL, HALF_ROWS);
         PipeBarrier<PIPE_V>();
-        Spread(wide_, safe);
+        Spread(wide_, safe, HALF_ROWS);
         for (int64_t column = 0; column < dim_; column += LANES) {
             Div(out_[column], out_[column], wide_, LANES, rows, ByRow());
         }
@@ -551,7 +449,7 @@ private:
         Add(lse, lse, maximum, HALF_ROWS);
         PipeBarrier<PIPE_V>();
         WaitFlag<HardEvent::MTE3_V>(LSE);
-        Spread(wide_lse_, lse);
+        Spread(wide_lse_, lse, HALF_ROWS);
         SetFlag<HardEvent::V_MTE3>(LSE);
         WaitFlag<HardEvent::V_MTE3>(LSE);
         const int64_t head = task.batch * t_.heads + task.head;

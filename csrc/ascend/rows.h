@@ -135,24 +135,24 @@ __aicore__ inline AscendC::GlobalTensor<T> RowAt(const Rows<T>& rows, int64_t j)
     return rows.base[token_of(rows.s, j, rows.n, rows.w) * rows.stride];
 }
 
-// The tile of KEY_ROWS keys from `first` on: video, then text, then copies of the last.
+// `count` positions from `first` on: `length` of video, then text; then copies of the last up to
+// `rows`, which is the pitch as well.
 template <class T>
-__aicore__ inline void GatherKeys(const AscendC::LocalTensor<T>& to, const Rows<T>& video,
-                                  const Rows<T>& text, const Task& task, int64_t first,
-                                  int64_t dim) {
-    const int64_t end = least(first + KEY_ROWS, task.keys);
-    const int64_t from_video = least(end, task.video_keys) - first;
-    const int64_t video_count = from_video < 0 ? 0 : from_video;
-    const int64_t text_first = first + video_count - task.video_keys;
-    const int64_t text_count = end - first - video_count;
-    if (video_count > 0) GatherRows(to, KEY_ROWS, video, first, video_count, dim);
+__aicore__ inline void GatherTile(const AscendC::LocalTensor<T>& to, int64_t rows,
+                                  const Rows<T>& video, const Rows<T>& text, int64_t length,
+                                  int64_t first, int64_t count, int64_t dim) {
+    const int64_t of_video = least(count, length - first);
+    const int64_t video_count = of_video < 0 ? 0 : of_video;
+    const int64_t text_first = first + video_count - length;
+    const int64_t text_count = count - video_count;
+    if (video_count > 0) GatherRows(to, rows, video, first, video_count, dim);
     if (text_count > 0) {
-        GatherRows(to[video_count * C0], KEY_ROWS, text, text_first, text_count, dim);
+        GatherRows(to[video_count * C0], rows, text, text_first, text_count, dim);
     }
     const AscendC::GlobalTensor<T> last = text_count > 0
                                               ? RowAt(text, text_first + text_count - 1)
                                               : RowAt(video, first + video_count - 1);
-    FillRows(to[(end - first) * C0], KEY_ROWS, last, first + KEY_ROWS - end, dim);
+    FillRows(to[count * C0], rows, last, rows - count, dim);
 }
 
 // Rows of `width` elements in UB, `pitch` apart, to their tokens in global memory.
