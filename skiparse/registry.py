@@ -59,6 +59,14 @@ BACKENDS = (
         "Not yet run on a GPU",
         pack_kernels="skiparse.backends.triton.pack_kernel",
     ),
+    # The fused kernels are not chosen by themselves until they are measured to be faster.
+    Row(
+        "npu_fusion",
+        ("npu",),
+        "torch_npu's fused attention, through views where the pattern allows",
+        "CPU: against a fake of the library, made from its documentation. Never run on an NPU",
+        copies_text=True,
+    ),
     Row(
         "reference",
         ("cpu",),

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from skiparse.pattern import SkipPattern
+from skiparse.pattern import Box, SkipPattern
 
 
 @dataclass(frozen=True)
@@ -71,3 +71,22 @@ class Backend(Protocol):
         ``grad_out`` is ``[B, N, H, D]``, ``grad_text_out`` ``[B, n, T, H, D]``, any strides with
         the last 1. Where ``lse`` is -inf the row's gradients are zero.
         """
+
+
+# What backends over library kernels share: the tokens of a box, as views.
+
+
+def tokens_of(video: Tensor, box: Box) -> Tensor:
+    """The tokens of a box: the view ``[B, S, runs, tokens, H, D]`` of ``[B, N, H, D]``."""
+    step = video.stride(1)
+    return video.as_strided(
+        (video.shape[0], *box.shape, *video.shape[2:]),
+        (video.stride(0), *(step * stride for stride in box.strides), *video.stride()[2:]),
+        video.storage_offset() + step * box.start,
+    )
+
+
+def rows_of(rows: Tensor, box: Box) -> Tensor:
+    """The same tokens of ``[B, S, rows, H, D]``, viewed as :func:`tokens_of` does."""
+    _, runs, width = box.shape
+    return rows[:, :, box.first : box.first + runs * width].unflatten(2, (runs, width))

@@ -35,8 +35,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from skiparse.backends import Gradients, Inputs, Outputs
-from skiparse.pattern import Box, Segment
+from skiparse.backends import Gradients, Inputs, Outputs, rows_of, tokens_of
+from skiparse.pattern import Segment
 
 aten = torch.ops.aten
 
@@ -175,7 +175,7 @@ class _Call:
     def write(self, rows: Tensor, video: Tensor) -> None:
         """Put the video part of ``[B, S, rows, H, D]`` back into ``[B, N, H, D]``."""
         for box in self.segment.boxes:
-            _tokens(video[self.batch], box).copy_(_rows_of(rows, box))
+            tokens_of(video[self.batch], box).copy_(rows_of(rows, box))
 
     def into(self, video: Tensor | None, rows: Tensor, like: Tensor) -> Tensor:
         """``video`` with the video part of ``rows`` in it; made, like ``like``, if it is None."""
@@ -228,14 +228,14 @@ class _Call:
         """``[B, N, H, D]`` and ``[B, S, T, H, D]`` as ``[B, S, rows, H, D]``: view or buffer."""
         (_, S, L, boxes), T = self.segment, text.shape[2]
         if T == 0 and dtype == video.dtype and _one_stride(self.segment):
-            return _tokens(video, boxes[0]).flatten(2, 3)
+            return tokens_of(video, boxes[0]).flatten(2, 3)
         B, _, H, D = video.shape
         if self.as_heads:
             rows = video.new_empty(B, L + T, S, H, D, dtype=dtype).transpose(1, 2)
         else:
             rows = video.new_empty(B, S, L + T, H, D, dtype=dtype)
         for box in boxes:
-            _rows_of(rows, box).copy_(_tokens(video, box))
+            rows_of(rows, box).copy_(tokens_of(video, box))
         rows[:, :, L:] = text
         return rows
 
@@ -263,7 +263,7 @@ def _calls(inputs: Inputs, *, tile: int | None, per_thread: int) -> Iterator[_Ca
             else:
                 yield _Call(slice(None), segment, pattern.run == 1, is_whole)
             continue
-        views = [_tokens(x, segment.boxes[0]) for x in (inputs.q, inputs.k, inputs.v)]
+        views = [tokens_of(x, segment.boxes[0]) for x in (inputs.q, inputs.k, inputs.v)]
         if all(_merges(x, 1, 4) for x in views) and pattern.run == 1:
             yield _Call(slice(None), segment, True, is_whole)
         elif all(_merges(x, 0, 1) for x in views):
@@ -285,22 +285,6 @@ def _merges(x: Tensor, outer: int, inner: int) -> bool:
         or x.shape[inner] == 1
         or x.stride(outer) == x.shape[inner] * x.stride(inner)
     )
-
-
-def _tokens(video: Tensor, box: Box) -> Tensor:
-    """The tokens of a box: the view ``[B, S, runs, tokens, H, D]`` of ``[B, N, H, D]``."""
-    step = video.stride(1)
-    return video.as_strided(
-        (video.shape[0], *box.shape, *video.shape[2:]),
-        (video.stride(0), *(step * stride for stride in box.strides), *video.stride()[2:]),
-        video.storage_offset() + step * box.start,
-    )
-
-
-def _rows_of(rows: Tensor, box: Box) -> Tensor:
-    """The same tokens of ``[B, S, rows, H, D]``, viewed as :func:`_tokens` does."""
-    _, runs, width = box.shape
-    return rows[:, :, box.first : box.first + runs * width].unflatten(2, (runs, width))
 
 
 # The libraries: [batch, heads, rows, D] in, the same and its log-sum-exp [batch, heads, rows] out.
