@@ -49,10 +49,12 @@ class _ForwardPointers(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in (*INPUTS, "mask", "text_mask", *OUTPUTS))
 
 
-def build(folder: Path, kernels: Path = TWIN / "kernels.h") -> ctypes.CDLL:
+def build(
+    folder: Path, kernels: Path = TWIN / "kernels.h", *, flags: tuple[str, ...] = FLAGS
+) -> ctypes.CDLL:
     """The library of the kernels in the header ``kernels``, compiled by g++ into ``folder``."""
     library = folder / "twin.so"
-    command = ["g++", *FLAGS, f"-I{TWIN}", f'-DKERNELS="{kernels}"', "-shared"]
+    command = ["g++", *flags, f"-I{TWIN}", f'-DKERNELS="{kernels}"', "-shared"]
     subprocess.run([*command, str(TWIN / "launch.cpp"), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 

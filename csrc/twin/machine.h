@@ -233,11 +233,11 @@ public:
         const size_t end = (first + size - 1) / memory.cell_;
         for (size_t i = first / memory.cell_; i <= end; ++i) {
             Memory::Cell& cell = memory.cells_[i];
-            expect_complete(cell.write, memory, "overwrites", "written");
             for (uint32_t& reader : cell.read) {
                 expect_complete(reader, memory, "overwrites", "read");
                 reader = 0;
             }
+            expect_complete(cell.write, memory, "overwrites", "written");
             cell.write = id_;
         }
         std::memset(memory.filled_.data() + first, 1, size);
