@@ -203,7 +203,7 @@ def pointer(x):
 
 def run(library, name, omit=0, tensors=None):
     """The fault, or None."""
-    a, b, c = tensors or (torch.ones(1024) / 4, torch.ones(1024) / 2, torch.empty(4096))
+    a, b, c = tensors or (torch.ones(4096) / 4, torch.ones(4096) / 2, torch.empty(4096))
     report = ctypes.create_string_buffer(1000)
     failed = library.run(name.encode(), omit, pointer(a), pointer(b), pointer(c), report)
     return report.value.decode() if failed else None

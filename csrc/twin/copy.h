@@ -3,6 +3,18 @@
 
 #include "tensor.h"
 
+namespace twin {
+
+// A copy of `rows` rows of `bytes` each between a place in global memory and the chip.
+inline Operation copy(int pipe, const char* name, const void* global, uint64_t rows,
+                      uint64_t bytes, Where where) {
+    const bool reads = pipe == MTE2;
+    machine->count_moved(global, reads ? rows * bytes : 0, reads ? 0 : rows * bytes, where);
+    return {pipe, name, machine->costs.copy(rows, rows * bytes, cube()), where};
+}
+
+}  // namespace twin
+
 namespace AscendC {
 
 // Blocks of `blockLen` units of 32 bytes, with gaps from the end of one to the start of the next.
@@ -35,7 +47,9 @@ void DataCopy(const LocalTensor<T>& to, const GlobalTensor<T>& from, const Nd2Nz
     static_assert(sizeof(T) == 2, "the twin converts 16-bit types alone");
     constexpr size_t C0 = twin::BLOCK / sizeof(T);
     to.expect(twin::L1, twin::BLOCK, where);
-    twin::Operation operation(twin::MTE2, "DataCopy", where);
+    twin::Operation operation = twin::copy(twin::MTE2, "DataCopy", from.GetPhyAddr(),
+                                           p.ndNum * p.nValue, p.dValue * sizeof(T), where);
+    if (!operation.executes()) return;
     for (uint64_t matrix = 0; matrix < p.ndNum; ++matrix) {
         for (uint64_t row = 0; row < p.nValue; ++row) {
             const T* source =
@@ -56,8 +70,10 @@ template <class T>
 void DataCopy(const LocalTensor<T>& to, const GlobalTensor<T>& from, const DataCopyParams& p,
               Where where = Where::here()) {
     to.expect(twin::UB, twin::BLOCK, where);
-    twin::Operation operation(twin::MTE2, "DataCopy", where);
     const size_t size = p.blockLen * twin::BLOCK;
+    twin::Operation operation =
+        twin::copy(twin::MTE2, "DataCopy", from.GetPhyAddr(), p.blockCount, size, where);
+    if (!operation.executes()) return;
     for (uint64_t i = 0; i < p.blockCount; ++i) {
         const auto* source = reinterpret_cast<const uint8_t*>(from.GetPhyAddr()) +
                              i * (p.blockLen + p.srcStride) * twin::BLOCK;
@@ -73,8 +89,10 @@ template <class T>
 void DataCopy(const GlobalTensor<T>& to, const LocalTensor<T>& from, const DataCopyParams& p,
               Where where = Where::here()) {
     from.expect(twin::UB, twin::BLOCK, where);
-    twin::Operation operation(twin::MTE3, "DataCopy", where);
     const size_t size = p.blockLen * twin::BLOCK;
+    twin::Operation operation =
+        twin::copy(twin::MTE3, "DataCopy", to.GetPhyAddr(), p.blockCount, size, where);
+    if (!operation.executes()) return;
     for (uint64_t i = 0; i < p.blockCount; ++i) {
         const size_t source =
             from.bytes(i * (p.blockLen + p.srcStride) * twin::BLOCK, size, where);
@@ -111,7 +129,9 @@ template <class T>
 void DataCopyPad(const GlobalTensor<T>& to, const LocalTensor<T>& from, const DataCopyExtParams& p,
                  Where where = Where::here()) {
     from.expect(twin::UB, twin::BLOCK, where);
-    twin::Operation operation(twin::MTE3, "DataCopyPad", where);
+    twin::Operation operation =
+        twin::copy(twin::MTE3, "DataCopyPad", to.GetPhyAddr(), p.blockCount, p.blockLen, where);
+    if (!operation.executes()) return;
     const size_t pitch =
         ((p.blockLen + twin::BLOCK - 1) / twin::BLOCK + p.srcStride) * twin::BLOCK;
     for (uint64_t i = 0; i < p.blockCount; ++i) {

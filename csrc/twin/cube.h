@@ -48,7 +48,10 @@ void LoadData(const LocalTensor<T>& to, const LocalTensor<T>& from, const LoadDa
                   "LoadData fills L0A or L0B, not " + to.memory(where).name);
     to.expect(to.space, twin::FRACTAL, where);
     from.expect(twin::L1, twin::BLOCK, where);
-    twin::Operation operation(twin::MTE1, "LoadData", where);
+    const twin::Cost cost =
+        twin::machine->costs.load(p.repeatTimes * twin::FRACTAL, to.space == twin::L0A);
+    twin::Operation operation(twin::MTE1, "LoadData", cost, where);
+    if (!operation.executes()) return;
     for (uint64_t i = 0; i < p.repeatTimes; ++i) {
         const uint64_t first = (p.startIndex + i * p.srcStride) * ELEMENTS;
         const uint64_t target = i * (1 + p.dstGap) * ELEMENTS;
@@ -78,7 +81,8 @@ void Mmad(const LocalTensor<float>& c, const LocalTensor<T>& a, const LocalTenso
     const uint64_t mf = fractals(p.m), nf = fractals(p.n), kf = fractals(p.k);
     const size_t c_bytes = mf * nf * 2 * twin::FRACTAL;
 
-    twin::Operation operation(twin::M, "Mmad", where);
+    twin::Operation operation(twin::M, "Mmad", twin::machine->costs.mmad(mf * nf * kf), where);
+    if (!operation.executes()) return;
     operation.read(a.memory(where), a.bytes(0, mf * kf * twin::FRACTAL, where),
                    mf * kf * twin::FRACTAL);
     operation.read(b.memory(where), b.bytes(0, kf * nf * twin::FRACTAL, where),
@@ -126,7 +130,11 @@ void Fixpipe(const GlobalTensor<T>& to, const LocalTensor<U>& from, const Fixpip
     static_assert(CONFIG.format == CO2Layout::ROW_MAJOR, "the twin writes rows");
     from.expect(twin::L0C, 64, where);
     twin::require(p.nSize % FRACTAL_SIDE == 0, where, "nSize must be a multiple of 16");
-    twin::Operation operation(twin::FIX, "Fixpipe", where);
+    const uint64_t elements = p.mSize * p.nSize;
+    const twin::Cost cost = twin::machine->costs.fixpipe(elements, elements * sizeof(T));
+    twin::machine->count_moved(to.GetPhyAddr(), 0, elements * sizeof(T), where);
+    twin::Operation operation(twin::FIX, "Fixpipe", cost, where);
+    if (!operation.executes()) return;
     for (uint64_t r = 0; r < p.mSize; ++r) {
         float* row = to.GetPhyAddr() + r * p.dstStride;
         operation.write_global(row, p.nSize * sizeof(float));

@@ -7,6 +7,7 @@
 #include <cstdio>
 
 #include "../ascend/tiling.h"
+#include "report.h"
 
 struct Kernels {
     void (*key_bias)(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR);
@@ -32,65 +33,122 @@ size_t bytes_spanned(const skiparse::Tiling& t, const skiparse::Strides& s, int6
     return rows > 0 && t.batch > 0 ? count * sizeof(uint16_t) : 0;
 }
 
-void add(twin::Machine& machine, const char* name, void* data, size_t bytes, bool output) {
-    machine.global.emplace_back(name, static_cast<uint8_t*>(data), bytes, twin::GLOBAL_CELL,
-                                !output, output);
-}
+// How to run, or what to count alone: neither data nor checks of it, on one of the cores.
+struct Model {
+    int32_t guess, costs_only, core;  // core -1: all
+    int32_t last_lane_first;          // the order of the sub-cores, which changes nothing
+};
 
-void run_forward(const Kernels& kernels, const skiparse::Tiling& t, bool bf16, int cores,
-                 const ForwardPointers& p) {
+// The global memory of a launch. Without data it is addresses alone.
+class Global {
+public:
+    explicit Global(twin::Machine& machine) : machine_(machine) {}
+
+    GM_ADDR input(const char* name, void* data, size_t bytes) {
+        return add(name, data, bytes, true);
+    }
+    GM_ADDR output(const char* name, void* data, size_t bytes) {
+        outputs_.push_back(machine_.global.size());
+        return add(name, data, bytes, false);
+    }
+    GM_ADDR scratch(const char* name, size_t bytes) {
+        own_.emplace_back(machine_.costs_only ? 0 : bytes, 0xcd);
+        return add(name, own_.back().data(), bytes, false);
+    }
+    void expect_outputs_written() const {
+        for (size_t i : outputs_) {
+            const twin::Memory& output = machine_.global[i];
+            if (!machine_.costs_only && output.bytes > 0 && !output.filled(0, output.bytes)) {
+                throw twin::Fault("the kernel leaves a part of " + output.name + " unwritten");
+            }
+        }
+    }
+
+private:
+    GM_ADDR add(const char* name, void* data, size_t bytes, bool input) {
+        if (machine_.costs_only) {
+            auto* address = reinterpret_cast<uint8_t*>(next_);
+            next_ += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+            machine_.global.emplace_back(name, address, bytes);
+            return address;
+        }
+        auto* address = static_cast<uint8_t*>(data);
+        machine_.global.emplace_back(name, address, bytes, twin::GLOBAL_CELL, input, !input);
+        return address;
+    }
+
+    static constexpr size_t ALIGNMENT = 512;
+    twin::Machine& machine_;
+    std::vector<size_t> outputs_;
+    std::deque<std::vector<uint8_t>> own_;
+    uintptr_t next_ = ALIGNMENT;
+};
+
+std::string run_forward(const Kernels& kernels, skiparse::Tiling t, bool bf16, int cores,
+                        const ForwardPointers& p, const Model& model) {
     twin::Machine machine;
+    machine.costs.guess = static_cast<twin::Guess>(model.guess);
+    machine.costs_only = model.costs_only;
+    machine.only_core = model.core;
+    machine.last_lane_first = model.last_lane_first;
+    Global global(machine);
     const int64_t rows = t.batch * t.tokens * t.heads;
     const int64_t text_rows = t.batch * t.sparsity * t.text * t.heads;
-    std::vector<float> bias(t.batch * t.sparsity * most_stacks(t) * skiparse::STACK_KEYS);
-    std::vector<uint8_t> workspace(cores * skiparse::WORKSPACE_BYTES, 0xcd);
-    add(machine, "q", p.q, bytes_spanned(t, t.q, t.tokens), false);
-    add(machine, "k", p.k, bytes_spanned(t, t.k, t.tokens), false);
-    add(machine, "v", p.v, bytes_spanned(t, t.v, t.tokens), false);
-    add(machine, "text_q", p.text_q, bytes_spanned(t, t.text_q, t.text), false);
-    add(machine, "text_k", p.text_k, bytes_spanned(t, t.text_k, t.text), false);
-    add(machine, "text_v", p.text_v, bytes_spanned(t, t.text_v, t.text), false);
-    add(machine, "mask", p.mask, p.mask ? t.batch * t.tokens : 0, false);
-    add(machine, "text_mask", p.text_mask, p.text_mask ? t.batch * t.text : 0, false);
-    add(machine, "bias", bias.data(), bias.size() * sizeof(float), true);
-    add(machine, "workspace", workspace.data(), workspace.size(), true);
-    const size_t first_output = machine.global.size();
-    add(machine, "out", p.out, rows * t.head_dim * sizeof(uint16_t), true);
-    add(machine, "text_out", p.text_out, text_rows * t.head_dim * sizeof(uint16_t), true);
-    add(machine, "lse", p.lse, rows * sizeof(float), true);
-    add(machine, "text_lse", p.text_lse, text_rows * sizeof(float), true);
+    const size_t video_mask = p.mask ? t.batch * t.tokens : 0;
+    const size_t text_mask = p.text_mask ? t.batch * t.text : 0;
+    const size_t biases = t.batch * t.sparsity * most_stacks(t) * skiparse::STACK_KEYS;
 
-    auto gm = [](const void* pointer) {
-        return const_cast<uint8_t*>(static_cast<const uint8_t*>(pointer));
-    };
+    GM_ADDR q = global.input("q", p.q, bytes_spanned(t, t.q, t.tokens));
+    GM_ADDR k = global.input("k", p.k, bytes_spanned(t, t.k, t.tokens));
+    GM_ADDR v = global.input("v", p.v, bytes_spanned(t, t.v, t.tokens));
+    GM_ADDR text_q = global.input("text_q", p.text_q, bytes_spanned(t, t.text_q, t.text));
+    GM_ADDR text_k = global.input("text_k", p.text_k, bytes_spanned(t, t.text_k, t.text));
+    GM_ADDR text_v = global.input("text_v", p.text_v, bytes_spanned(t, t.text_v, t.text));
+    GM_ADDR mask = global.input("mask", p.mask, video_mask);
+    GM_ADDR text_mask_at = global.input("text_mask", p.text_mask, text_mask);
+    GM_ADDR bias = global.scratch("bias", biases * sizeof(float));
+    GM_ADDR workspace = global.scratch("workspace", cores * skiparse::WORKSPACE_BYTES);
+    GM_ADDR out = global.output("out", p.out, rows * t.head_dim * sizeof(uint16_t));
+    GM_ADDR text_out =
+        global.output("text_out", p.text_out, text_rows * t.head_dim * sizeof(uint16_t));
+    GM_ADDR lse = global.output("lse", p.lse, rows * sizeof(float));
+    GM_ADDR text_lse = global.output("text_lse", p.text_lse, text_rows * sizeof(float));
+
+    auto* tiling = reinterpret_cast<uint8_t*>(&t);
     twin::launch(machine, cores, false, [&] {
-        kernels.key_bias(gm(p.mask), gm(p.text_mask), gm(bias.data()), gm(&t));
+        kernels.key_bias(p.mask ? mask : nullptr, p.text_mask ? text_mask_at : nullptr, bias,
+                         tiling);
     });
     const auto kernel = bf16 ? kernels.forward_bf16 : kernels.forward_fp16;
     twin::launch(machine, cores, true, [&] {
-        kernel(gm(p.q), gm(p.k), gm(p.v), gm(p.text_q), gm(p.text_k), gm(p.text_v),
-               gm(bias.data()), gm(p.out), gm(p.text_out), gm(p.lse), gm(p.text_lse),
-               workspace.data(), gm(&t));
+        kernel(q, k, v, text_q, text_k, text_v, bias, out, text_out, lse, text_lse, workspace,
+               tiling);
     });
-    for (size_t i = first_output; i < machine.global.size(); ++i) {
-        const twin::Memory& output = machine.global[i];
-        if (output.bytes > 0 && !output.filled(0, output.bytes)) {
-            throw twin::Fault("the kernel leaves a part of " + output.name + " unwritten");
-        }
-    }
+    global.expect_outputs_written();
+    return twin::report(machine);
 }
 
 }  // namespace
 
-// 0, or 1 with the fault in `report`.
+// 0 with the costs in `report`, or 1 with the fault.
 extern "C" int skiparse_twin_forward(int variant, const skiparse::Tiling* tiling, int bf16,
-                                     int cores, const ForwardPointers* pointers, char* report,
-                                     size_t size) {
+                                     int cores, const ForwardPointers* pointers,
+                                     const Model* model, char* report, size_t size) {
     try {
-        run_forward(VARIANTS[variant], *tiling, bf16, cores, *pointers);
+        const std::string costs =
+            run_forward(VARIANTS[variant], *tiling, bf16, cores, *pointers, *model);
+        std::snprintf(report, size, "%s", costs.c_str());
         return 0;
     } catch (const twin::Fault& fault) {
         std::snprintf(report, size, "%s", fault.what());
         return 1;
     }
+}
+
+// Of the device: clock-independent rates of the L2 and of the HBM, and the size of the L2.
+extern "C" void skiparse_twin_device(int guess, double* l2, double* hbm, double* l2_bytes) {
+    const twin::Costs costs{static_cast<twin::Guess>(guess)};
+    *l2 = costs.of(twin::figure::L2);
+    *hbm = costs.of(twin::figure::HBM);
+    *l2_bytes = costs.of(twin::figure::L2_BYTES);
 }

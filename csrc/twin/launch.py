@@ -1,14 +1,17 @@
-"""Compiles the kernels against the host twin and runs them on CPU tensors.
+"""Compiles the kernels against the host twin and runs them on CPU tensors, or counts their cycles.
 
-For the tests alone: the twin computes what the accelerator would, slowly, and raises
+For the tests and the cost model: the twin computes what the accelerator would, slowly, and raises
 :class:`TwinFault` where the kernel does what the hardware forbids.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +20,63 @@ from skiparse.backends import Inputs, Outputs
 
 TWIN = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Werror=overflow", "-fPIC")
-REPORT_BYTES = 4096
+REPORT_BYTES = 1 << 16
 HEAD_DIMS = (64, 128)
 INPUTS = ("q", "k", "v", "text_q", "text_k", "text_v")
 OUTPUTS = ("out", "text_out", "lse", "text_lse")
+
+
+MODEL = ("guess", "costs_only", "core", "last_lane_first")
+GUESSES = ("fast", "typical", "slow")
+Guess = Literal["fast", "typical", "slow"]
 
 
 class TwinFault(AssertionError):
     """What the kernel did wrong, beginning with the sub-core and the line."""
 
 
+@dataclass(frozen=True)
+class Lane:
+    """What one launch took of one sub-core, in cycles; ``busy`` by pipe."""
+
+    launch: int
+    core: int
+    lane: str
+    cycles: float
+    busy: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One in global memory: its size, and what the DMA read from it and wrote to it, in bytes."""
+
+    size: int
+    read: int
+    written: int
+
+    @property
+    def moved(self) -> int:
+        return self.read + self.written
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the launches of a call cost by the twin's model; nothing here was measured."""
+
+    lanes: tuple[Lane, ...]
+    buffers: dict[str, Buffer]
+
+    def cycles(self, launch: int) -> float:
+        """Of the slowest core."""
+        return max(lane.cycles for lane in self.lanes if lane.launch == launch)
+
+
 class _Strides(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int64) for name in ("batch", "token", "head"))
+
+
+class _Model(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int32) for name in MODEL)
 
 
 class _Tiling(ctypes.Structure):
@@ -67,6 +115,35 @@ def forward(library: ctypes.CDLL, inputs: Inputs, *, cores: int = 2, variant: in
     Raises:
         TwinFault: if the kernel breaks a rule of the hardware.
     """
+    return _forward(library, inputs, cores, variant, _Model(GUESSES.index("typical"), 0, -1, 0))[0]
+
+
+def forward_costs(
+    library: ctypes.CDLL,
+    inputs: Inputs,
+    *,
+    cores: int,
+    guess: Guess = "typical",
+    core: int | None = None,
+    executed: bool = False,
+    last_lane_first: bool = False,
+    variant: int = 0,
+) -> Costs:
+    """Cycles of the key biases (launch 0) and of attention (launch 1): a MODEL.
+
+    Unless ``executed``, nothing is computed or checked, so the tensors may be of the device
+    ``meta``. ``guess`` says which values the uncertain figures of cost.h take. With ``core``, that
+    core alone is counted. ``executed`` and the order of the sub-cores change no figure.
+    """
+    model = _Model(
+        GUESSES.index(guess), not executed, -1 if core is None else core, last_lane_first
+    )
+    return _forward(library, inputs, cores, variant, model)[1]
+
+
+def _forward(
+    library: ctypes.CDLL, inputs: Inputs, cores: int, variant: int, model: _Model
+) -> tuple[Outputs, Costs]:
     (B, N, H, D), T = inputs.q.shape, inputs.text_q.shape[1]
     n, w, dtype = inputs.pattern.sparsity, inputs.pattern.run, inputs.q.dtype
     padded = next(size for size in HEAD_DIMS if size >= D)
@@ -76,11 +153,12 @@ def forward(library: ctypes.CDLL, inputs: Inputs, *, cores: int = 2, variant: in
     }
     masks = {name: getattr(inputs, name) for name in ("mask", "text_mask")}
     masks = {name: None if m is None else m.contiguous() for name, m in masks.items()}
+    new = inputs.q.new_empty
     outputs = Outputs(
-        torch.empty(B, N, H, padded, dtype=dtype),
-        torch.empty(B, n, T, H, padded, dtype=dtype),
-        torch.empty(B, H, N),
-        torch.empty(B, H, n, T),
+        new(B, N, H, padded),
+        new(B, n, T, H, padded),
+        new(B, H, N, dtype=torch.float32),
+        new(B, H, n, T, dtype=torch.float32),
     )
     tiling = _Tiling(
         *(B, N, T, H, padded, n, w),
@@ -101,9 +179,23 @@ def forward(library: ctypes.CDLL, inputs: Inputs, *, cores: int = 2, variant: in
         dtype == torch.bfloat16,
         cores,
         ctypes.byref(pointers),
+        ctypes.byref(model),
         report,
         ctypes.c_size_t(REPORT_BYTES),
     )
     if failed:
         raise TwinFault(report.value.decode())
-    return Outputs(outputs.out[..., :D], outputs.text_out[..., :D], *outputs[2:])
+    found = json.loads(report.value)
+    costs = Costs(
+        tuple(Lane(**lane) for lane in found["lanes"]),
+        {name: Buffer(*sizes) for name, sizes in found["global"].items()},
+    )
+    return Outputs(outputs.out[..., :D], outputs.text_out[..., :D], *outputs[2:]), costs
+
+
+def device(library: ctypes.CDLL, guess: Guess) -> tuple[float, float, float]:
+    """Bytes a second of the L2 and of the HBM, and bytes of the L2, as cost.h has them."""
+    figures = [ctypes.c_double() for _ in range(3)]
+    library.skiparse_twin_device(GUESSES.index(guess), *map(ctypes.byref, figures))
+    l2, hbm, l2_bytes = (figure.value for figure in figures)
+    return l2, hbm, l2_bytes

@@ -6,6 +6,9 @@
 // from pipe to pipe, cross-core flags from sub-core to sub-core. An operation may touch memory only
 // if the earlier accesses it conflicts with are in its clock; so a missing flag is found however
 // the pipes happen to be timed, although the numbers come out right.
+//
+// The clocks carry cycles of the cost model as well. They depend on clocks alone, so not on the
+// order in which the sub-cores are executed.
 #pragma once
 
 #include <ucontext.h>
@@ -20,6 +23,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "cost.h"
 
 namespace twin {
 
@@ -60,12 +65,14 @@ inline void require(bool right, Where where, const std::string& what) {
     if (!right) fail(where, what);
 }
 
-// How many operations of every pipe are known to be complete.
+// How many operations of every pipe are known to be complete, and the cycle from which on.
 struct Clock {
     std::array<uint32_t, COMPONENTS> seen{};
+    double cycle = 0;
 
-    void join(const Clock& other) {
+    void join(const Clock& other, double later = 0) {
         for (int i = 0; i < COMPONENTS; ++i) seen[i] = std::max(seen[i], other.seen[i]);
+        cycle = std::max(cycle, other.cycle + later);
     }
 };
 
@@ -85,10 +92,15 @@ public:
         : name(std::move(name)), data(data), bytes(bytes), writable(writable), cell_(cell),
           filled_(bytes, filled), cells_(writable ? (bytes + cell - 1) / cell : 0) {}
 
+    // Addresses alone, for a launch of which only the costs are counted.
+    Memory(std::string name, uint8_t* data, size_t bytes)
+        : name(std::move(name)), data(data), bytes(bytes), writable(true), cell_(1) {}
+
     std::string name;
     uint8_t* data;
     size_t bytes;
     bool writable;
+    uint64_t bytes_read = 0, bytes_written = 0;  // by the DMA
 
     bool filled(size_t first, size_t size) const {
         return !std::memchr(filled_.data() + first, 0, size);
@@ -147,6 +159,9 @@ struct SubCore {
     Clock base[PIPES];         // complete before the next operation of the pipe starts
     Clock done[PIPES];         // complete once all operations of the pipe are
     uint32_t issued[PIPES]{};
+    double free[PIPES]{};      // the cycle from which on the pipe takes another operation
+    double busy[PIPES]{};      // cycles
+    std::array<double, figure::QUEUE> started[PIPES]{};  // the cycles of the last operations
     Flag flags[PIPES][PIPES][EVENTS];
     std::deque<CrossFlag> arrived[LANES][CROSS_FLAGS];  // from each lane
     std::unique_ptr<Chip> chips[5];
@@ -159,6 +174,27 @@ struct SubCore {
         return clock;
     }
 
+    // The scalar unit goes on to the next instruction, or to a flag or barrier.
+    void issue(const Costs& costs) { base[S].cycle += costs.of(figure::ISSUE); }
+
+    // An operation takes its pipe.
+    void take(int pipe, const Cost& cost, const Costs& costs) {
+        issue(costs);
+        double& oldest = started[pipe][issued[pipe]++ % figure::QUEUE];
+        base[S].cycle = std::max(base[S].cycle, oldest);  // for its place in the queue
+        const double start = std::max({base[S].cycle, base[pipe].cycle, free[pipe]});
+        oldest = start;
+        free[pipe] = start + cost.busy;
+        busy[pipe] += cost.busy;
+        done[pipe].cycle = std::max(done[pipe].cycle, free[pipe] + cost.latency);
+    }
+
+    double end() const {
+        double cycle = base[S].cycle;
+        for (const Clock& clock : done) cycle = std::max(cycle, clock.cycle);
+        return cycle;
+    }
+
     bool finished = false;
     int waits_for = -1;  // a cross-core flag
     Where waits_at{"", 0};
@@ -166,9 +202,21 @@ struct SubCore {
     std::vector<char> stack = std::vector<char>(STACK_BYTES);
 };
 
+// What a launch took of each sub-core that ran.
+struct Usage {
+    int launch, core, lane;
+    double busy[PIPES], cycles;
+};
+
 // The device: global memory, and the core that is running. Cores run one after another, and since
 // nothing orders them within a launch, any conflict between two of them is a fault.
 struct Machine {
+    Costs costs;
+    bool costs_only = false;    // neither data nor checks of it; global memory is addresses alone
+    int only_core = -1;         // or all
+    bool last_lane_first = false;  // the order in which sub-cores run, which must not matter
+    int launches = 0;
+    std::vector<Usage> usage;
     std::vector<Memory> global;
     std::vector<Issued> log{1};
     uint32_t launch_begins = 1;  // the operations before it belong to launches that have ended
@@ -190,6 +238,13 @@ struct Machine {
         }
         fail(where, "outside every allocation of global memory");
     }
+
+    void count_moved(const void* address, uint64_t read, uint64_t written, Where where) {
+        if (read + written == 0) return;
+        Memory& memory = find(address, 1, where);
+        memory.bytes_read += read;
+        memory.bytes_written += written;
+    }
 };
 
 inline Machine* machine = nullptr;
@@ -199,17 +254,23 @@ inline bool cube() { return machine->self->lane == 0; }
 // One instruction, from its start. Its reads and writes are checked against what is complete.
 class Operation {
 public:
-    Operation(int pipe, const char* name, Where where) : where_(where), in_order_(pipe == S) {
+    Operation(int pipe, const char* name, const Cost& cost, Where where)
+        : where_(where), in_order_(pipe == S) {
         SubCore& self = *machine->self;
+        self.take(pipe, cost, machine->costs);
+        if (machine->costs_only) return;
         start_ = self.base[pipe];
         start_.join(self.base[S]);  // the scalar unit issues, so what it waited for is complete
         component_ = self.lane * PIPES + pipe;
-        const uint32_t time = ++self.issued[pipe];
+        const uint32_t time = self.issued[pipe];
         self.done[pipe].join(start_);
         self.done[pipe].seen[component_] = time;
         id_ = static_cast<uint32_t>(machine->log.size());
         machine->log.push_back({where, name, machine->core, component_, time});
     }
+
+    // Whether data is to be moved, and computed with.
+    bool executes() const { return !machine->costs_only; }
 
     // The cube adds to its accumulator in order where it is busy long enough to have written it.
     void follow_own_pipe() { in_order_ = true; }
@@ -285,8 +346,8 @@ private:
 
     Where where_;
     Clock start_;
-    int component_;
-    uint32_t id_, known_ = 0;
+    int component_ = 0;
+    uint32_t id_ = 0, known_ = 0;
     bool in_order_;  // the scalar unit finishes one operation before the next
 };
 
@@ -294,11 +355,13 @@ private:
 
 inline void barrier(int pipe) {
     SubCore& self = *machine->self;
+    self.issue(machine->costs);
     self.base[pipe].join(self.done[pipe]);
 }
 
 inline void barrier_all() {
     SubCore& self = *machine->self;
+    self.issue(machine->costs);
     Clock all;
     for (const Clock& clock : self.done) all.join(clock);
     for (Clock& clock : self.base) clock.join(all);
@@ -318,6 +381,7 @@ inline void set_flag(int from, int to, int id, Where where) {
     Flag& f = flag(from, to, id, where);
     require(!f.set, where,
             flag_name(from, to, id) + " is set again; nothing waited since " + f.where.text());
+    machine->self->issue(machine->costs);
     f = {true, machine->self->complete_at_flag(from), where};
 }
 
@@ -325,7 +389,8 @@ inline void wait_flag(int from, int to, int id, Where where) {
     Flag& f = flag(from, to, id, where);
     require(f.set, where, flag_name(from, to, id) + " is waited for, and nothing has set it");
     f.set = false;
-    machine->self->base[to].join(f.clock);
+    machine->self->issue(machine->costs);
+    machine->self->base[to].join(f.clock, machine->costs.of(figure::FLAG));
 }
 
 inline void set_cross_flag(int id, int pipe, Where where) {
@@ -333,6 +398,7 @@ inline void set_cross_flag(int id, int pipe, Where where) {
             "cross-core flag " + std::to_string(id) + ": a kernel has 0 to 10");
     require(machine->mixed, where, "cross-core flag in a kernel of vector cores alone");
     SubCore& self = *machine->self;
+    self.issue(machine->costs);
     const int first = cube() ? 1 : 0, last = cube() ? 2 : 0;
     for (int lane = first; lane <= last; ++lane) {
         auto& arrived = machine->lanes[lane]->arrived[self.lane][id];
@@ -353,13 +419,16 @@ inline void wait_cross_flag(int id, Where where) {
     require(id >= 0 && id < CROSS_FLAGS, where,
             "cross-core flag " + std::to_string(id) + ": a kernel has 0 to 10");
     SubCore& self = *machine->self;
+    self.issue(machine->costs);
     self.waits_for = id;
     self.waits_at = where;
     while (!cross_flag_arrived(self, id)) swapcontext(&self.context, &machine->scheduler);
     self.waits_for = -1;
     for (auto& from : self.arrived) {
         if (from[id].empty()) continue;
-        for (Clock& clock : self.base) clock.join(from[id].front().clock);  // all pipes stop
+        for (Clock& clock : self.base) {  // all pipes stop
+            clock.join(from[id].front().clock, machine->costs.of(figure::CROSS_FLAG));
+        }
         from[id].pop_front();
     }
 }
@@ -402,7 +471,8 @@ inline void run_core(int lanes_from, int lanes_to) {
     }
     for (bool moved = true, left = true; left;) {
         moved = left = false;
-        for (int i = lanes_from; i <= lanes_to; ++i) {
+        for (int place = lanes_from; place <= lanes_to; ++place) {
+            const int i = m.last_lane_first ? lanes_from + lanes_to - place : place;
             SubCore& lane = *m.lanes[i];
             if (lane.finished) continue;
             left = true;
@@ -424,6 +494,11 @@ inline void run_core(int lanes_from, int lanes_to) {
             throw Fault(waiting + ": deadlock");
         }
     }
+    for (int i = lanes_from; i <= lanes_to; ++i) {
+        const SubCore& lane = *m.lanes[i];
+        m.usage.push_back({m.launches, m.core, i, {}, lane.end()});
+        std::copy_n(lane.busy, PIPES, m.usage.back().busy);
+    }
     for (const auto& lane : m.lanes) {
         for (auto& from : lane->arrived) {
             for (int id = 0; id < CROSS_FLAGS; ++id) {
@@ -442,7 +517,10 @@ inline void launch(Machine& m, int cores, bool mixed, std::function<void()> kern
     m.cores = cores;
     m.mixed = mixed;
     m.launch_begins = static_cast<uint32_t>(m.log.size());
-    for (m.core = 0; m.core < cores; ++m.core) run_core(mixed ? 0 : 1, mixed ? 2 : 1);
+    const int first = m.only_core < 0 ? 0 : m.only_core;
+    const int last = m.only_core < 0 ? cores - 1 : m.only_core;
+    for (m.core = first; m.core <= last; ++m.core) run_core(mixed ? 0 : 1, mixed ? 2 : 1);
+    ++m.launches;
 }
 
 }  // namespace twin

@@ -48,7 +48,7 @@ void expect_apart_or_same(const Operand<T>& to, const Operand<T>& from, uint64_t
 
 // dst = f(sources), element by element, where every source has the type of the destination.
 template <class T, size_t SOURCES, class F>
-void repeated(const char* name, Where where, const Operand<T>& to,
+void repeated(const char* name, const Figure& cycles, Where where, const Operand<T>& to,
               const std::array<Operand<T>, SOURCES>& from, uint64_t mask, uint64_t repeats, F f) {
     constexpr uint64_t PER_BLOCK = BLOCK / sizeof(T);
     require(mask >= 1 && mask <= REPEAT_BYTES / sizeof(T), where,
@@ -56,12 +56,13 @@ void repeated(const char* name, Where where, const Operand<T>& to,
                 std::to_string(REPEAT_BYTES / sizeof(T)));
     require(repeats >= 1 && repeats <= 255, where, std::string(name) + ": repeats 1 to 255 times");
     const uint64_t blocks = (mask + PER_BLOCK - 1) / PER_BLOCK;
-    Operation operation(V, name, where);
+    Operation operation(V, name, machine->costs.vector(repeats, cycles), where);
     to.tensor.expect(UB, BLOCK, where);
     for (const auto& source : from) {
         source.tensor.expect(UB, BLOCK, where);
         expect_apart_or_same(to, source, repeats, blocks, where);
     }
+    if (!operation.executes()) return;
     for (uint64_t r = 0; r < repeats; ++r) {
         for (uint64_t b = 0; b < blocks; ++b) {
             const uint64_t count = std::min(PER_BLOCK, mask - b * PER_BLOCK);
@@ -83,10 +84,14 @@ void repeated(const char* name, Where where, const Operand<T>& to,
 
 // The same on `count` consecutive elements; the types may differ.
 template <class D, class T, size_t SOURCES, class F>
-void counted(const char* name, Where where, const AscendC::LocalTensor<D>& to,
+void counted(const char* name, const Figure& cycles, Where where,
+             const AscendC::LocalTensor<D>& to,
              const std::array<AscendC::LocalTensor<T>, SOURCES>& from, uint64_t count, F f) {
     require(count >= 1, where, std::string(name) + ": of no elements");
-    Operation operation(V, name, where);
+    const uint64_t repeats =
+        (count * std::max(sizeof(D), sizeof(T)) + REPEAT_BYTES - 1) / REPEAT_BYTES;
+    Operation operation(V, name, machine->costs.vector(repeats, cycles), where);
+    if (!operation.executes()) return;
     to.expect(UB, BLOCK, where);
     for (const auto& source : from) {
         source.expect(UB, BLOCK, where);
@@ -131,12 +136,12 @@ struct BrcbRepeatParams {
 };
 
 // Arithmetic exists for float and half, and not for bfloat16_t.
-#define TWIN_BINARY(NAME, RESULT) \
+#define TWIN_BINARY(NAME, CYCLES, RESULT) \
     template <class T> \
     void NAME(const LocalTensor<T>& to, const LocalTensor<T>& first, \
               const LocalTensor<T>& second, int32_t count, Where where = Where::here()) { \
         static_assert(std::is_same_v<T, float>, #NAME ": the twin computes in float"); \
-        twin::counted<T, T, 2>(#NAME, where, to, {first, second}, count, \
+        twin::counted<T, T, 2>(#NAME, twin::figure::CYCLES, where, to, {first, second}, count, \
                                [](const std::array<T, 2>& x) { return RESULT; }); \
     } \
     template <class T> \
@@ -144,52 +149,52 @@ struct BrcbRepeatParams {
               const LocalTensor<T>& second, uint64_t mask, uint64_t repeats, \
               const BinaryRepeatParams& p, Where where = Where::here()) { \
         static_assert(std::is_same_v<T, float>, #NAME ": the twin computes in float"); \
-        twin::repeated<T, 2>(#NAME, where, {to, {p.dstBlkStride, p.dstRepStride}}, \
+        twin::repeated<T, 2>(#NAME, twin::figure::CYCLES, where, {to, {p.dstBlkStride, p.dstRepStride}}, \
                              {{{first, {p.src0BlkStride, p.src0RepStride}}, \
                                {second, {p.src1BlkStride, p.src1RepStride}}}}, \
                              mask, repeats, [](const std::array<T, 2>& x) { return RESULT; }); \
     }
-TWIN_BINARY(Add, x[0] + x[1])
-TWIN_BINARY(Sub, x[0] - x[1])
-TWIN_BINARY(Mul, x[0] * x[1])
-TWIN_BINARY(Div, x[0] / x[1])
-TWIN_BINARY(Max, x[0] > x[1] ? x[0] : x[1])
+TWIN_BINARY(Add, PLAIN, x[0] + x[1])
+TWIN_BINARY(Sub, PLAIN, x[0] - x[1])
+TWIN_BINARY(Mul, PLAIN, x[0] * x[1])
+TWIN_BINARY(Div, FUNCTION, x[0] / x[1])
+TWIN_BINARY(Max, PLAIN, x[0] > x[1] ? x[0] : x[1])
 #undef TWIN_BINARY
 
-#define TWIN_UNARY(NAME, RESULT) \
+#define TWIN_UNARY(NAME, CYCLES, RESULT) \
     template <class T> \
     void NAME(const LocalTensor<T>& to, const LocalTensor<T>& from, int32_t count, \
               Where where = Where::here()) { \
         static_assert(std::is_same_v<T, float>, #NAME ": the twin computes in float"); \
-        twin::counted<T, T, 1>(#NAME, where, to, {from}, count, \
+        twin::counted<T, T, 1>(#NAME, twin::figure::CYCLES, where, to, {from}, count, \
                                [](const std::array<T, 1>& x) { return RESULT; }); \
     }
-TWIN_UNARY(Exp, std::exp(x[0]))
-TWIN_UNARY(Ln, std::log(x[0]))
+TWIN_UNARY(Exp, FUNCTION, std::exp(x[0]))
+TWIN_UNARY(Ln, FUNCTION, std::log(x[0]))
 #undef TWIN_UNARY
 
-#define TWIN_SCALAR(NAME, RESULT) \
+#define TWIN_SCALAR(NAME, CYCLES, RESULT) \
     template <class T> \
     void NAME(const LocalTensor<T>& to, const LocalTensor<T>& from, T value, int32_t count, \
               Where where = Where::here()) { \
         static_assert(std::is_same_v<T, float>, #NAME ": the twin computes in float"); \
-        twin::counted<T, T, 1>(#NAME, where, to, {from}, count, \
+        twin::counted<T, T, 1>(#NAME, twin::figure::CYCLES, where, to, {from}, count, \
                                [value](const std::array<T, 1>& x) { return RESULT; }); \
     }
-TWIN_SCALAR(Muls, x[0] * value)
-TWIN_SCALAR(Maxs, x[0] > value ? x[0] : value)
+TWIN_SCALAR(Muls, PLAIN, x[0] * value)
+TWIN_SCALAR(Maxs, PLAIN, x[0] > value ? x[0] : value)
 #undef TWIN_SCALAR
 
 template <class T>
 void Duplicate(const LocalTensor<T>& to, T value, int32_t count, Where where = Where::here()) {
-    twin::counted<T, T, 0>("Duplicate", where, to, {}, count,
+    twin::counted<T, T, 0>("Duplicate", twin::figure::PLAIN, where, to, {}, count,
                            [value](const std::array<T, 0>&) { return value; });
 }
 
 template <class T>
 void Cast(const LocalTensor<T>& to, const LocalTensor<float>& from, RoundMode, uint32_t count,
           Where where = Where::here()) {
-    twin::counted<T, float, 1>("Cast", where, to, {from}, count,
+    twin::counted<T, float, 1>("Cast", twin::figure::PLAIN, where, to, {from}, count,
                                [](const std::array<float, 1>& x) { return T::round(x[0]); });
 }
 
@@ -198,9 +203,11 @@ template <class T>
 void Brcb(const LocalTensor<T>& to, const LocalTensor<T>& from, uint64_t repeats,
           const BrcbRepeatParams& p, Where where = Where::here()) {
     constexpr uint64_t PER_BLOCK = twin::BLOCK / sizeof(T), EACH = 8;
-    twin::Operation operation(twin::V, "Brcb", where);
+    const twin::Cost cost = twin::machine->costs.vector(repeats, twin::figure::PLAIN);
+    twin::Operation operation(twin::V, "Brcb", cost, where);
     to.expect(twin::UB, twin::BLOCK, where);
     from.expect(twin::UB, twin::BLOCK, where);
+    if (!operation.executes()) return;
     for (uint64_t i = 0; i < repeats * EACH; ++i) {
         const size_t size = sizeof(T);
         operation.read(from.memory(where), from.bytes(i * size, size, where), size);
@@ -220,9 +227,11 @@ void reduce_repeats(const char* name, const LocalTensor<T>& to, const LocalTenso
     constexpr uint64_t PER_BLOCK = twin::BLOCK / sizeof(T);
     twin::require(mask >= 1 && mask <= twin::REPEAT_BYTES / sizeof(T) && repeats <= 255, where,
                   std::string(name) + ": mask or repeats out of range");
-    twin::Operation operation(twin::V, name, where);
+    const twin::Cost cost = twin::machine->costs.vector(repeats, twin::figure::REDUCE);
+    twin::Operation operation(twin::V, name, cost, where);
     to.expect(twin::UB, sizeof(T), where);
     from.expect(twin::UB, twin::BLOCK, where);
+    if (!operation.executes()) return;
     const twin::Operand<T> source{from, {block_step, repeat_step}};
     for (uint64_t r = 0; r < repeats; ++r) {
         T result{};

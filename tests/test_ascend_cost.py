@@ -1,0 +1,205 @@
+"""The cost model of the twin adds up as by hand, and what it leaves out it may leave out.
+
+All cycles are of a model; none was measured.
+"""
+
+import ctypes
+import json
+import shutil
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+
+from csrc.twin import launch, model
+from csrc.twin.launch import FLAGS, TWIN
+from skiparse import SkipPattern
+from skiparse.backends import Inputs
+from skiparse.testing import make_problem
+
+if shutil.which("g++") is None:
+    pytest.skip("needs g++", allow_module_level=True)
+
+KERNELS = """
+#include "kernel_operator.h"
+#include "report.h"
+using namespace AscendC;
+static GlobalTensor<float> A;
+constexpr int N = 1024;
+
+struct Vectors {
+    LocalTensor<float> a, b;
+    Vectors() {
+        TPipe pipe;
+        TBuf<TPosition::VECCALC> first, second;
+        pipe.InitBuffer(first, N * 4);
+        pipe.InitBuffer(second, N * 4);
+        a = first.Get<float>();
+        b = second.Get<float>();
+    }
+};
+
+void copy() { DataCopy(Vectors().a, A, N); }
+void two_pipes() { Vectors x; DataCopy(x.a, A, N); Exp(x.b, x.b, N); }
+void flag() {
+    Vectors x;
+    DataCopy(x.a, A, N);
+    SetFlag<HardEvent::MTE2_V>(0);
+    WaitFlag<HardEvent::MTE2_V>(0);
+    Exp(x.a, x.a, N);
+}
+void side_by_side() { Vectors x; Muls(x.a, x.a, 2.0f, N); Muls(x.b, x.b, 2.0f, N); }
+void one_after_another() {
+    Vectors x;
+    Muls(x.a, x.a, 2.0f, N);
+    PipeBarrier<PIPE_V>();
+    Muls(x.a, x.a, 2.0f, N);
+}
+void products(int count) {
+    LocalTensor<half> left, right;
+    LocalTensor<float> sum;
+    left.space = twin::L0A; right.space = twin::L0B; sum.space = twin::L0C;
+    left.end = right.end = sum.end = 1 << 16;
+    left.chip = twin::machine->self->chips[twin::L0A].get();
+    right.chip = twin::machine->self->chips[twin::L0B].get();
+    sum.chip = twin::machine->self->chips[twin::L0C].get();
+    MmadParams p;
+    p.m = 128; p.n = 64; p.k = 100;
+    for (int i = 0; i < count; ++i) Mmad(sum, left, right, p);
+}
+void product() { if ASCEND_IS_AIC products(1); }
+void queue() {  // the loads are issued once the eighth of the products has started
+    if ASCEND_IS_AIV return;
+    products(40);
+    LocalTensor<half> l1, l0;
+    l1.space = twin::L1; l1.chip = twin::machine->self->chips[twin::L1].get(); l1.end = 1 << 16;
+    l0.space = twin::L0B; l0.chip = twin::machine->self->chips[twin::L0B].get(); l0.end = 1 << 16;
+    LoadData2DParams p;
+    p.repeatTimes = 250;
+    for (int i = 0; i < 10; ++i) LoadData(l0, l1, p);
+}
+void cross() {
+    if ASCEND_IS_AIC { CrossCoreWaitFlag(0); products(1); return; }
+    if (GetSubBlockIdx() == 1) DataCopy(Vectors().a, A, N);
+    CrossCoreSetFlag<2, PIPE_MTE2>(0);
+}
+
+extern "C" void run(const char* name, int guess, int last_lane_first, char* report) {
+    const std::string kernel = name;
+    twin::Machine machine;
+    machine.costs_only = true;
+    machine.costs.guess = static_cast<twin::Guess>(guess);
+    machine.last_lane_first = last_lane_first;
+    machine.global.emplace_back("A", reinterpret_cast<uint8_t*>(512), N * 4);
+    A.SetGlobalBuffer(reinterpret_cast<float*>(512));
+    const bool alone = kernel != "product" && kernel != "queue" && kernel != "cross";
+    twin::launch(machine, 1, !alone, kernel == "copy" ? copy : kernel == "two_pipes" ? two_pipes
+                 : kernel == "flag" ? flag : kernel == "side_by_side" ? side_by_side
+                 : kernel == "one_after_another" ? one_after_another
+                 : kernel == "product" ? product : kernel == "queue" ? queue : cross);
+    std::snprintf(report, 4096, "%s", twin::report(machine).c_str());
+}
+"""
+
+# Of cost.h, as fast, typical and slow; repeated here so that a change there is meant.
+ISSUE, FLAG, CROSS = (1, 4, 10), (0, 10, 30), (100, 400, 1800)
+COPY = tuple(20 + 4096 / 69 + latency for latency in (100, 300, 700))
+START, EXP = (20, 25, 30), (1, 2, 4)
+REPEATS = 4096 / 256
+MMAD = 8 + 8 * 4 * 7
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cost")
+    (folder / "kernels.cpp").write_text(KERNELS)
+    command = ["g++", *FLAGS, "-O1", f"-I{TWIN}", "-shared", "kernels.cpp", "-o", "kernels.so"]
+    subprocess.run(command, check=True, cwd=folder)
+    library = ctypes.CDLL(str(folder / "kernels.so"))
+
+    def run(name, guess=1, last_lane_first=0):
+        report = ctypes.create_string_buffer(4096)
+        library.run(name.encode(), guess, last_lane_first, report)
+        return json.loads(report.value)
+
+    return run
+
+
+def cycles(report):
+    return max(lane["cycles"] for lane in report["lanes"])
+
+
+@pytest.mark.parametrize("g", range(3), ids=launch.GUESSES)
+def test_cycles_by_hand(tiny, g):
+    exp, muls = START[g] + REPEATS * EXP[g], START[g] + REPEATS
+    by_hand = {
+        "copy": ISSUE[g] + COPY[g],
+        "two_pipes": max(ISSUE[g] + COPY[g], 2 * ISSUE[g] + exp),
+        "flag": ISSUE[g] + COPY[g] + FLAG[g] + exp,
+        # The second of two starts when the first has left room, by the share of its start-up.
+        "side_by_side": ISSUE[g] + g / 2 * START[g] + REPEATS + muls,
+        "one_after_another": ISSUE[g] + 2 * muls,
+        "product": ISSUE[g] + MMAD,
+        # Product 40 is issued when product 8 has started, and the loads after it.
+        "queue": ISSUE[g] * 2 + 7 * MMAD + 10 * (g / 2 * 28 + 1000) + (1 - g / 2) * 28,
+        "cross": ISSUE[g] + COPY[g] + CROSS[g] + ISSUE[g] + MMAD,
+    }
+    assert {name: cycles(tiny(name, g)) for name in by_hand} == pytest.approx(by_hand)
+
+
+def test_busy_and_bytes(tiny):
+    report = tiny("flag")
+    (lane,) = report["lanes"]
+    assert lane["busy"]["MTE2"] == pytest.approx(20 + 4096 / 69)
+    assert lane["busy"]["V"] == pytest.approx(12.5 + REPEATS * 2)
+    assert report["global"] == {"A": [4096, 4096, 0]}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return launch.build(tmp_path_factory.mktemp("kernels"))
+
+
+def inputs_of(pattern, **sizes):
+    p = make_problem(pattern, **sizes, dtype=torch.bfloat16, masked=True)
+    return Inputs(*p.inputs, p.mask, p.text_mask, p.pattern, p.q.shape[-1] ** -0.5)
+
+
+def test_data_checks_and_order_change_no_cycle(library):
+    inputs = inputs_of(SkipPattern(3, 2), B=1, N=1301, T=20, H=1, D=64)
+    counted = launch.forward_costs(library, inputs, cores=2)
+    assert launch.forward_costs(library, inputs, cores=2, last_lane_first=True) == counted
+    assert launch.forward_costs(library, inputs, cores=2, executed=True) == counted
+    alone = launch.forward_costs(library, inputs, cores=2, core=1)
+    assert alone.lanes == tuple(lane for lane in counted.lanes if lane.core == 1)
+
+
+def test_more_work_or_slower_parts_take_longer(library):
+    def shape(N, guess):
+        inputs = inputs_of(SkipPattern.single(2), N=N, T=20, H=1, D=64)
+        return launch.forward_costs(library, inputs, cores=1, guess=guess).cycles(1)
+
+    assert shape(600, "typical") < shape(1200, "typical") < shape(2400, "typical")
+    assert shape(1200, "fast") < shape(1200, "typical") < shape(1200, "slow")
+
+
+@pytest.mark.parametrize("guess", launch.GUESSES)
+@pytest.mark.parametrize("pattern", [SkipPattern.group(8), SkipPattern.single(2)], ids=str)
+def test_extrapolation_agrees_with_the_whole(library, pattern, guess):
+    """Of a smaller shape, all tasks of all cores, text and ragged lengths among them."""
+    shape = model.Shape(pattern, N=7000, T=77, H=3)
+    few = model.project(library, shape, cores=3, guess=guess)
+    whole = launch.forward_costs(library, shape.inputs(), cores=3, guess=guess)
+    l2, _, _ = launch.device(library, guess)
+    seconds = (whole.cycles(0) + whole.cycles(1)) / model.CLOCK
+    assert few.core == pytest.approx(seconds, rel=0.03)
+    moved = sum(buffer.moved for buffer in whole.buffers.values())
+    assert few.l2 == pytest.approx(moved / l2, rel=0.03)
+
+
+def test_projection_takes_the_slowest_resource():
+    one = model.Projection(core=2.0, l2=1.0, hbm=0.5, busy={"a": 1.0, "b": 1.5}, flops=4 * 10**12)
+    assert (one.seconds, one.limit, one.tflops) == (2.0, "b", 2.0)
+    assert replace(one, l2=4.0).limit == "L2"
+    assert replace(one, hbm=4.0).limit == "HBM"
