@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-full lint types readme clean
+.PHONY: install demo test test-full lint types torch_npu readme clean
 
 install: $(STAMP)
 
@@ -18,10 +18,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 demo: install
 	$(BIN)/skiparse demo --out demo_out
 
-test: lint types
+test: lint types torch_npu
 	$(BIN)/python -m pytest
 
-test-full: lint types
+test-full: lint types torch_npu
 	$(BIN)/python -m pytest -m 'full or not full'
 
 lint: install
@@ -34,6 +34,21 @@ types: install
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w build/types .
 	cd build/types && ../../$(BIN)/python -m zipfile -e skiparse-*.whl unpacked
 	cd build/types/unpacked && ../../../$(BIN)/mypy --config-file ../../../pyproject.toml -p skiparse
+
+# The headers and the library of torch_npu, which a test compiles and links against. Unzipped, and
+# never installed: with it in the environment and no NPU, `import torch` fails. It is on offer for
+# Linux; elsewhere the test says that it skips.
+NPU := build/torch_npu
+
+torch_npu: $(NPU)/.unzipped
+
+$(NPU)/.unzipped: constraints.txt | install
+	rm -rf $(NPU) && mkdir -p $(NPU)
+	if $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
+		-c constraints.txt -d $(NPU) torch_npu; then \
+		$(BIN)/python -m zipfile -e $(NPU)/*.whl $(NPU)/unzipped && \
+		rm $(NPU)/*.whl && touch $@; \
+	fi
 
 # The generated tables of the README: backends from the registry, figures from bench/results.jsonl.
 readme: install

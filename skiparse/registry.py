@@ -68,6 +68,13 @@ BACKENDS = (
         copies_text=True,
     ),
     Row(
+        "ascendc",
+        (),
+        "fused AscendC kernels for Atlas A2 and A3, built on request; forward only",
+        "CPU: the kernels on a host twin, the host side against torch_npu's headers. "
+        "Never run on an NPU",
+    ),
+    Row(
         "reference",
         ("cpu",),
         "the definition, written to be read; fp64",

@@ -72,7 +72,7 @@ def test_who_refuses_is_passed_over_and_who_is_not_named_comes_last(orders, monk
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert first(inputs_of(SkipPattern.single(2))) == "reference"
     names = [row.name for row in registry.order(inputs_of(SkipPattern.single(2)), backward=False)]
-    assert names == ["triton", "reference", "sdpa", "npu_fusion"]
+    assert names == ["triton", "reference", "sdpa", "npu_fusion", "ascendc"]
 
 
 def test_a_named_backend_is_not_touched(orders):

@@ -1,0 +1,55 @@
+// The kernels and their launches in one library, compiled by bisheng. Has never run on an NPU.
+#include "kernel_operator.h"
+
+#include "../ascend/attention_fwd.cpp"
+#include "../ascend/key_bias.cpp"
+#include "passes.h"
+
+#include "acl/acl.h"
+
+// The language extension of bisheng; a compiler without it defines its own.
+#ifndef SKIPARSE_LAUNCH
+#define SKIPARSE_LAUNCH(kernel, blocks, stream) kernel<<<blocks, nullptr, stream>>>
+#endif
+
+namespace {
+
+// Kernels of vector cores alone get one block for each, others one for each cube core, which brings
+// two vector cores.
+struct Device {
+    void* stream;
+    uint32_t cube, vector;
+
+    template <class... Pointers>
+    void key_bias(Pointers... p) const {
+        SKIPARSE_LAUNCH(skiparse_key_bias, vector, stream)(static_cast<uint8_t*>(p)...);
+    }
+    template <class... Pointers>
+    void forward(bool bf16, Pointers... p) const {
+        if (bf16) {
+            SKIPARSE_LAUNCH(skiparse_attention_fwd_bf16, cube, stream)(static_cast<uint8_t*>(p)...);
+        } else {
+            SKIPARSE_LAUNCH(skiparse_attention_fwd_fp16, cube, stream)(static_cast<uint8_t*>(p)...);
+        }
+    }
+};
+
+Device device_of(void* stream, const SkiparseCores& cores) {
+    return {stream, static_cast<uint32_t>(cores.cube), static_cast<uint32_t>(cores.vector)};
+}
+
+}  // namespace
+
+extern "C" int skiparse_ascend_cores(int32_t device, SkiparseCores* cores) {
+    const aclError error = aclrtGetDeviceInfo(device, ACL_DEV_ATTR_CUBE_CORE_NUM, &cores->cube);
+    if (error != ACL_SUCCESS) return error;
+    return aclrtGetDeviceInfo(device, ACL_DEV_ATTR_VECTOR_CORE_NUM, &cores->vector);
+}
+
+extern "C" void skiparse_attention_fwd(void* stream, const SkiparseCores* cores,
+                                       const skiparse::Tiling* tiling, int32_t bf16,
+                                       const skiparse::ForwardPointers* pointers,
+                                       const skiparse::ForwardScratch* scratch) {
+    if (skiparse::tasks(*tiling) == 0) return;
+    skiparse::run_forward(device_of(stream, *cores), bf16 != 0, *pointers, *scratch);
+}

@@ -1,0 +1,17 @@
+// The kernels of a pass, in order, with their arguments: the same for the device and the twin.
+//
+// A `Run` has a function for each kernel that launches it on all cores, after those before.
+#pragma once
+
+#include "launch.h"
+
+namespace skiparse {
+
+template <class Run>
+void run_forward(const Run& run, bool bf16, const ForwardPointers& p, const ForwardScratch& s) {
+    run.key_bias(p.mask, p.text_mask, s.bias, s.tiling);
+    run.forward(bf16, p.q, p.k, p.v, p.text_q, p.text_k, p.text_v, s.bias, p.out, p.text_out, p.lse,
+                p.text_lse, s.workspace, s.tiling);
+}
+
+}  // namespace skiparse

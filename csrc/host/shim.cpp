@@ -1,0 +1,141 @@
+// torch.ops.skiparse_ascend: the kernels as operators of torch, on the task queue of torch_npu. Has
+// never run on an NPU.
+//
+// torch_npu may enqueue work from the host later than it is called, so a launch is handed to its
+// queue, and takes the stream without draining that queue. Memory needs no more care than for
+// torch_npu's own operators: it is reused in the order of the stream.
+#include <cstring>
+#include <optional>
+#include <tuple>
+
+#include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include "torch_npu/csrc/core/npu/NPUStream.h"
+#include "torch_npu/csrc/framework/OpCommand.h"
+
+#include "launch.h"
+
+namespace {
+
+using at::Tensor;
+using skiparse::Strides;
+using skiparse::Tiling;
+
+void check_rows(const char* name, const Tensor& x, const Tensor& q, int64_t rows) {
+    TORCH_CHECK(x.dim() == 4 && x.size(0) == q.size(0) && x.size(1) == rows &&
+                    x.size(2) == q.size(2) && x.size(3) == q.size(3),
+                name, " has shape ", x.sizes(), ", expected [", q.size(0), ", ", rows, ", ",
+                q.size(2), ", ", q.size(3), "]");
+    TORCH_CHECK(x.scalar_type() == q.scalar_type() && x.device() == q.device(), name,
+                " must have the dtype and the device of q");
+    TORCH_CHECK(x.numel() == 0 || x.stride(3) == 1, name, " must have last stride 1, not ",
+                x.stride(3));
+}
+
+void check_mask(const char* name, const std::optional<Tensor>& mask, const Tensor& q,
+                int64_t rows) {
+    if (!mask.has_value()) return;
+    TORCH_CHECK(mask->scalar_type() == at::kBool && mask->device() == q.device() &&
+                    mask->is_contiguous() && mask->sizes() == at::IntArrayRef({q.size(0), rows}),
+                name, " must be a contiguous bool tensor [", q.size(0), ", ", rows,
+                "] on the device of q");
+}
+
+Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
+
+void* pointer(const Tensor& x) { return x.numel() == 0 ? nullptr : x.data_ptr(); }
+
+void* pointer(const std::optional<Tensor>& x) { return x.has_value() ? pointer(*x) : nullptr; }
+
+Tensor bytes(const Tensor& like, int64_t count) {
+    return at::empty({count}, like.options().dtype(at::kByte));
+}
+
+// Plain data on the device. From pinned memory, so that the host need not wait for the copy.
+template <class T>
+Tensor on_device(const T& value, const Tensor& like) {
+    const auto options = at::TensorOptions().dtype(at::kByte).pinned_memory(true);
+    const Tensor host = at::empty({static_cast<int64_t>(sizeof(T))}, options);
+    std::memcpy(host.data_ptr(), &value, sizeof(T));
+    return host.to(like.device(), at::kByte, /*non_blocking=*/true);
+}
+
+SkiparseCores cores_of(const Tensor& q) {
+    SkiparseCores cores{};
+    const int error = skiparse_ascend_cores(q.device().index(), &cores);
+    TORCH_CHECK(error == 0, "CANN does not say how many cores npu:", q.device().index(),
+                " has: error ", error);
+    return cores;
+}
+
+Tiling checked_tiling(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& text_q,
+                      const Tensor& text_k, const Tensor& text_v, const std::optional<Tensor>& mask,
+                      const std::optional<Tensor>& text_mask, int64_t sparsity, int64_t run,
+                      double scale) {
+    TORCH_CHECK(q.dim() == 4 && text_q.dim() == 4, "q and text_q must be [batch, rows, heads, dim]");
+    TORCH_CHECK(q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16,
+                "q must be fp16 or bf16, got ", q.scalar_type());
+    TORCH_CHECK(q.size(3) == 64 || q.size(3) == 128, "head_dim must be 64 or 128, got ", q.size(3),
+                "; pad with zeros");
+    TORCH_CHECK(sparsity >= 1 && run >= 1, "sparsity and run must be at least 1");
+    const int64_t tokens = q.size(1), text = text_q.size(1);
+    check_rows("q", q, q, tokens);
+    check_rows("k", k, q, tokens);
+    check_rows("v", v, q, tokens);
+    check_rows("text_q", text_q, q, text);
+    check_rows("text_k", text_k, q, text);
+    check_rows("text_v", text_v, q, text);
+    check_mask("mask", mask, q, tokens);
+    check_mask("text_mask", text_mask, q, text);
+    return {q.size(0), tokens, text, q.size(2), q.size(3), sparsity, run, strides_of(q),
+            strides_of(k), strides_of(v), strides_of(text_q), strides_of(text_k),
+            strides_of(text_v), mask.has_value() || text_mask.has_value(),
+            static_cast<float>(scale)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& text_q, const Tensor& text_k,
+    const Tensor& text_v, const std::optional<Tensor>& mask, const std::optional<Tensor>& text_mask,
+    int64_t sparsity, int64_t run, double scale) {
+    const Tiling tiling = checked_tiling(q, k, v, text_q, text_k, text_v, mask, text_mask, sparsity,
+                                         run, scale);
+    const c10::DeviceGuard guard(q.device());
+    const auto [batch, tokens, text, heads, dim] =
+        std::tuple(tiling.batch, tiling.tokens, tiling.text, tiling.heads, tiling.head_dim);
+    const auto fp32 = q.options().dtype(at::kFloat);
+    const Tensor out = at::empty({batch, tokens, heads, dim}, q.options());
+    const Tensor text_out = at::empty({batch, sparsity, text, heads, dim}, q.options());
+    const Tensor lse = at::empty({batch, heads, tokens}, fp32);
+    const Tensor text_lse = at::empty({batch, heads, sparsity, text}, fp32);
+
+    const SkiparseCores cores = cores_of(q);
+    const Tensor tiling_on_device = on_device(tiling, q);
+    const Tensor bias = bytes(q, skiparse::bias_bytes(tiling));
+    const Tensor workspace = bytes(q, cores.cube * skiparse::WORKSPACE_BYTES);
+    const skiparse::ForwardPointers pointers{
+        pointer(q), pointer(k), pointer(v), pointer(text_q), pointer(text_k), pointer(text_v),
+        pointer(mask), pointer(text_mask), pointer(out), pointer(text_out), pointer(lse),
+        pointer(text_lse)};
+    const skiparse::ForwardScratch scratch{pointer(tiling_on_device), pointer(bias),
+                                           pointer(workspace)};
+    const bool bf16 = q.scalar_type() == at::kBFloat16;
+    const c10_npu::NPUStream stream = c10_npu::getCurrentNPUStream();
+    at_npu::native::OpCommand::RunOpApiV2("skiparse_attention_fwd", [=]() -> int {
+        skiparse_attention_fwd(stream.stream(false), &cores, &tiling, bf16, &pointers, &scratch);
+        return 0;
+    });
+    return {out, text_out, lse, text_lse};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(skiparse_ascend, m) {
+    m.def(
+        "attention(Tensor q, Tensor k, Tensor v, Tensor text_q, Tensor text_k, Tensor text_v, "
+        "Tensor? mask, Tensor? text_mask, int sparsity, int run, float scale) "
+        "-> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(skiparse_ascend, PrivateUse1, m) { m.impl("attention", attention); }

@@ -1,0 +1,84 @@
+"""Skiparse attention in fused AscendC kernels, for Atlas A2 and A3 (Ascend 910B and 910C).
+
+The kernels (``csrc/``) read every sub-sequence in place, with the text as a second source of keys.
+They are proven on a host twin, and have never run on an NPU. So they are only taken by name, and
+only if the package was built with them.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skiparse.backends import Gradients, Inputs, Outputs
+
+_HEAD_DIMS = (64, 128)  # the kernels'; others are padded with zeros
+_HERE = Path(__file__).parent
+_BUILD = (
+    "on a machine with CANN and torch_npu, "
+    "SKIPARSE_BUILD_ASCEND=1 pip install --no-build-isolation . in its source builds it"
+)
+
+
+def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | None:
+    """It takes NPU tensors in fp16 or bf16, head_dim to 128, where the extension was built."""
+    if _extension() is None:
+        return f"skiparse was installed without its AscendC extension; {_BUILD}"
+    if not hasattr(torch, "npu") or not torch.npu.is_available():
+        return "no NPU is seen by torch_npu; import torch_npu, and see `npu-smi info`"
+    if inputs is None:
+        return None
+    if inputs.q.device.type != "npu":
+        return f'the kernels take "npu" tensors, not "{inputs.q.device.type}"'
+    if inputs.q.dtype not in (torch.float16, torch.bfloat16):
+        return f"the kernels take fp16 and bf16, not {inputs.q.dtype}"
+    if inputs.q.shape[-1] > _HEAD_DIMS[-1]:
+        return f"the kernels take a head dimension up to {_HEAD_DIMS[-1]}, not {inputs.q.shape[-1]}"
+    if backward:
+        return "the extension has no backward yet"
+    return None
+
+
+def forward(inputs: Inputs) -> Outputs:
+    """One kernel for video and text rows, after one for the key masks."""
+    D = inputs.q.shape[-1]
+    masks = (None if m is None else m.contiguous() for m in (inputs.mask, inputs.text_mask))
+    pattern = inputs.pattern
+    out, text_out, lse, text_lse = _operators().attention(
+        *_padded(inputs), *masks, pattern.sparsity, pattern.run, inputs.scale
+    )
+    return Outputs(_cut(out, D), _cut(text_out, D), lse, text_lse)
+
+
+def backward(
+    inputs: Inputs, outputs: Outputs, grad_out: Tensor, grad_text_out: Tensor
+) -> Gradients:
+    """Refused: see ``why_not``."""
+    raise NotImplementedError(why_not(inputs, backward=True))
+
+
+def _padded(inputs: Inputs) -> list[Tensor]:
+    """The six inputs with a head dimension that the kernels take."""
+    D = inputs.q.shape[-1]
+    width = next(size for size in _HEAD_DIMS if size >= D)
+    tensors = (inputs.q, inputs.k, inputs.v, inputs.text_q, inputs.text_k, inputs.text_v)
+    return [x if width == D else F.pad(x, (0, width - D)) for x in tensors]
+
+
+def _cut(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else x[..., :width].contiguous()
+
+
+def _extension() -> Path | None:
+    """The library of torch operators that was built, beside that of the kernels."""
+    return next(_HERE.glob("_ascendc*.so"), None)
+
+
+@functools.cache
+def _operators() -> torch._ops._OpNamespace:
+    torch.ops.load_library(str(_extension()))
+    return torch.ops.skiparse_ascend
