@@ -51,6 +51,7 @@ def ascend():
 
         def build_extensions(self):
             kernels = ROOT / "build" / "ascend"
+            shutil.rmtree(kernels, ignore_errors=True)  # another CANN's, perhaps
             subprocess.run(["cmake", "-S", ROOT / "csrc", "-B", kernels], check=True)
             subprocess.run(["cmake", "--build", kernels], check=True)
             super().build_extensions()
@@ -61,6 +62,7 @@ def ascend():
     shim = CppExtension(
         "skiparse.backends._ascendc",
         ["csrc/host/shim.cpp"],
+        depends=[str(header) for header in ROOT.glob("csrc/**/*.h")],
         include_dirs=[str(npu / "include"), str(npu / "include/third_party/acl/inc")],
         library_dirs=[str(npu / "lib"), "build/ascend"],
         libraries=["torch_npu", "skiparse_ascend"],
