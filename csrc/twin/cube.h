@@ -19,9 +19,12 @@ struct LoadData2DParams {
     bool ifTranspose = false;
 };
 
+// `unitFlag` 2 or 3: every 512 bytes of the result wait until Fixpipe has taken what they held;
+// with 3 they are then ready to be taken.
 struct MmadParams {
     twin::Field<0, 4095> m = 0, n = 0, k = 0;
     bool cmatrixInitVal = true;  // start from zero rather than add
+    twin::Field<0, 3> unitFlag = 0;
 };
 
 enum class CO2Layout { NZ, ROW_MAJOR };
@@ -32,11 +35,13 @@ struct FixpipeConfig {
 constexpr FixpipeConfig CFG_ROW_MAJOR{CO2Layout::ROW_MAJOR};
 
 // `srcStride` between columns of fractals, in rows of 16; `dstStride` between rows, in elements.
+// `unitFlag` 3: every 512 bytes wait until they are ready.
 struct FixpipeParamsV220 {
     twin::Field<0, 4095> nSize = 0;
     twin::Field<0, 8192> mSize = 0;
     twin::Field<0, 65535> srcStride = 0;
     twin::Field<0, 0xffffffff> dstStride = 0;
+    twin::Field<0, 3> unitFlag = 0;
 };
 
 template <class T>
@@ -66,12 +71,17 @@ void LoadData(const LocalTensor<T>& to, const LocalTensor<T>& from, const LoadDa
     }
 }
 
+// The order in which the cube finishes the fractals of a product.
+inline void SetMMRowMajor() { twin::machine->self->by_rows = true; }
+inline void SetMMColumnMajor() { twin::machine->self->by_rows = false; }
+
 inline uint64_t fractals(uint64_t size) { return (size + FRACTAL_SIDE - 1) / FRACTAL_SIDE; }
 
 // C[m, n] (+)= A[m, k] B[k, n], on whole fractals.
-template <class T>
-void Mmad(const LocalTensor<float>& c, const LocalTensor<T>& a, const LocalTensor<T>& b,
+template <class C, class T>
+void Mmad(const LocalTensor<C>& c, const LocalTensor<T>& a, const LocalTensor<T>& b,
           const MmadParams& p, Where where = Where::here()) {
+    static_assert(std::is_same_v<C, float>, "the cube adds up in float");
     static_assert(std::is_same_v<T, half> || std::is_same_v<T, bfloat16_t>,
                   "the twin multiplies half and bfloat16_t");
     c.expect(twin::L0C, 1024, where);
@@ -81,13 +91,16 @@ void Mmad(const LocalTensor<float>& c, const LocalTensor<T>& a, const LocalTenso
     const uint64_t mf = fractals(p.m), nf = fractals(p.n), kf = fractals(p.k);
     const size_t c_bytes = mf * nf * 2 * twin::FRACTAL;
 
+    const size_t place = c.bytes(0, c_bytes, where);
+    twin::require(p.unitFlag != 1, where, "unitFlag is 0, 2 or 3");
+    if (p.unitFlag != 0) twin::wait_for_free_units(place, c_bytes, where);
     twin::Operation operation(twin::M, "Mmad", twin::machine->costs.mmad(mf * nf * kf), where);
+    if (p.unitFlag == 3) twin::set_units(twin::M, place, c_bytes, where);
     if (!operation.executes()) return;
     operation.read(a.memory(where), a.bytes(0, mf * kf * twin::FRACTAL, where),
                    mf * kf * twin::FRACTAL);
     operation.read(b.memory(where), b.bytes(0, kf * nf * twin::FRACTAL, where),
                    kf * nf * twin::FRACTAL);
-    const size_t place = c.bytes(0, c_bytes, where);
     if (!p.cmatrixInitVal) {
         if (mf * nf >= 10) operation.follow_own_pipe();  // else only a barrier orders two products
         operation.read(c.memory(where), place, c_bytes);
@@ -130,10 +143,20 @@ void Fixpipe(const GlobalTensor<T>& to, const LocalTensor<U>& from, const Fixpip
     static_assert(CONFIG.format == CO2Layout::ROW_MAJOR, "the twin writes rows");
     from.expect(twin::L0C, 64, where);
     twin::require(p.nSize % FRACTAL_SIDE == 0, where, "nSize must be a multiple of 16");
+    twin::require(p.unitFlag == 0 || p.unitFlag == 3, where, "unitFlag is 0 or 3");
+    twin::require(p.unitFlag == 0 || twin::machine->self->by_rows, where,
+                  "rows with unitFlag need products by rows: SetMMRowMajor()");
+    const uint64_t column_bytes = fractals(p.mSize) * 2 * twin::FRACTAL;
+    std::vector<size_t> columns;  // of fractals, where products are waited for
+    for (uint64_t j = 0; p.unitFlag == 3 && j < p.nSize; j += FRACTAL_SIDE) {
+        columns.push_back(from.bytes(j * p.srcStride * sizeof(float), column_bytes, where));
+        twin::wait_for_ready_units(columns.back(), column_bytes, where);
+    }
     const uint64_t elements = p.mSize * p.nSize;
     const twin::Cost cost = twin::machine->costs.fixpipe(elements, elements * sizeof(T));
     twin::machine->count_moved(to.GetPhyAddr(), 0, elements * sizeof(T), where);
     twin::Operation operation(twin::FIX, "Fixpipe", cost, where);
+    for (size_t column : columns) twin::set_units(twin::FIX, column, column_bytes, where);
     if (!operation.executes()) return;
     for (uint64_t r = 0; r < p.mSize; ++r) {
         float* row = to.GetPhyAddr() + r * p.dstStride;

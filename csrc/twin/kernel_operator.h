@@ -8,6 +8,7 @@
 #include "cube.h"
 #include "machine.h"
 #include "number.h"
+#include "queue.h"
 #include "sync.h"
 #include "tensor.h"
 #include "vector.h"

@@ -19,6 +19,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -34,6 +35,7 @@ constexpr const char* LANE_NAMES[] = {"cube", "vector 0", "vector 1"};
 constexpr int LANES = 3, COMPONENTS = LANES * PIPES;
 constexpr int EVENTS = 6;         // 6 and 7 belong to the framework
 constexpr int CROSS_FLAGS = 11;   // 11 to 14 belong to SyncAll
+constexpr int ALL_VECTORS = CROSS_FLAGS, ALL = CROSS_FLAGS + 1;  // SyncAll, as what is waited for
 constexpr size_t MOST_PENDING = 15;  // a cross-core flag is a counter of 4 bits
 constexpr size_t STACK_BYTES = 1 << 20;
 
@@ -113,6 +115,7 @@ private:
     };
     friend class Operation;
     size_t cell_;
+    std::map<size_t, std::vector<uint32_t>> more_readers_;  // of a cell, beyond two
     std::vector<uint8_t> filled_;  // of every byte, whether anything was written there
     std::vector<Cell> cells_;
 };
@@ -143,6 +146,10 @@ struct CrossFlag {
     Where where;
 };
 
+// With unitFlag, each 512 bytes of L0C are a flag between the cube and Fixpipe, both ways: set
+// while they hold a product that is not taken yet.
+constexpr size_t UNIT_BYTES = 512, UNITS = 128 * 1024 / UNIT_BYTES;
+
 struct SubCore {
     explicit SubCore(int lane) : lane(lane) {
         if (lane == 0) {
@@ -165,6 +172,9 @@ struct SubCore {
     Flag flags[PIPES][PIPES][EVENTS];
     std::deque<CrossFlag> arrived[LANES][CROSS_FLAGS];  // from each lane
     std::unique_ptr<Chip> chips[5];
+    std::vector<Flag> units = std::vector<Flag>(lane == 0 ? UNITS : 0);
+    bool by_rows = false;  // the order in which products are finished
+    uint32_t synced[2]{};  // operations before these, of cubes and of vector cores, are complete
 
     // What is complete when a flag is set on a pipe: its operations, and what it waited for.
     Clock complete_at_flag(int pipe) const {
@@ -196,7 +206,7 @@ struct SubCore {
     }
 
     bool finished = false;
-    int waits_for = -1;  // a cross-core flag
+    int waits_for = -1;  // a cross-core flag, ALL_VECTORS or ALL
     Where waits_at{"", 0};
     ucontext_t context{};
     std::vector<char> stack = std::vector<char>(STACK_BYTES);
@@ -208,8 +218,11 @@ struct Usage {
     double busy[PIPES], cycles;
 };
 
-// The device: global memory, and the core that is running. Cores run one after another, and since
-// nothing orders them within a launch, any conflict between two of them is a fault.
+using Lanes = std::array<std::unique_ptr<SubCore>, LANES>;
+
+// The device: global memory, and the core that is running. Cores run one after another, each to its
+// end or a SyncAll. Since nothing else orders them within a launch, a conflict between two of them
+// is a fault.
 struct Machine {
     Costs costs;
     bool costs_only = false;    // neither data nor checks of it; global memory is addresses alone
@@ -220,7 +233,7 @@ struct Machine {
     std::vector<Memory> global;
     std::vector<Issued> log{1};
     uint32_t launch_begins = 1;  // the operations before it belong to launches that have ended
-    std::unique_ptr<SubCore> lanes[LANES];
+    Lanes lanes;
     SubCore* self = nullptr;
     int core = 0, cores = 0;
     bool mixed = true;  // cube and vector sub-cores work together; else vector 0 alone
@@ -284,7 +297,7 @@ public:
         for (size_t i = first / memory.cell_; i <= end; ++i) {
             Memory::Cell& cell = memory.cells_[i];
             expect_complete(cell.write, memory, "reads", "written");
-            remember_read(cell, memory);
+            remember_read(cell, i, memory);
         }
     }
 
@@ -297,6 +310,12 @@ public:
             for (uint32_t& reader : cell.read) {
                 expect_complete(reader, memory, "overwrites", "read");
                 reader = 0;
+            }
+            if (!memory.more_readers_.empty()) {
+                for (uint32_t reader : memory.more_readers_[i]) {
+                    expect_complete(reader, memory, "overwrites", "read");
+                }
+                memory.more_readers_.erase(i);
             }
             expect_complete(cell.write, memory, "overwrites", "written");
             cell.write = id_;
@@ -318,9 +337,10 @@ private:
     bool complete(uint32_t id) {
         if (id == known_ || id == id_ || id < machine->launch_begins) return true;
         const Issued& other = machine->log[id];
-        const bool ordered = other.core == machine->core &&
-                             (start_.seen[other.component] >= other.time ||
-                              (in_order_ && other.component == component_));
+        const bool ordered = id < machine->self->synced[other.component / PIPES > 0] ||
+                             (other.core == machine->core &&
+                              (start_.seen[other.component] >= other.time ||
+                               (in_order_ && other.component == component_)));
         if (ordered) known_ = id;
         return ordered;
     }
@@ -332,14 +352,18 @@ private:
                          " at " + other.where.text() + ", and nothing orders the two");
     }
 
-    void remember_read(Memory::Cell& cell, const Memory& memory) {
+    void remember_read(Memory::Cell& cell, size_t i, Memory& memory) {
         for (uint32_t& reader : cell.read) {
-            if (complete(reader) || machine->log[reader].component == component_) {
+            if (complete(reader) || same_pipe(machine->log[reader])) {
                 reader = id_;
                 return;
             }
         }
-        fail(where_, label() + " is the third to read " + memory.name + " at once");
+        memory.more_readers_[i].push_back(id_);
+    }
+
+    bool same_pipe(const Issued& other) const {
+        return other.core == machine->core && other.component == component_;
     }
 
     std::string label() const { return machine->log[id_].name; }
@@ -393,6 +417,34 @@ inline void wait_flag(int from, int to, int id, Where where) {
     machine->self->base[to].join(f.clock, machine->costs.of(figure::FLAG));
 }
 
+// The units of `size` bytes of L0C from `first` on are free to be multiplied into.
+inline void wait_for_free_units(size_t first, size_t size, Where where) {
+    SubCore& self = *machine->self;
+    for (size_t i = first / UNIT_BYTES; i <= (first + size - 1) / UNIT_BYTES; ++i) {
+        require(!self.units[i].set, where,
+                "waits until a Fixpipe with unitFlag takes the product of " +
+                    self.units[i].where.text());
+        self.base[M].join(self.units[i].clock);
+    }
+}
+
+// They hold a product, to be taken.
+inline void wait_for_ready_units(size_t first, size_t size, Where where) {
+    SubCore& self = *machine->self;
+    for (size_t i = first / UNIT_BYTES; i <= (first + size - 1) / UNIT_BYTES; ++i) {
+        require(self.units[i].set, where, "waits for a product with unitFlag 3, and there is none");
+        self.base[FIX].join(self.units[i].clock);
+    }
+}
+
+// The product of the cube is ready, or Fixpipe has taken it.
+inline void set_units(int pipe, size_t first, size_t size, Where where) {
+    SubCore& self = *machine->self;
+    for (size_t i = first / UNIT_BYTES; i <= (first + size - 1) / UNIT_BYTES; ++i) {
+        self.units[i] = {pipe == M, self.complete_at_flag(pipe), where};
+    }
+}
+
 inline void set_cross_flag(int id, int pipe, Where where) {
     require(id >= 0 && id < CROSS_FLAGS, where,
             "cross-core flag " + std::to_string(id) + ": a kernel has 0 to 10");
@@ -411,6 +463,7 @@ inline void set_cross_flag(int id, int pipe, Where where) {
 }
 
 inline bool cross_flag_arrived(const SubCore& lane, int id) {
+    if (id >= CROSS_FLAGS) return false;  // SyncAll
     if (lane.lane != 0) return !lane.arrived[0][id].empty();
     return !lane.arrived[1][id].empty() && !lane.arrived[2][id].empty();
 }
@@ -433,9 +486,22 @@ inline void wait_cross_flag(int id, Where where) {
     }
 }
 
+// Waits until all vector cores of the launch, or all cores, have come here with nothing left to do.
+inline void sync_all(bool vectors_only, Where where) {
+    require(!vectors_only || !cube(), where, "SyncAll of the vector cores, on a cube core");
+    SubCore& self = *machine->self;
+    barrier_all();
+    self.waits_for = vectors_only ? ALL_VECTORS : ALL;
+    self.waits_at = where;
+    while (self.waits_for >= 0) swapcontext(&self.context, &machine->scheduler);
+}
+
 // Running.
 
 inline void expect_clean_end(SubCore& lane) {
+    for (const Flag& unit : lane.units) {
+        require(!unit.set, unit.where, "the product with unitFlag 3 is never taken");
+    }
     for (int from = 0; from < PIPES; ++from) {
         for (int to = 0; to < PIPES; ++to) {
             for (int id = 0; id < EVENTS; ++id) {
@@ -458,17 +524,22 @@ inline void run_lane() {
     swapcontext(&self.context, &machine->scheduler);
 }
 
-inline void run_core(int lanes_from, int lanes_to) {
-    Machine& m = *machine;
-    for (int i = 0; i < LANES; ++i) m.lanes[i] = std::make_unique<SubCore>(i);
+inline void start_core(int lanes_from, int lanes_to) {
+    Lanes& lanes = machine->lanes;
+    for (int i = 0; i < LANES; ++i) lanes[i] = std::make_unique<SubCore>(i);
     for (int i = lanes_from; i <= lanes_to; ++i) {
-        SubCore& lane = *m.lanes[i];
+        SubCore& lane = *lanes[i];
         getcontext(&lane.context);
         lane.context.uc_stack.ss_sp = lane.stack.data();
         lane.context.uc_stack.ss_size = lane.stack.size();
         lane.context.uc_link = nullptr;
         makecontext(&lane.context, run_lane, 0);
     }
+}
+
+// Runs the core until all of its sub-cores have ended or wait. Whether they have ended.
+inline bool run_core(int lanes_from, int lanes_to) {
+    Machine& m = *machine;
     for (bool moved = true, left = true; left;) {
         moved = left = false;
         for (int place = lanes_from; place <= lanes_to; ++place) {
@@ -482,17 +553,7 @@ inline void run_core(int lanes_from, int lanes_to) {
             swapcontext(&m.scheduler, &lane.context);
             if (!m.fault.empty()) throw Fault(m.fault);
         }
-        if (left && !moved) {
-            std::string waiting;
-            for (int i = lanes_from; i <= lanes_to; ++i) {
-                const SubCore& lane = *m.lanes[i];
-                if (lane.finished) continue;
-                waiting += std::string(waiting.empty() ? "" : "; ") + lane.waits_at.text() + ": " +
-                           LANE_NAMES[i] + " waits for cross-core flag " +
-                           std::to_string(lane.waits_for);
-            }
-            throw Fault(waiting + ": deadlock");
-        }
+        if (left && !moved) return false;
     }
     for (int i = lanes_from; i <= lanes_to; ++i) {
         const SubCore& lane = *m.lanes[i];
@@ -508,6 +569,54 @@ inline void run_core(int lanes_from, int lanes_to) {
             }
         }
     }
+    return true;
+}
+
+inline std::string waiting(const Lanes& lanes) {
+    std::string report;
+    for (const auto& lane : lanes) {
+        if (lane->waits_for < 0) continue;
+        report += std::string(report.empty() ? "" : "; ") + lane->waits_at.text() + ": " +
+                  LANE_NAMES[lane->lane] + " waits for " +
+                  (lane->waits_for < CROSS_FLAGS
+                       ? "cross-core flag " + std::to_string(lane->waits_for)
+                       : "SyncAll");
+    }
+    return report;
+}
+
+// Lets the cores go on that are all at a SyncAll; there is one in `parked` for each of the launch.
+inline void finish_sync(std::vector<Lanes>& parked, int lanes_from, int lanes_to) {
+    int kind = 0;
+    for (const Lanes& lanes : parked) {
+        for (int i = lanes_from; lanes[0] && i <= lanes_to; ++i) {
+            kind = std::max(kind, lanes[i]->waits_for);
+        }
+    }
+    const int first = kind == ALL ? lanes_from : std::max(1, lanes_from);
+    for (const Lanes& lanes : parked) {
+        for (int i = first; i <= lanes_to; ++i) {
+            const bool there = kind >= CROSS_FLAGS && lanes[0] && lanes[i]->waits_for == kind;
+            if (there) continue;
+            for (const Lanes& stuck : parked) {
+                if (stuck[0]) throw Fault(waiting(stuck) + ": deadlock");
+            }
+        }
+    }
+    double latest = 0;
+    for (const Lanes& lanes : parked) {
+        for (int i = first; i <= lanes_to; ++i) latest = std::max(latest, lanes[i]->end());
+    }
+    latest += machine->costs.of(figure::CROSS_FLAG);
+    for (Lanes& lanes : parked) {
+        for (int i = first; i <= lanes_to; ++i) {
+            SubCore& lane = *lanes[i];
+            lane.waits_for = -1;
+            for (Clock& clock : lane.base) clock.cycle = std::max(clock.cycle, latest);
+            lane.synced[1] = static_cast<uint32_t>(machine->log.size());
+            if (kind == ALL) lane.synced[0] = lane.synced[1];
+        }
+    }
 }
 
 // Runs a kernel on `cores` cores: of a cube and two vector sub-cores, or of one vector sub-core.
@@ -517,9 +626,23 @@ inline void launch(Machine& m, int cores, bool mixed, std::function<void()> kern
     m.cores = cores;
     m.mixed = mixed;
     m.launch_begins = static_cast<uint32_t>(m.log.size());
+    const int lanes_from = mixed ? 0 : 1, lanes_to = mixed ? 2 : 1;
     const int first = m.only_core < 0 ? 0 : m.only_core;
-    const int last = m.only_core < 0 ? cores - 1 : m.only_core;
-    for (m.core = first; m.core <= last; ++m.core) run_core(mixed ? 0 : 1, mixed ? 2 : 1);
+    std::vector<Lanes> parked(m.only_core < 0 ? cores : 1);  // the cores that wait for others
+    for (bool starts = true, left = true; left; starts = false) {
+        left = false;
+        for (m.core = first; m.core < first + static_cast<int>(parked.size()); ++m.core) {
+            Lanes& lanes = parked[m.core - first];
+            if (!starts && !lanes[0]) continue;
+            std::swap(m.lanes, lanes);
+            if (starts) start_core(lanes_from, lanes_to);
+            const bool ended = run_core(lanes_from, lanes_to);
+            std::swap(m.lanes, lanes);
+            if (ended) lanes = {};
+            left = left || !ended;
+        }
+        if (left) finish_sync(parked, lanes_from, lanes_to);
+    }
     ++m.launches;
 }
 

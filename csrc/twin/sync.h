@@ -68,6 +68,12 @@ inline void CrossCoreWaitFlag(uint16_t id, Where where = Where::here()) {
     twin::wait_cross_flag(id, where);
 }
 
+// Of all vector cores, or of all cores. The kernel must run on no more cores than there are.
+template <bool VECTORS_ONLY = true>
+void SyncAll(Where where = Where::here()) {
+    twin::sync_all(VECTORS_ONLY, where);
+}
+
 inline int64_t GetBlockNum() { return twin::machine->cores; }
 inline int64_t GetSubBlockIdx() { return twin::cube() ? 0 : twin::machine->self->lane - 1; }
 inline int64_t GetTaskRation() { return twin::machine->mixed && !twin::cube() ? 2 : 1; }

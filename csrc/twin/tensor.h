@@ -145,6 +145,9 @@ private:
     LocalTensor<uint8_t> whole_;
 };
 
+template <TPosition POSITION, int32_t DEPTH>
+class TQue;
+
 // Cuts buffers from the memories of the sub-core. On a cube core it keeps three M_MTE1 flags for
 // itself, set from its construction until Destroy(); a kernel that uses flags must call that first.
 class TPipe {
@@ -162,15 +165,15 @@ public:
 
     template <TPosition POSITION>
     bool InitBuffer(TBuf<POSITION>& buffer, uint32_t bytes, Where where = Where::here()) {
-        constexpr twin::Space space = twin::space_of(POSITION);
-        twin::Chip* chip = twin::machine->self->chips[space].get();
-        twin::require(chip != nullptr, where, "this sub-core has no such memory");
-        const size_t first = chip->used;
-        chip->used += (bytes + twin::BLOCK - 1) / twin::BLOCK * twin::BLOCK;
-        twin::require(chip->used <= chip->memory.bytes, where,
-                      chip->memory.name + " has " + std::to_string(chip->memory.bytes) +
-                          " bytes, and the buffers need " + std::to_string(chip->used));
-        buffer.whole_ = {chip, space, first, first + bytes};
+        buffer.whole_ = cut(twin::space_of(POSITION), bytes, where);
+        return true;
+    }
+    template <TPosition POSITION, int32_t DEPTH>
+    bool InitBuffer(TQue<POSITION, DEPTH>& queue, uint8_t number, uint32_t bytes,
+                    Where where = Where::here()) {
+        for (int i = 0; i < number; ++i) {
+            queue.buffers_.push_back({cut(twin::space_of(POSITION), bytes, where)});
+        }
         return true;
     }
     void Destroy(Where where = Where::here()) {
@@ -181,6 +184,17 @@ public:
     }
 
 private:
+    LocalTensor<uint8_t> cut(twin::Space space, uint32_t bytes, Where where) {
+        twin::Chip* chip = twin::machine->self->chips[space].get();
+        twin::require(chip != nullptr, where, "this sub-core has no such memory");
+        const size_t first = chip->used;
+        chip->used += (bytes + twin::BLOCK - 1) / twin::BLOCK * twin::BLOCK;
+        twin::require(chip->used <= chip->memory.bytes, where,
+                      chip->memory.name + " has " + std::to_string(chip->memory.bytes) +
+                          " bytes, and the buffers need " + std::to_string(chip->used));
+        return {chip, space, first, first + bytes};
+    }
+
     static constexpr int OWN = 3;
     Where where_;
     bool destroyed_ = false;

@@ -109,11 +109,30 @@ void counted(const char* name, const Figure& cycles, Where where,
     }
 }
 
+template <class T>
+T rounded(float x) {
+    if constexpr (std::is_same_v<T, float>) {
+        return x;
+    } else {
+        return T::round(x);
+    }
+}
+
+// f, which is of floats, as a function of T.
+template <class T, size_t SOURCES, class F>
+auto in_float(F f) {
+    return [f](const std::array<T, SOURCES>& values) {
+        std::array<float, SOURCES> x;
+        for (size_t s = 0; s < SOURCES; ++s) x[s] = static_cast<float>(values[s]);
+        return rounded<T>(f(x));
+    };
+}
+
 }  // namespace twin
 
 namespace AscendC {
 
-enum class RoundMode { CAST_RINT };
+enum class RoundMode { CAST_NONE, CAST_RINT };
 enum class ReduceOrder { ORDER_ONLY_VALUE };
 
 struct BinaryRepeatParams {
@@ -135,55 +154,69 @@ struct BrcbRepeatParams {
     twin::Field<0, 65535> dstBlkStride, dstRepStride;
 };
 
-// Arithmetic exists for float and half, and not for bfloat16_t.
+// Arithmetic exists for float and half, and not for bfloat16_t; the twin computes both in float.
+#define TWIN_COMPUTES(NAME) \
+    static_assert(std::is_same_v<T, float> || std::is_same_v<T, half>, \
+                  #NAME " computes in float and half alone")
+
 #define TWIN_BINARY(NAME, CYCLES, RESULT) \
     template <class T> \
     void NAME(const LocalTensor<T>& to, const LocalTensor<T>& first, \
               const LocalTensor<T>& second, int32_t count, Where where = Where::here()) { \
-        static_assert(std::is_same_v<T, float>, #NAME ": the twin computes in float"); \
+        TWIN_COMPUTES(NAME); \
         twin::counted<T, T, 2>(#NAME, twin::figure::CYCLES, where, to, {first, second}, count, \
-                               [](const std::array<T, 2>& x) { return RESULT; }); \
+                               twin::in_float<T, 2>([](auto x) { return RESULT; })); \
     } \
     template <class T> \
     void NAME(const LocalTensor<T>& to, const LocalTensor<T>& first, \
               const LocalTensor<T>& second, uint64_t mask, uint64_t repeats, \
               const BinaryRepeatParams& p, Where where = Where::here()) { \
-        static_assert(std::is_same_v<T, float>, #NAME ": the twin computes in float"); \
-        twin::repeated<T, 2>(#NAME, twin::figure::CYCLES, where, {to, {p.dstBlkStride, p.dstRepStride}}, \
+        TWIN_COMPUTES(NAME); \
+        const twin::Operand<T> target{to, {p.dstBlkStride, p.dstRepStride}}; \
+        twin::repeated<T, 2>(#NAME, twin::figure::CYCLES, where, target, \
                              {{{first, {p.src0BlkStride, p.src0RepStride}}, \
                                {second, {p.src1BlkStride, p.src1RepStride}}}}, \
-                             mask, repeats, [](const std::array<T, 2>& x) { return RESULT; }); \
+                             mask, repeats, twin::in_float<T, 2>([](auto x) { return RESULT; })); \
     }
 TWIN_BINARY(Add, PLAIN, x[0] + x[1])
 TWIN_BINARY(Sub, PLAIN, x[0] - x[1])
 TWIN_BINARY(Mul, PLAIN, x[0] * x[1])
 TWIN_BINARY(Div, FUNCTION, x[0] / x[1])
 TWIN_BINARY(Max, PLAIN, x[0] > x[1] ? x[0] : x[1])
+TWIN_BINARY(Min, PLAIN, x[0] < x[1] ? x[0] : x[1])
 #undef TWIN_BINARY
 
 #define TWIN_UNARY(NAME, CYCLES, RESULT) \
     template <class T> \
     void NAME(const LocalTensor<T>& to, const LocalTensor<T>& from, int32_t count, \
               Where where = Where::here()) { \
-        static_assert(std::is_same_v<T, float>, #NAME ": the twin computes in float"); \
+        TWIN_COMPUTES(NAME); \
         twin::counted<T, T, 1>(#NAME, twin::figure::CYCLES, where, to, {from}, count, \
-                               [](const std::array<T, 1>& x) { return RESULT; }); \
+                               twin::in_float<T, 1>([](auto x) { return RESULT; })); \
     }
 TWIN_UNARY(Exp, FUNCTION, std::exp(x[0]))
 TWIN_UNARY(Ln, FUNCTION, std::log(x[0]))
+TWIN_UNARY(Abs, PLAIN, std::fabs(x[0]))
+TWIN_UNARY(Sqrt, FUNCTION, std::sqrt(x[0]))
+TWIN_UNARY(Rsqrt, FUNCTION, 1.0f / std::sqrt(x[0]))
+TWIN_UNARY(Reciprocal, FUNCTION, 1.0f / x[0])
 #undef TWIN_UNARY
 
 #define TWIN_SCALAR(NAME, CYCLES, RESULT) \
     template <class T> \
     void NAME(const LocalTensor<T>& to, const LocalTensor<T>& from, T value, int32_t count, \
               Where where = Where::here()) { \
-        static_assert(std::is_same_v<T, float>, #NAME ": the twin computes in float"); \
+        TWIN_COMPUTES(NAME); \
+        const float y = static_cast<float>(value); \
         twin::counted<T, T, 1>(#NAME, twin::figure::CYCLES, where, to, {from}, count, \
-                               [value](const std::array<T, 1>& x) { return RESULT; }); \
+                               twin::in_float<T, 1>([y](auto x) { return RESULT; })); \
     }
-TWIN_SCALAR(Muls, PLAIN, x[0] * value)
-TWIN_SCALAR(Maxs, PLAIN, x[0] > value ? x[0] : value)
+TWIN_SCALAR(Adds, PLAIN, x[0] + y)
+TWIN_SCALAR(Muls, PLAIN, x[0] * y)
+TWIN_SCALAR(Maxs, PLAIN, x[0] > y ? x[0] : y)
+TWIN_SCALAR(Mins, PLAIN, x[0] < y ? x[0] : y)
 #undef TWIN_SCALAR
+#undef TWIN_COMPUTES
 
 template <class T>
 void Duplicate(const LocalTensor<T>& to, T value, int32_t count, Where where = Where::here()) {
@@ -191,11 +224,19 @@ void Duplicate(const LocalTensor<T>& to, T value, int32_t count, Where where = W
                            [value](const std::array<T, 0>&) { return value; });
 }
 
-template <class T>
-void Cast(const LocalTensor<T>& to, const LocalTensor<float>& from, RoundMode, uint32_t count,
+// From or to float. Widening is exact, so it takes no rounding.
+template <class D, class T>
+void Cast(const LocalTensor<D>& to, const LocalTensor<T>& from, RoundMode mode, uint32_t count,
           Where where = Where::here()) {
-    twin::counted<T, float, 1>("Cast", twin::figure::PLAIN, where, to, {from}, count,
-                               [](const std::array<float, 1>& x) { return T::round(x[0]); });
+    static_assert(std::is_same_v<D, float> != std::is_same_v<T, float>,
+                  "Cast is from or to float alone");
+    constexpr bool widens = std::is_same_v<D, float>;
+    twin::require((mode == RoundMode::CAST_NONE) == widens, where,
+                  "Cast rounds with CAST_RINT, and widens with CAST_NONE");
+    twin::counted<D, T, 1>("Cast", twin::figure::PLAIN, where, to, {from}, count,
+                           [](const std::array<T, 1>& x) {
+                               return twin::rounded<D>(static_cast<float>(x[0]));
+                           });
 }
 
 // Each of 8 elements per repeat fills a block of 32 bytes.
@@ -223,7 +264,7 @@ template <class T, class F>
 void reduce_repeats(const char* name, const LocalTensor<T>& to, const LocalTensor<T>& from,
                     uint64_t mask, uint64_t repeats, uint64_t to_step, uint64_t block_step,
                     uint64_t repeat_step, Where where, F f) {
-    static_assert(std::is_same_v<T, float>, "the twin reduces float");
+    static_assert(std::is_same_v<T, float>, "the twin reduces float alone");
     constexpr uint64_t PER_BLOCK = twin::BLOCK / sizeof(T);
     twin::require(mask >= 1 && mask <= twin::REPEAT_BYTES / sizeof(T) && repeats <= 255, where,
                   std::string(name) + ": mask or repeats out of range");
