@@ -475,8 +475,8 @@ MUTATIONS = (
     # Fractals.
     Mutation(
         "value fractals not transposed",
-        "p.ifTranspose = true;",
-        new="p.ifTranspose = false;",
+        "p.ifTranspose = true; for",
+        new="p.ifTranspose = false; for",
     ),
     Mutation(
         "key fractals transposed",

@@ -245,6 +245,42 @@ void accumulate() {
     Mmad(c, a, b, mm);  // second
 }
 
+// C = A B, then A B more, added in global memory
+void sums() {
+    if ASCEND_IS_AIV return;
+    const auto [a, b, c] = load();
+    MmadParams mm;
+    mm.m = M; mm.n = COLUMNS; mm.k = K;
+    Mmad(c, a, b, mm);
+    SetFlag<HardEvent::M_FIX>(0);
+    WaitFlag<HardEvent::M_FIX>(0);
+    const auto sum = global<float>(C);
+    FixpipeParamsV220 fix;
+    fix.nSize = COLUMNS; fix.mSize = M; fix.srcStride = M; fix.dstStride = COLUMNS;
+    UNLESS(4) Fixpipe<float, float, CFG_ROW_MAJOR>(sum, c, fix);
+    UNLESS(5) PipeBarrier<PIPE_FIX>();
+    SetAtomicAdd<float>();  // sums
+    Fixpipe<float, float, CFG_ROW_MAJOR>(sum, c, fix);
+    UNLESS(6) SetAtomicNone();
+}
+
+// C[i] = A[2 i], every element from a block of its own
+void collect() {
+    TPipe pipe;
+    auto wide = cut<TPosition::VECIN, float>(pipe, 64 * 8);
+    auto packed = cut<TPosition::VECOUT, float>(pipe, 64);
+    DataCopyExtParams p;
+    p.blockCount = 64; p.blockLen = 4; p.srcStride = 4;
+    DataCopyPad(wide, global<float>(A), p, DataCopyPadExtParams<float>());
+    SetFlag<HardEvent::MTE2_V>(0);
+    WaitFlag<HardEvent::MTE2_V>(0);
+    const int first = omitted == 1 ? 2 : 1;
+    WholeReduceMax(packed, wide, first, 64, 1, 1, 1, ReduceOrder::ORDER_ONLY_VALUE);
+    SetFlag<HardEvent::V_MTE3>(0);
+    WaitFlag<HardEvent::V_MTE3>(0);
+    DataCopy(global<float>(C), packed, 64);
+}
+
 // The two vector cores double A and the cube copies nothing: it waits for both, then tells them.
 void exchange() {
     if ASCEND_IS_AIC {
@@ -311,6 +347,7 @@ void rule() {
                    q.AllocTensor<float>(); } break;
         case 28: { LocalTensor<half> z; Cast(z, x, RoundMode::CAST_NONE, N); } break;
         case 29: { MmadParams mm; mm.unitFlag = 4; } break;
+        case 30: SetAtomicAdd<float>(); DataCopy(global<float>(C), y, 64); break;
     }
 }
 
@@ -341,6 +378,8 @@ extern "C" int run(const char* name, int omit, uint8_t* a, uint8_t* b, uint8_t* 
         {"all", {all, 2, true}},
         {"product", {product, 1, true, A_BYTES, B_BYTES, C_BYTES}},
         {"units", {units, 1, true, A_BYTES, B_BYTES, C_BYTES}},
+        {"sums", {sums, 1, true, A_BYTES, B_BYTES, C_BYTES}},
+        {"collect", {collect, 1, false}},
         {"accumulate", {accumulate, 1, true, A_BYTES, B_BYTES, C_BYTES}},
         {"exchange", {exchange, 1, true}},
         {"rule", {rule, 1, true}},
@@ -465,11 +504,26 @@ def test_cores_exchange(library):
     assert torch.equal(c, 2 * a)
 
 
+def test_results_are_added_to_global_memory(library):
+    a, b, c = torch.randn(32, 48).half(), torch.randn(48, 80).half(), torch.empty(32, 80)
+    assert run(library, "sums", tensors=(a, b, c)) is None
+    torch.testing.assert_close(c, 2 * (a.float() @ b.float()))
+
+
+def test_strided_elements_are_copied_into_blocks(library):
+    a, c = torch.randn(1024), torch.empty(1024)
+    assert run(library, "collect", tensors=(a, a, c)) is None
+    assert torch.equal(c[:64], a[:128:2])
+
+
 def line_of(text):
     """The only line of the kernels that begins with this, as a fault names it."""
     lines = [i for i, x in enumerate(KERNELS.splitlines(), 1) if x.strip().startswith(text)]
     assert len(lines) == 1
     return f"kernels.cpp:{lines[0]}"
+
+
+FIXPIPE_SUM = "Fixpipe<float, float, CFG_ROW_MAJOR>(sum"
 
 
 @pytest.mark.parametrize(
@@ -488,6 +542,10 @@ def line_of(text):
         ("all", 1, "DataCopy(x, global<half>(C), nd)", "reads C, written by DataCopy"),
         ("all", 2, "if (omitted == 2) SyncAll", "SyncAll of the vector cores, on a cube core"),
         ("accumulate", 4, "Mmad(c, a, b, mm);  // second", "reads L0C, written by Mmad"),
+        ("sums", 4, FIXPIPE_SUM, "reads C where nothing was written"),
+        ("sums", 5, FIXPIPE_SUM, "reads C, written by Fixpipe"),
+        ("sums", 6, "SetAtomicAdd<float>();  // sums", "is still in force at the end"),
+        ("collect", 1, "WholeReduceMax(packed", "reads UB where nothing was written"),
         ("units", 4, "Fixpipe<float, float, CFG_ROW_MAJOR>(u", "SetMMRowMajor()"),
         ("units", 5, "Fixpipe<float, float, CFG_ROW_MAJOR>(u", "for a product with unitFlag 3"),
         ("units", 6, "Mmad(c, a, b, mm);  // unit", "overwrites L0C, read by Fixpipe"),
@@ -546,6 +604,7 @@ def test_missing_synchronisation(library, name, omit, line, fault):
                 "is not freed at the end",
                 "Cast rounds with CAST_RINT, and widens with CAST_NONE",
                 "4 does not fit a field of 0 to 3",
+                "the twin adds out of L0C alone",
             ]
         ),
     ),

@@ -184,9 +184,8 @@ private:
                                       const Strides& video_strides, GM_ADDR text,
                                       const Strides& text_strides, const Task& task,
                                       int64_t first) {
-        GatherTile(to, KEY_ROWS, VideoRows<T>(video, video_strides, t_, task),
-                   TextRows<T>(text, text_strides, task), task.video_keys, first,
-                   least(KEY_ROWS, task.keys - first), dim_);
+        GatherTile(to, KEY_ROWS, Joint<T>(video, video_strides, text, text_strides, t_, task),
+                   first, least(KEY_ROWS, task.keys - first), dim_);
     }
 
     const Tiling& t_;

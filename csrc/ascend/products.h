@@ -57,6 +57,20 @@ public:
         LeftLoaded();
     }
 
+    // L0A = the transpose of some columns of a matrix of `rows` rows: every fractal transposed, in
+    // the order in which they lie there.
+    __aicore__ inline void LoadTransposedLeft(const LocalTensor<T>& from, int64_t rows,
+                                              int64_t column, int64_t columns) {
+        const LocalTensor<T> to = TakeLeft();
+        AscendC::LoadData2DParams p;
+        p.startIndex = rows * column / 256;
+        p.repeatTimes = rows * columns / 256;
+        p.srcStride = 1;
+        p.ifTranspose = true;
+        AscendC::LoadData(to, from, p);
+        LeftLoaded();
+    }
+
     // L0B = the transpose of a matrix: its NZ is the ZN of the transpose.
     __aicore__ inline void LoadTransposedRight(const LocalTensor<T>& from, int64_t rows,
                                                int64_t columns) {

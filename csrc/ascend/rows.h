@@ -7,6 +7,7 @@ namespace skiparse {
 
 constexpr int64_t C0 = 16;              // 16-bit elements of a block of 32 bytes
 constexpr int64_t MOST_STRIDE = 65535;  // of an ND2NZ copy, in elements
+constexpr int64_t MOST_GAP = 0xffffffff;  // of a copy to UB, in bytes
 
 // One head of the tokens of one sub-sequence: of `n` in runs of `w`, the s-th. Text is n = w = 1.
 template <class T>
@@ -33,15 +34,41 @@ __aicore__ inline AscendC::LocalTensor<T> Cut(AscendC::TPipe& pipe, int64_t elem
 
 template <class T>
 __aicore__ inline Rows<T> VideoRows(GM_ADDR address, const Strides& strides, const Tiling& tiling,
-                                    const Task& task) {
-    const int64_t first = task.batch * strides.batch + task.head * strides.head;
-    return {At<T>(address, first), strides.token, task.sub, tiling.sparsity, tiling.run};
+                                    const Sequence& sequence) {
+    const int64_t first = sequence.batch * strides.batch + sequence.head * strides.head;
+    return {At<T>(address, first), strides.token, sequence.sub, tiling.sparsity, tiling.run};
 }
 
 template <class T>
-__aicore__ inline Rows<T> TextRows(GM_ADDR address, const Strides& strides, const Task& task) {
-    const int64_t first = task.batch * strides.batch + task.head * strides.head;
+__aicore__ inline Rows<T> TextRows(GM_ADDR address, const Strides& strides,
+                                   const Sequence& sequence) {
+    const int64_t first = sequence.batch * strides.batch + sequence.head * strides.head;
     return {At<T>(address, first), strides.token, 0, 1, 1};
+}
+
+// All rows of a sub-sequence: `length` of video, then text.
+template <class T>
+struct JointRows {
+    Rows<T> video, text;
+    int64_t length;
+};
+
+// Of both sources of a tensor; `text_sub` is from sub-sequence to sub-sequence of its text, where
+// each has its own.
+template <class T>
+__aicore__ inline JointRows<T> Joint(GM_ADDR video, const Strides& video_strides, GM_ADDR text,
+                                     const Strides& text_strides, const Tiling& tiling,
+                                     const Sequence& sequence, int64_t text_sub = 0) {
+    Rows<T> of_text = TextRows<T>(text, text_strides, sequence);
+    of_text.base = of_text.base[sequence.sub * text_sub];
+    return {VideoRows<T>(video, video_strides, tiling, sequence), of_text,
+            length_of(tiling, sequence.sub)};
+}
+
+// How many of `count` positions from `first` on are video.
+__aicore__ inline int64_t VideoCount(int64_t length, int64_t first, int64_t count) {
+    const int64_t of_video = least(count, length - first);
+    return of_video < 0 ? 0 : of_video;
 }
 
 __aicore__ inline bool FitsStride(int64_t stride) { return stride >= 1 && stride <= MOST_STRIDE; }
@@ -135,24 +162,63 @@ __aicore__ inline AscendC::GlobalTensor<T> RowAt(const Rows<T>& rows, int64_t j)
     return rows.base[token_of(rows.s, j, rows.n, rows.w) * rows.stride];
 }
 
-// `count` positions from `first` on: `length` of video, then text; then copies of the last up to
-// `rows`, which is the pitch as well.
+// `count` positions from `first` on, then copies of the last up to `rows`, the pitch as well.
 template <class T>
 __aicore__ inline void GatherTile(const AscendC::LocalTensor<T>& to, int64_t rows,
-                                  const Rows<T>& video, const Rows<T>& text, int64_t length,
-                                  int64_t first, int64_t count, int64_t dim) {
-    const int64_t of_video = least(count, length - first);
-    const int64_t video_count = of_video < 0 ? 0 : of_video;
-    const int64_t text_first = first + video_count - length;
+                                  const JointRows<T>& from, int64_t first, int64_t count,
+                                  int64_t dim) {
+    const int64_t video_count = VideoCount(from.length, first, count);
+    const int64_t text_first = first + video_count - from.length;
     const int64_t text_count = count - video_count;
-    if (video_count > 0) GatherRows(to, rows, video, first, video_count, dim);
+    if (video_count > 0) GatherRows(to, rows, from.video, first, video_count, dim);
     if (text_count > 0) {
-        GatherRows(to[video_count * C0], rows, text, text_first, text_count, dim);
+        GatherRows(to[video_count * C0], rows, from.text, text_first, text_count, dim);
     }
     const AscendC::GlobalTensor<T> last = text_count > 0
-                                              ? RowAt(text, text_first + text_count - 1)
-                                              : RowAt(video, first + video_count - 1);
+                                              ? RowAt(from.text, text_first + text_count - 1)
+                                              : RowAt(from.video, first + video_count - 1);
     FillRows(to[count * C0], rows, last, rows - count, dim);
+}
+
+// Positions [first, first + count) of a sub-sequence into UB, every row from a block of its own on.
+template <class T>
+__aicore__ inline void CollectRows(const AscendC::LocalTensor<T>& to, const Rows<T>& from,
+                                   int64_t width, int64_t first, int64_t count) {
+    const int64_t pitch = ceil_div(width * sizeof(T), 32) * 32 / sizeof(T);
+    const int64_t end = first + count;
+    AscendC::DataCopyExtParams p;
+    p.blockLen = width * sizeof(T);
+    for (int64_t j = first; j < end;) {
+        const Runs runs = runs_at(from.s, j, end, from.n, from.w);
+        const bool single = runs.length == 1;  // then all runs are rows equally far apart
+        const int64_t apart = (single ? from.n * from.w : 1) * from.stride;
+        const int64_t gap = (apart - width) * static_cast<int64_t>(sizeof(T));
+        const int64_t rows = single ? runs.runs : runs.length;
+        const int64_t together = gap >= 0 && gap <= MOST_GAP ? rows : 1;
+        p.blockCount = together;
+        p.srcStride = together > 1 ? gap : 0;
+        for (int64_t run = 0; run < (single ? 1 : runs.runs); ++run) {
+            const int64_t token = runs.token + run * from.n * from.w;
+            for (int64_t row = 0; row < rows; row += together) {
+                AscendC::DataCopyPad(to[(j - first + run * runs.length + row) * pitch],
+                                     from.base[token * from.stride + row * apart], p,
+                                     AscendC::DataCopyPadExtParams<T>());
+            }
+        }
+        j += runs.runs * runs.length;
+    }
+}
+
+template <class T>
+__aicore__ inline void CollectRows(const AscendC::LocalTensor<T>& to, const JointRows<T>& from,
+                                   int64_t width, int64_t first, int64_t count) {
+    const int64_t pitch = ceil_div(width * sizeof(T), 32) * 32 / sizeof(T);
+    const int64_t video_count = VideoCount(from.length, first, count);
+    if (video_count > 0) CollectRows(to, from.video, width, first, video_count);
+    if (count > video_count) {
+        CollectRows(to[video_count * pitch], from.text, width, first + video_count - from.length,
+                    count - video_count);
+    }
 }
 
 // Rows of `width` elements in UB, `pitch` apart, to their tokens in global memory.
@@ -177,10 +243,11 @@ __aicore__ inline void ScatterRows(const Rows<T>& to, const AscendC::LocalTensor
     }
 }
 
-__aicore__ inline void ReadTiling(Tiling& tiling, GM_ADDR address) {
+template <class TILING>
+__aicore__ inline void ReadTiling(TILING& tiling, GM_ADDR address) {
     auto* to = reinterpret_cast<uint64_t*>(&tiling);
     auto* from = reinterpret_cast<__gm__ uint64_t*>(address);
-    for (uint32_t i = 0; i < sizeof(Tiling) / sizeof(uint64_t); ++i) to[i] = from[i];
+    for (uint32_t i = 0; i < sizeof(TILING) / sizeof(uint64_t); ++i) to[i] = from[i];
 }
 
 }  // namespace skiparse

@@ -50,9 +50,13 @@ SKIPARSE_DEVICE constexpr int64_t most_stacks(const Tiling& t) {
     return ceil_div(length_of(t, 0) + t.text, STACK_KEYS);
 }
 
-// A tile of queries of one sub-sequence and head, and all its keys: video first, then text.
-struct Task {
+// One head of one sub-sequence.
+struct Sequence {
     int64_t batch, head, sub;
+};
+
+// A tile of its queries, and all its keys: video first, then text.
+struct Task : Sequence {
     bool text;            // whether the queries are text
     int64_t first, rows;  // positions of the queries
     int64_t video_keys, keys;
@@ -64,10 +68,12 @@ SKIPARSE_DEVICE constexpr Task task_of(const Tiling& t, int64_t index) {
     const bool text = tile >= video_tiles(t);
     const int64_t first = (text ? tile - video_tiles(t) : tile) * QUERY_ROWS;
     const int64_t length = length_of(t, sub), queries = (text ? t.text : length) - first;
-    return {row / t.heads, row % t.heads,
-            sub,           text,
-            first,         queries < 0 ? 0 : least(queries, QUERY_ROWS),
-            length,        length + t.text};
+    return {{row / t.heads, row % t.heads, sub},
+            text,
+            first,
+            queries < 0 ? 0 : least(queries, QUERY_ROWS),
+            length,
+            length + t.text};
 }
 
 // The stacks of the tasks of one core, one after another. Tasks without queries are passed over.

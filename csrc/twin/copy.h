@@ -89,6 +89,7 @@ template <class T>
 void DataCopy(const GlobalTensor<T>& to, const LocalTensor<T>& from, const DataCopyParams& p,
               Where where = Where::here()) {
     from.expect(twin::UB, twin::BLOCK, where);
+    twin::require(!twin::machine->self->adds, where, "the twin adds out of L0C alone");
     const size_t size = p.blockLen * twin::BLOCK;
     twin::Operation operation =
         twin::copy(twin::MTE3, "DataCopy", to.GetPhyAddr(), p.blockCount, size, where);
@@ -125,10 +126,37 @@ void DataCopy(const GlobalTensor<T>& to, const LocalTensor<T>& from, uint32_t co
     DataCopy(to, from, blocks_of<T>(count, where), where);
 }
 
+// What lies beside blocks that are not whole units of 32 bytes, once they are in UB.
+template <class T>
+struct DataCopyPadExtParams {
+    bool isPad = false;
+};
+
+template <class T>
+void DataCopyPad(const LocalTensor<T>& to, const GlobalTensor<T>& from, const DataCopyExtParams& p,
+                 const DataCopyPadExtParams<T>& pad, Where where = Where::here()) {
+    to.expect(twin::UB, twin::BLOCK, where);
+    twin::require(!pad.isPad, where, "the twin pads with nothing in particular");
+    twin::Operation operation =
+        twin::copy(twin::MTE2, "DataCopyPad", from.GetPhyAddr(), p.blockCount, p.blockLen, where);
+    if (!operation.executes()) return;
+    const size_t whole = (p.blockLen + twin::BLOCK - 1) / twin::BLOCK * twin::BLOCK;
+    for (uint64_t i = 0; i < p.blockCount; ++i) {
+        const auto* source =
+            reinterpret_cast<const uint8_t*>(from.GetPhyAddr()) + i * (p.blockLen + p.srcStride);
+        const size_t target = to.bytes(i * (whole + p.dstStride * twin::BLOCK), whole, where);
+        operation.read_global(source, p.blockLen);
+        operation.spoil(to.memory(where), target, whole);
+        operation.write(to.memory(where), target, p.blockLen);
+        std::memcpy(to.memory(where).data + target, source, p.blockLen);
+    }
+}
+
 template <class T>
 void DataCopyPad(const GlobalTensor<T>& to, const LocalTensor<T>& from, const DataCopyExtParams& p,
                  Where where = Where::here()) {
     from.expect(twin::UB, twin::BLOCK, where);
+    twin::require(!twin::machine->self->adds, where, "the twin adds out of L0C alone");
     twin::Operation operation =
         twin::copy(twin::MTE3, "DataCopyPad", to.GetPhyAddr(), p.blockCount, p.blockLen, where);
     if (!operation.executes()) return;

@@ -31,6 +31,7 @@ constexpr Figure LOAD_RIGHT = 128;           // bytes a cycle, L1 to L0B; load_d
 constexpr Figure FIX_START = 20;             // fixpipe_perf
 constexpr Figure FIX_ELEMENTS = 64;          // a cycle, out of L0C; fixpipe_perf
 constexpr Figure FIX_BYTES{256, 111, 69};    // a cycle, to global memory [?]
+constexpr Figure ADD_READS{0, 0, 1};         // share of an atomic sum that is read as well [?]
 constexpr Figure DMA_START = 20;             // timings of data_copy: 128 bytes an instruction
 constexpr Figure DMA_ROW{5, 6, 8};           // cycles a row at least; same, rows of 128 bytes
 constexpr Figure DMA_LATENCY{100, 300, 700};  // until the bytes are there [?]

@@ -154,19 +154,25 @@ void Fixpipe(const GlobalTensor<T>& to, const LocalTensor<U>& from, const Fixpip
     }
     const uint64_t elements = p.mSize * p.nSize;
     const twin::Cost cost = twin::machine->costs.fixpipe(elements, elements * sizeof(T));
-    twin::machine->count_moved(to.GetPhyAddr(), 0, elements * sizeof(T), where);
+    const bool adds = twin::machine->self->adds;
+    const double read = adds ? twin::machine->costs.of(twin::figure::ADD_READS) : 0;
+    twin::machine->count_moved(to.GetPhyAddr(), read * elements * sizeof(T),
+                               elements * sizeof(T), where);
     twin::Operation operation(twin::FIX, "Fixpipe", cost, where);
     for (size_t column : columns) twin::set_units(twin::FIX, column, column_bytes, where);
     if (!operation.executes()) return;
     for (uint64_t r = 0; r < p.mSize; ++r) {
         float* row = to.GetPhyAddr() + r * p.dstStride;
+        if (adds) operation.read_global(row, p.nSize * sizeof(float));
         operation.write_global(row, p.nSize * sizeof(float));
         for (uint64_t j = 0; j < p.nSize; j += FRACTAL_SIDE) {
             const uint64_t first = (j / FRACTAL_SIDE * p.srcStride + r) * FRACTAL_SIDE;
             const size_t size = FRACTAL_SIDE * sizeof(float);
             operation.read(from.memory(where), from.bytes(first * sizeof(float), size, where),
                            size);
-            std::memcpy(row + j, from.data() + first, size);
+            for (uint64_t e = 0; e < FRACTAL_SIDE; ++e) {
+                row[j + e] = from.data()[first + e] + (adds ? row[j + e] : 0.0f);
+            }
         }
     }
 }

@@ -6,7 +6,7 @@
 
 #include <cstdio>
 
-#include "../ascend/tiling.h"
+#include "../ascend/tiling_bwd.h"
 #include "report.h"
 
 struct Kernels {
@@ -14,6 +14,17 @@ struct Kernels {
     void (*forward_fp16)(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR,
                          GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR);
     decltype(forward_fp16) forward_bf16;
+
+    // Of the backward pass, which altered copies may lack.
+    void (*row_values_fp16)(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR,
+                            GM_ADDR) = nullptr;
+    decltype(row_values_fp16) row_values_bf16 = nullptr;
+    void (*backward_fp16)(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR,
+                          GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR,
+                          GM_ADDR) = nullptr;
+    decltype(backward_fp16) backward_bf16 = nullptr;
+    void (*text_gradients_fp16)(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR) = nullptr;
+    decltype(text_gradients_fp16) text_gradients_bf16 = nullptr;
 };
 
 #include KERNELS
@@ -25,6 +36,14 @@ struct ForwardPointers {
     void *q, *k, *v, *text_q, *text_k, *text_v;
     void *mask, *text_mask;  // bytes, or null
     void *out, *text_out, *lse, *text_lse;
+};
+
+struct BackwardPointers {
+    void *q, *k, *v, *text_q, *text_k, *text_v;
+    void *mask, *text_mask;
+    void *out, *text_out, *lse, *text_lse;  // contiguous
+    void *grad_out, *grad_text_out;
+    void *grad_q, *grad_k, *grad_v, *grad_text_q, *grad_text_k, *grad_text_v;
 };
 
 size_t bytes_spanned(const skiparse::Tiling& t, const skiparse::Strides& s, int64_t rows) {
@@ -42,7 +61,12 @@ struct Model {
 // The global memory of a launch. Without data it is addresses alone.
 class Global {
 public:
-    explicit Global(twin::Machine& machine) : machine_(machine) {}
+    Global(twin::Machine& machine, const Model& model) : machine_(machine) {
+        machine.costs.guess = static_cast<twin::Guess>(model.guess);
+        machine.costs_only = model.costs_only;
+        machine.only_core = model.core;
+        machine.last_lane_first = model.last_lane_first;
+    }
 
     GM_ADDR input(const char* name, void* data, size_t bytes) {
         return add(name, data, bytes, true);
@@ -87,11 +111,7 @@ private:
 std::string run_forward(const Kernels& kernels, skiparse::Tiling t, bool bf16, int cores,
                         const ForwardPointers& p, const Model& model) {
     twin::Machine machine;
-    machine.costs.guess = static_cast<twin::Guess>(model.guess);
-    machine.costs_only = model.costs_only;
-    machine.only_core = model.core;
-    machine.last_lane_first = model.last_lane_first;
-    Global global(machine);
+    Global global(machine, model);
     const int64_t rows = t.batch * t.tokens * t.heads;
     const int64_t text_rows = t.batch * t.sparsity * t.text * t.heads;
     const size_t video_mask = p.mask ? t.batch * t.tokens : 0;
@@ -128,6 +148,67 @@ std::string run_forward(const Kernels& kernels, skiparse::Tiling t, bool bf16, i
     return twin::report(machine);
 }
 
+std::string run_backward(const Kernels& kernels, skiparse::BackwardTiling b, bool bf16, int cores,
+                         const BackwardPointers& p, const Model& model) {
+    twin::Machine machine;
+    Global global(machine, model);
+    const skiparse::Tiling& t = b.forward;
+    const int64_t rows = t.batch * t.tokens * t.heads, text_rows = t.batch * t.text * t.heads;
+    const size_t row = t.head_dim * sizeof(uint16_t), wide = sizeof(float);
+    const size_t video_mask = p.mask ? t.batch * t.tokens : 0;
+    const size_t text_mask = p.text_mask ? t.batch * t.text : 0;
+    const size_t biases = t.batch * t.sparsity * most_stacks(t) * skiparse::STACK_KEYS;
+    const size_t upstream = bytes_spanned(t, b.grad_out, t.tokens);
+    size_t text_upstream = bytes_spanned(t, b.grad_text_out, t.text);
+    if (text_upstream > 0) text_upstream += (t.sparsity - 1) * b.grad_text_sub * sizeof(uint16_t);
+
+    GM_ADDR q = global.input("q", p.q, bytes_spanned(t, t.q, t.tokens));
+    GM_ADDR k = global.input("k", p.k, bytes_spanned(t, t.k, t.tokens));
+    GM_ADDR v = global.input("v", p.v, bytes_spanned(t, t.v, t.tokens));
+    GM_ADDR text_q = global.input("text_q", p.text_q, bytes_spanned(t, t.text_q, t.text));
+    GM_ADDR text_k = global.input("text_k", p.text_k, bytes_spanned(t, t.text_k, t.text));
+    GM_ADDR text_v = global.input("text_v", p.text_v, bytes_spanned(t, t.text_v, t.text));
+    GM_ADDR mask = global.input("mask", p.mask, video_mask);
+    GM_ADDR text_mask_at = global.input("text_mask", p.text_mask, text_mask);
+    GM_ADDR out = global.input("out", p.out, rows * row);
+    GM_ADDR text_out = global.input("text_out", p.text_out, text_rows * t.sparsity * row);
+    GM_ADDR lse = global.input("lse", p.lse, rows * wide);
+    GM_ADDR text_lse = global.input("text_lse", p.text_lse, text_rows * t.sparsity * wide);
+    GM_ADDR grad_out = global.input("grad_out", p.grad_out, upstream);
+    GM_ADDR grad_text_out = global.input("grad_text_out", p.grad_text_out, text_upstream);
+    GM_ADDR bias = global.scratch("bias", biases * wide);
+    GM_ADDR values = global.scratch("row values", sequences(t) * row_values(t) * wide);
+    GM_ADDR parts = global.scratch("text parts", 3 * sequences(t) * t.text * t.head_dim * wide);
+    GM_ADDR workspace = global.scratch("workspace", cores * backward_workspace_bytes(t));
+    GM_ADDR grad_q = global.output("grad_q", p.grad_q, rows * row);
+    GM_ADDR grad_k = global.output("grad_k", p.grad_k, rows * row);
+    GM_ADDR grad_v = global.output("grad_v", p.grad_v, rows * row);
+    GM_ADDR grad_text_q = global.output("grad_text_q", p.grad_text_q, text_rows * row);
+    GM_ADDR grad_text_k = global.output("grad_text_k", p.grad_text_k, text_rows * row);
+    GM_ADDR grad_text_v = global.output("grad_text_v", p.grad_text_v, text_rows * row);
+
+    auto* tiling = reinterpret_cast<uint8_t*>(&b);
+    twin::launch(machine, cores, false, [&] {
+        kernels.key_bias(p.mask ? mask : nullptr, p.text_mask ? text_mask_at : nullptr, bias,
+                         tiling);
+    });
+    const auto row_values = bf16 ? kernels.row_values_bf16 : kernels.row_values_fp16;
+    twin::launch(machine, cores, false, [&] {
+        row_values(out, text_out, lse, text_lse, grad_out, grad_text_out, values, tiling);
+    });
+    const auto kernel = bf16 ? kernels.backward_bf16 : kernels.backward_fp16;
+    twin::launch(machine, cores, true, [&] {
+        kernel(q, k, v, text_q, text_k, text_v, grad_out, grad_text_out, bias, values, grad_q,
+               grad_k, grad_v, parts, workspace, tiling);
+    });
+    const auto sum = bf16 ? kernels.text_gradients_bf16 : kernels.text_gradients_fp16;
+    twin::launch(machine, cores, false, [&] {
+        sum(parts, grad_text_q, grad_text_k, grad_text_v, tiling);
+    });
+    global.expect_outputs_written();
+    return twin::report(machine);
+}
+
 }  // namespace
 
 // 0 with the costs in `report`, or 1 with the fault.
@@ -137,6 +218,20 @@ extern "C" int skiparse_twin_forward(int variant, const skiparse::Tiling* tiling
     try {
         const std::string costs =
             run_forward(VARIANTS[variant], *tiling, bf16, cores, *pointers, *model);
+        std::snprintf(report, size, "%s", costs.c_str());
+        return 0;
+    } catch (const twin::Fault& fault) {
+        std::snprintf(report, size, "%s", fault.what());
+        return 1;
+    }
+}
+
+extern "C" int skiparse_twin_backward(int variant, const skiparse::BackwardTiling* tiling, int bf16,
+                                      int cores, const BackwardPointers* pointers,
+                                      const Model* model, char* report, size_t size) {
+    try {
+        const std::string costs =
+            run_backward(VARIANTS[variant], *tiling, bf16, cores, *pointers, *model);
         std::snprintf(report, size, "%s", costs.c_str());
         return 0;
     } catch (const twin::Fault& fault) {

@@ -11,12 +11,13 @@ import json
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from skiparse.backends import Inputs, Outputs
+from skiparse.backends import Gradients, Inputs, Outputs
 
 TWIN = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Werror=overflow", "-fPIC")
@@ -79,6 +80,9 @@ class _Model(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int32) for name in MODEL)
 
 
+EXECUTED = _Model(GUESSES.index("typical"), 0, -1, 0)
+
+
 class _Tiling(ctypes.Structure):
     """`Tiling` of csrc/ascend/tiling.h."""
 
@@ -93,8 +97,29 @@ class _Tiling(ctypes.Structure):
     )
 
 
+class _BackwardTiling(ctypes.Structure):
+    """`BackwardTiling` of csrc/ascend/tiling_bwd.h."""
+
+    _fields_ = (
+        ("forward", _Tiling),
+        ("grad_out", _Strides),
+        ("grad_text_out", _Strides),
+        ("grad_text_sub", ctypes.c_int64),
+    )
+
+
 class _ForwardPointers(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in (*INPUTS, "mask", "text_mask", *OUTPUTS))
+
+
+class _BackwardPointers(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in (
+            *(*INPUTS, "mask", "text_mask", *OUTPUTS, "grad_out", "grad_text_out"),
+            *(f"grad_{name}" for name in INPUTS),
+        )
+    )
 
 
 def build(
@@ -115,7 +140,7 @@ def forward(library: ctypes.CDLL, inputs: Inputs, *, cores: int = 2, variant: in
     Raises:
         TwinFault: if the kernel breaks a rule of the hardware.
     """
-    return _forward(library, inputs, cores, variant, _Model(GUESSES.index("typical"), 0, -1, 0))[0]
+    return _forward(library, inputs, cores, variant, EXECUTED)[0]
 
 
 def forward_costs(
@@ -145,14 +170,7 @@ def _forward(
     library: ctypes.CDLL, inputs: Inputs, cores: int, variant: int, model: _Model
 ) -> tuple[Outputs, Costs]:
     (B, N, H, D), T = inputs.q.shape, inputs.text_q.shape[1]
-    n, w, dtype = inputs.pattern.sparsity, inputs.pattern.run, inputs.q.dtype
-    padded = next(size for size in HEAD_DIMS if size >= D)
-    tensors = {
-        name: x if padded == D else F.pad(x, (0, padded - D))
-        for name, x in ((name, getattr(inputs, name)) for name in INPUTS)
-    }
-    masks = {name: getattr(inputs, name) for name in ("mask", "text_mask")}
-    masks = {name: None if m is None else m.contiguous() for name, m in masks.items()}
+    n, tensors, padded = inputs.pattern.sparsity, _padded(inputs), _head_dim(D)
     new = inputs.q.new_empty
     outputs = Outputs(
         new(B, N, H, padded),
@@ -160,23 +178,129 @@ def _forward(
         new(B, H, N, dtype=torch.float32),
         new(B, H, n, T, dtype=torch.float32),
     )
-    tiling = _Tiling(
-        *(B, N, T, H, padded, n, w),
-        *(_Strides(*x.stride()[:3]) for x in tensors.values()),
-        any(m is not None for m in masks.values()),
-        inputs.scale,
+    pointers = _ForwardPointers(*map(_pointer, (*tensors, *outputs)))
+    tiling = _tiling(inputs, tensors)
+    costs = _call(library.skiparse_twin_forward, inputs, tiling, pointers, cores, variant, model)
+    return Outputs(outputs.out[..., :D], outputs.text_out[..., :D], *outputs[2:]), costs
+
+
+def backward(
+    library: ctypes.CDLL,
+    inputs: Inputs,
+    outputs: Outputs,
+    grad_out: Tensor,
+    grad_text_out: Tensor,
+    *,
+    cores: int = 2,
+    variant: int = 0,
+) -> Gradients:
+    """Gradients as the kernels compute them: ``grad_text_out`` is ``[B, n, T, H, D]``.
+
+    Raises:
+        TwinFault: if a kernel breaks a rule of the hardware.
+    """
+    grads = (grad_out, grad_text_out)
+    return _backward(library, inputs, outputs, *grads, cores, variant, EXECUTED)[0]
+
+
+def backward_costs(
+    library: ctypes.CDLL,
+    inputs: Inputs,
+    outputs: Outputs,
+    *,
+    cores: int,
+    guess: Guess = "typical",
+    core: int | None = None,
+    variant: int = 0,
+) -> Costs:
+    """Cycles of the key biases, the row values, the gradients and their sums over sub-sequences
+    (launches 0 to 3), with upstream gradients as ``outputs`` are: a MODEL. See `forward_costs`.
+    """
+    model = _Model(GUESSES.index(guess), 1, -1 if core is None else core, 0)
+    return _backward(library, inputs, outputs, *outputs[:2], cores, variant, model)[1]
+
+
+def _backward(
+    library: ctypes.CDLL,
+    inputs: Inputs,
+    outputs: Outputs,
+    grad_out: Tensor,
+    grad_text_out: Tensor,
+    cores: int,
+    variant: int,
+    model: _Model,
+) -> tuple[Gradients, Costs]:
+    D = inputs.q.shape[-1]
+    tensors, padded = _padded(inputs), _head_dim(D)
+    out, text_out = (_pad(x, padded).contiguous() for x in outputs[:2])
+    grad_out, grad_text_out = (_pad(x, padded) for x in (grad_out, grad_text_out))
+    new = inputs.q.new_empty
+    gradients = Gradients(*(new(*getattr(inputs, name).shape[:-1], padded) for name in INPUTS))
+    batch, sub, token, head, _ = grad_text_out.stride()
+    tiling = _BackwardTiling(
+        _tiling(inputs, tensors),
+        _Strides(*grad_out.stride()[:3]),
+        _Strides(batch, token, head),
+        sub,
     )
-    pointers = _ForwardPointers(
-        *(
-            None if x is None or x.numel() == 0 else x.data_ptr()
-            for x in (*tensors.values(), *masks.values(), *outputs)
+    pointers = _BackwardPointers(
+        *map(
+            _pointer,
+            (*tensors, out, text_out, *outputs[2:], grad_out, grad_text_out, *gradients),
         )
     )
+    costs = _call(library.skiparse_twin_backward, inputs, tiling, pointers, cores, variant, model)
+    return Gradients(*(x[..., :D] for x in gradients)), costs
+
+
+def _head_dim(D: int) -> int:
+    return next(size for size in HEAD_DIMS if size >= D)
+
+
+def _pad(x: Tensor, D: int) -> Tensor:
+    """``x`` with a head dimension of ``D``, the same tensor if it has."""
+    return x if x.shape[-1] == D else F.pad(x, (0, D - x.shape[-1]))
+
+
+def _padded(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """The six inputs with a head dimension that the kernels know, and the two masks."""
+    D = _head_dim(inputs.q.shape[-1])
+    masks = (inputs.mask, inputs.text_mask)
+    return (
+        *(_pad(getattr(inputs, name), D) for name in INPUTS),
+        *(None if m is None else m.contiguous() for m in masks),
+    )
+
+
+def _tiling(inputs: Inputs, tensors: tuple[Tensor | None, ...]) -> _Tiling:
+    (B, N, H, D), T = inputs.q.shape, inputs.text_q.shape[1]
+    six, masks = tensors[: len(INPUTS)], tensors[len(INPUTS) :]
+    return _Tiling(
+        *(B, N, T, H, _head_dim(D), inputs.pattern.sparsity, inputs.pattern.run),
+        *(_Strides(*x.stride()[:3]) for x in six if x is not None),
+        any(m is not None for m in masks),
+        inputs.scale,
+    )
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None or x.numel() == 0 else x.data_ptr()
+
+
+def _call(
+    function: Any,
+    inputs: Inputs,
+    tiling: ctypes.Structure,
+    pointers: ctypes.Structure,
+    cores: int,
+    variant: int,
+    model: _Model,
+) -> Costs:
     report = ctypes.create_string_buffer(REPORT_BYTES)
-    failed = library.skiparse_twin_forward(
+    failed = function(
         variant,
         ctypes.byref(tiling),
-        dtype == torch.bfloat16,
+        inputs.q.dtype == torch.bfloat16,
         cores,
         ctypes.byref(pointers),
         ctypes.byref(model),
@@ -186,11 +310,10 @@ def _forward(
     if failed:
         raise TwinFault(report.value.decode())
     found = json.loads(report.value)
-    costs = Costs(
+    return Costs(
         tuple(Lane(**lane) for lane in found["lanes"]),
         {name: Buffer(*sizes) for name, sizes in found["global"].items()},
     )
-    return Outputs(outputs.out[..., :D], outputs.text_out[..., :D], *outputs[2:]), costs
 
 
 def device(library: ctypes.CDLL, guess: Guess) -> tuple[float, float, float]:

@@ -205,6 +205,8 @@ struct SubCore {
         return cycle;
     }
 
+    bool adds = false;  // whether copies to global memory add to what is there
+    Where adds_since{"", 0};
     bool finished = false;
     int waits_for = -1;  // a cross-core flag, ALL_VECTORS or ALL
     Where waits_at{"", 0};
@@ -321,6 +323,13 @@ public:
             cell.write = id_;
         }
         std::memset(memory.filled_.data() + first, 1, size);
+    }
+
+    // Writes something, and nobody says what.
+    void spoil(Memory& memory, size_t first, size_t size) {
+        write(memory, first, size);
+        std::memset(memory.filled_.data() + first, 0, size);
+        std::memset(memory.data + first, 0xcd, size);
     }
 
     void read_global(const void* address, size_t size) {
@@ -517,6 +526,7 @@ inline void run_lane() {
     try {
         machine->kernel();
         expect_clean_end(self);
+        require(!self.adds, self.adds_since, "SetAtomicAdd is still in force at the end");
     } catch (const Fault& fault) {
         machine->fault = std::string(LANE_NAMES[self.lane]) + ": " + fault.what();
     }

@@ -1,6 +1,8 @@
 // Flags, barriers, cross-core flags, and who am I.
 #pragma once
 
+#include <type_traits>
+
 #include "machine.h"
 
 enum pipe_t {
@@ -73,6 +75,17 @@ template <bool VECTORS_ONLY = true>
 void SyncAll(Where where = Where::here()) {
     twin::sync_all(VECTORS_ONLY, where);
 }
+
+// From here on copies to global memory add to what is there. Two sums of one place must be ordered
+// like any two writes, since the order decides how they are rounded.
+template <class T>
+void SetAtomicAdd(Where where = Where::here()) {
+    static_assert(std::is_same_v<T, float>, "the twin adds float alone");
+    twin::machine->self->adds = true;
+    twin::machine->self->adds_since = where;
+}
+
+inline void SetAtomicNone() { twin::machine->self->adds = false; }
 
 inline int64_t GetBlockNum() { return twin::machine->cores; }
 inline int64_t GetSubBlockIdx() { return twin::cube() ? 0 : twin::machine->self->lane - 1; }

@@ -1,0 +1,116 @@
+// The backward problem as the kernels see it, and how it is cut into steps. Host and device.
+#pragma once
+
+#include "tiling.h"
+
+namespace skiparse {
+
+constexpr int64_t BLOCK_ROWS = 256;  // queries of a step, and keys
+constexpr int64_t BLOCK_TILES = BLOCK_ROWS / KEY_ROWS;
+constexpr int64_t STEP_RING = 2;  // steps whose matrices are in the workspace at a time
+
+// Plain data, as `Tiling`, and first, so that its address is that of a `Tiling` as well.
+struct BackwardTiling {
+    Tiling forward;
+    Strides grad_out, grad_text_out;
+    int64_t grad_text_sub;  // from sub-sequence to sub-sequence of grad_text_out
+};
+static_assert(sizeof(BackwardTiling) % sizeof(uint64_t) == 0, "copied word by word");
+
+SKIPARSE_DEVICE constexpr int64_t sequences(const Tiling& t) {
+    return t.batch * t.heads * t.sparsity;
+}
+SKIPARSE_DEVICE constexpr Sequence sequence_of(const Tiling& t, int64_t index) {
+    const int64_t head = index / t.sparsity;
+    return {head / t.heads, head % t.heads, index % t.sparsity};
+}
+SKIPARSE_DEVICE constexpr int64_t index_of(const Tiling& t, const Sequence& s) {
+    return (s.batch * t.heads + s.head) * t.sparsity + s.sub;
+}
+
+// Blocks of rows of the longest sub-sequence, which is the first.
+SKIPARSE_DEVICE constexpr int64_t most_blocks(const Tiling& t) {
+    return ceil_div(length_of(t, 0) + t.text, BLOCK_ROWS);
+}
+
+// What the rows of a sequence need as queries: their log-sum-exps, then their deltas, each fp32
+// [most_blocks * BLOCK_ROWS].
+SKIPARSE_DEVICE constexpr int64_t row_values(const Tiling& t) {
+    return 2 * most_blocks(t) * BLOCK_ROWS;
+}
+
+// The steps of the sequences of one core: key block after key block, and for each of them all query
+// blocks. Empty sequences are passed over.
+class Steps {
+public:
+    SKIPARSE_DEVICE constexpr Steps(const Tiling& tiling, int64_t core, int64_t cores)
+        : tiling_(tiling), next_(sequences(tiling) * core / cores),
+          end_(sequences(tiling) * (core + 1) / cores) {
+        next_sequence();
+    }
+
+    SKIPARSE_DEVICE constexpr void step() {
+        if (++query < blocks()) return;
+        query = 0;
+        ++key_count;
+        if (++key < blocks()) return;
+        key = 0;
+        query_count += blocks();
+        next_sequence();
+    }
+
+    SKIPARSE_DEVICE constexpr int64_t blocks() const { return ceil_div(rows, BLOCK_ROWS); }
+    SKIPARSE_DEVICE constexpr bool last_query() const { return query + 1 == blocks(); }
+    SKIPARSE_DEVICE constexpr bool last_key() const { return key + 1 == blocks(); }
+
+    // The rows that half 0 or 1 of a block has.
+    SKIPARSE_DEVICE constexpr int64_t rows_of_half(int64_t block, int64_t half) const {
+        const int64_t left = rows - block * BLOCK_ROWS - half * HALF_ROWS;
+        return left < 0 ? 0 : least(left, HALF_ROWS);
+    }
+    SKIPARSE_DEVICE constexpr int64_t key_tiles() const {
+        return rows_of_half(key, 1) > 0 ? BLOCK_TILES : 1;
+    }
+    // Whether some place among the keys of the step must not be attended to.
+    SKIPARSE_DEVICE constexpr bool hides_keys() const {
+        return tiling_.masked || (last_key() && rows % KEY_ROWS != 0);
+    }
+
+    Sequence sequence{};
+    int64_t length = 0, rows = 0;  // of video, and with text
+    int64_t key = 0, query = 0;    // blocks
+    int64_t key_count = 0;         // key blocks before, on this core
+    int64_t query_count = 0;       // query blocks of the sequences before, on this core
+    bool done = false;
+
+private:
+    SKIPARSE_DEVICE constexpr void next_sequence() {
+        rows = 0;
+        while (rows == 0 && next_ < end_) {
+            sequence = sequence_of(tiling_, next_++);
+            length = length_of(tiling_, sequence.sub);
+            rows = length + tiling_.text;
+        }
+        done = rows == 0;
+    }
+
+    const Tiling& tiling_;
+    int64_t next_, end_;
+};
+
+// The workspace of one core, in bytes. Matrices of a step: scores and gradients of the weights in
+// fp32, weights and gradients of the scores in 16 bits. Then gradients of keys and values of a
+// block, and those of the queries of a whole sequence, in fp32.
+constexpr int64_t WIDE_BYTES = BLOCK_ROWS * BLOCK_ROWS * 4;
+constexpr int64_t NARROW_BYTES = BLOCK_ROWS * BLOCK_ROWS * 2;
+constexpr int64_t ROWS_BYTES = BLOCK_ROWS * 128 * 4;
+constexpr int64_t STEP_BYTES = 2 * WIDE_BYTES + 2 * NARROW_BYTES + 2 * ROWS_BYTES;
+
+// One block more than a sequence has: the next sequence may begin while the vector cores still read
+// the last block of this one.
+SKIPARSE_DEVICE constexpr int64_t query_ring(const Tiling& t) { return most_blocks(t) + 1; }
+SKIPARSE_DEVICE constexpr int64_t backward_workspace_bytes(const Tiling& t) {
+    return STEP_RING * STEP_BYTES + query_ring(t) * ROWS_BYTES;
+}
+
+}  // namespace skiparse
