@@ -61,7 +61,7 @@ def test_attention(library, p, D, dtype):
 @pytest.mark.parametrize("T", [0, 77, 300])
 def test_more_queries_than_a_tile_and_more_keys_than_a_stack(library, T):
     p = SkipPattern.group(2)
-    check(library, make_problem(p, N=1100, T=T, H=1, D=64, dtype=torch.bfloat16), cores=3)
+    check(library, make_problem(p, N=2200, T=T, H=1, D=64, dtype=torch.bfloat16), cores=3)
 
 
 @pytest.mark.parametrize("layout", ["packed", "heads_first", "expanded"])
@@ -93,9 +93,9 @@ def test_strides_beyond_16_bits(library, token_stride):
 
 def test_rows_that_attend_to_nothing(library):
     """Zero, with log-sum-exp -inf; whole stacks of hidden keys before others change nothing."""
-    problem = make_problem(SkipPattern.single(2), N=1200, T=0, H=1, D=64, dtype=torch.float16)
-    mask = torch.zeros(1, 1200, dtype=torch.bool)
-    mask[:, 1101::2] = True  # of sub-sequence 1, the last 50 keys, in its second stack
+    problem = make_problem(SkipPattern.single(2), N=2400, T=0, H=1, D=64, dtype=torch.float16)
+    mask = torch.zeros(1, 2400, dtype=torch.bool)
+    mask[:, 2301::2] = True  # of sub-sequence 1, the last 50 keys, in its second stack
     check(library, replace(problem, mask=mask))
 
 

@@ -50,8 +50,18 @@ def handshake(event, flag, prefix=""):
 LOAD_KEY = "p.srcStride = 1; AscendC::LoadData(to, from, p);"
 LOAD_KEYS = "products_.LoadTransposedRight(key, KEY_ROWS, dim_);"
 GIVE_KEYS = "SetFlag<HardEvent::MTE1_MTE2>(KEY + slot);"
-STORE_WEIGHTS = "DataCopy(ring_.template Weights<T>(i)[first], weights, out);"
-LOAD_SCORES = "DataCopy(scores, ring_.Scores(i)[first], in);"
+SCORES_OF_TILE = """products_.LoadTransposedRight(key, KEY_ROWS, dim_);
+            for (int32_t half = 0; OfHalf(whole_rows, half) > 0; ++half) {
+                const int64_t rows = OfHalf(whole_rows, half);
+                products_.LoadLeft(query, whole_rows, half * HALF_ROWS, rows, 0, dim_);
+                products_.Multiply(half, rows, KEY_ROWS, dim_, true);
+                products_.GiveLeft();
+                const int64_t row = tile * QUERY_ROWS + half * HALF_ROWS;
+                products_.Write(ring_.Scores(i)[row * KEY_ROWS], half, rows, KEY_ROWS, KEY_ROWS);
+            }
+"""
+STORE_WEIGHTS = "DataCopy(ring_.template Weights<T>(i)[(2 * row + panel % 2) * PANEL], weights, p);"
+LOAD_SCORES = "DataCopy(scores, ring_.Scores(i)[first * PANEL], in);"
 LOAD_VALUES = "DataCopy(values, ring_.Values(i)[(half_ * HALF_ROWS + row) * dim_], count);"
 COPY_ROWS = "p.srcDValue = stride; AscendC::DataCopy(to, from, p);"
 FILL_ROWS = "AscendC::DataCopy(to, row, p);"
@@ -115,26 +125,26 @@ MUTATIONS = (
     ),
     Mutation(
         "flag set before the load that it follows",
-        f"{LOAD_KEYS} {GIVE_KEYS}",
+        f"{SCORES_OF_TILE} {GIVE_KEYS}",
         "DataCopy overwrites L1, read by LoadData at products.h",
         COPY_ROWS,
-        new=f"{GIVE_KEYS} {LOAD_KEYS}",
+        new=f"{GIVE_KEYS} {SCORES_OF_TILE}",
         case="stacks",
     ),
     Mutation(
         "flag set before the cast that it follows",
-        "Cast(weights, scores, RoundMode::CAST_RINT, rows * width);"
+        "Cast(weights, scores, RoundMode::CAST_RINT, size);"
         " SetFlag<HardEvent::V_MTE2>(SCORE + slot);",
         "DataCopy overwrites UB, read by Cast at attention_fwd.cpp",
         LOAD_SCORES,
         new="SetFlag<HardEvent::V_MTE2>(SCORE + slot);"
-        " Cast(weights, scores, RoundMode::CAST_RINT, rows * width);",
+        " Cast(weights, scores, RoundMode::CAST_RINT, size);",
     ),
     Mutation(
         "double set",
-        "if (last) SetFlag<HardEvent::MTE1_MTE2>(QUERY + query_slot);",
-        "MTE1_MTE2 flag 0 is set again; nothing waited since attention_fwd.cpp",
-        new="SetFlag<HardEvent::MTE1_MTE2>(QUERY + query_slot);",
+        "dim_); } } SetFlag<HardEvent::MTE1_MTE2>(VALUE + slot);",
+        "MTE1_MTE2 flag 2 is set again; nothing waited since attention_fwd.cpp",
+        new="dim_);\n}\n}\n" + 2 * "SetFlag<HardEvent::MTE1_MTE2>(VALUE + slot);",
     ),
     Mutation(
         "dropped wait",
@@ -188,16 +198,16 @@ MUTATIONS = (
     # Barriers within a pipe.
     Mutation(
         "dropped PIPE_V before a reduction",
-        "PipeBarrier<PIPE_V>(); AddTotal(",
+        "PipeBarrier<PIPE_V>(); ReducePanels<Reduction::SUM>(",
         "Add reads UB, written by Exp at attention_fwd.cpp",
-        "Add(fold_, weights, weights[LANES]",
-        new="AddTotal(",
+        "AscendC::Add(to, a, b, count);",
+        new="ReducePanels<Reduction::SUM>(",
     ),
     Mutation(
         "dropped PIPE_V before a broadcast",
         "AscendC::BrcbRepeatParams(1, BLOCK)); AscendC::PipeBarrier<PIPE_V>();",
         "Sub reads UB, written by Brcb at rowwise.h",
-        "AscendC::Sub(x[column]",
+        "AscendC::Sub(part",
         new="AscendC::BrcbRepeatParams(1, BLOCK));",
     ),
     Mutation(
@@ -329,8 +339,8 @@ MUTATIONS = (
     Mutation(
         "weights in a slot still being written",
         "const LocalTensor<T> weights = weights_[slot * CHUNK];",
-        "Cast overwrites UB, read by DataCopy at attention_fwd.cpp",
-        "Cast(weights, scores",
+        "Max overwrites UB, read by DataCopy at attention_fwd.cpp",
+        "AscendC::Max(to, a, b, count);",
         new="const LocalTensor<T> weights = weights_;",
     ),
     Mutation(
@@ -343,10 +353,10 @@ MUTATIONS = (
     ),
     Mutation(
         "ring reversed for the reader",
-        "DataCopy(scores, ring_.Scores(i)[first], in);",
-        "DataCopy reads workspace where nothing was written",
+        "DataCopy(scores, ring_.Scores(i)[first * PANEL], in);",
+        "DataCopy reads workspace, written by Fixpipe at products.h",
         LOAD_SCORES,
-        new="DataCopy(scores, ring_.Scores(RING - i % RING)[first], in);",
+        new="DataCopy(scores, ring_.Scores(RING - i % RING)[first * PANEL], in);",
         case="stacks",
     ),
     Mutation(
@@ -365,10 +375,10 @@ MUTATIONS = (
     ),
     Mutation(
         "misaligned L1",
-        "query_[query_slot * QUERY_ROWS * dim_]",
+        "query_[walk.number % 2 * QUERY_ROWS * dim_]",
         "starts in L1 at byte 16, not a multiple of 32",
         COPY_ROWS,
-        new="query_[query_slot * QUERY_ROWS * dim_ + 8]",
+        new="query_[walk.number % 2 * QUERY_ROWS * dim_ + 8]",
     ),
     Mutation(
         "misaligned L0A",
@@ -399,10 +409,10 @@ MUTATIONS = (
     ),
     Mutation(
         "overflown buffer in UB",
-        "fold_ = Cut<TPosition::VECCALC, float>(pipe, CHUNK_ROWS * LANES);",
+        "wide_lse_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS * BLOCK);",
         "runs past the end of its buffer in UB by 32 bytes",
-        "Max(fold_, scores, scores[LANES]",
-        new="fold_ = Cut<TPosition::VECCALC, float>(pipe, CHUNK_ROWS * LANES / 2);",
+        "AscendC::Brcb(to, from, count / BLOCK",
+        new="wide_lse_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS * BLOCK / 2);",
     ),
     Mutation(
         "overflown buffer in L0C",
@@ -452,25 +462,24 @@ MUTATIONS = (
     ),
     Mutation(
         "overflown 8-bit stride",
-        "const LocalTensor<float> peak = small_; const int64_t pitch = width / BLOCK;",
+        "p(1, 1, 0, PANEL / BLOCK, PANEL / BLOCK, 1);",
         "256 does not fit a field of 0 to 255",
-        "Max(fold_, scores, scores[LANES], LANES, rows, BinaryRepeatParams(1,",
-        new="const LocalTensor<float> peak = small_; const int64_t pitch = width;",
+        new="p(1, 1, 0, 2 * PANEL, 2 * PANEL, 1);",
     ),
     Mutation(
         "product of one row",
         "p.m = RoundUp(rows, 16);",
         "m = 1 takes the operand as a vector",
         MMAD,
-        new="p.m = rows;",
+        new="p.m = rows / 16;",
         case="one row",
     ),
     Mutation(
         "blocks of 32 bytes taken for bytes",
-        "out.dstStride = skipped / (2 * BLOCK);",
-        "DataCopy reads workspace where nothing was written",
-        COPY_ROWS,
-        new="out.dstStride = skipped * sizeof(T);",
+        "p.dstStride = PANEL / C0;",
+        "DataCopy overwrites workspace, written by DataCopy at attention_fwd.cpp",
+        STORE_WEIGHTS,
+        new="p.dstStride = PANEL * sizeof(T);",
     ),
     # Fractals.
     Mutation(
@@ -512,9 +521,9 @@ MUTATIONS = (
     # Read before write.
     Mutation(
         "maximum read before it was written",
-        "Duplicate(maximum_[ring], FLOOR, HALF_ROWS);",
+        "Duplicate(maximum, FLOOR, HALF_ROWS);",
         "Max reads UB where nothing was written",
-        "Max(peak, peak, maximum, rows);",
+        "Max(next_[row], maximum, small_, CHUNK_ROWS);",
     ),
     Mutation(
         "accumulator read before it was written",
@@ -525,7 +534,7 @@ MUTATIONS = (
     ),
     Mutation(
         "accumulator not started from zero",
-        "Multiply(half, rows, dim_, KEY_ROWS, tile == 0);",
+        "Multiply(half, rows, dim_, KEY_ROWS, first + tile == 0);",
         "Mmad overwrites L0C, read by Fixpipe at products.h",
         MMAD,
         new="Multiply(half, rows, dim_, KEY_ROWS, false);",
@@ -559,8 +568,8 @@ CASES = {
     "tiles": (SkipPattern.single(2), {"N": 300}),  # two halves of queries, two tiles of keys
     "one stack": (SkipPattern.dense(), {"N": 64}),
     "text": (SkipPattern.single(2), {"N": 300, "T": 16}),
-    "stacks": (SkipPattern.dense(), {"N": 1100}),  # three stacks, five tasks
-    "few rows": (SkipPattern.dense(), {"N": 20, "T": 600}),  # of the first task, and two stacks
+    "stacks": (SkipPattern.dense(), {"N": 1100}),  # two stacks, five tasks
+    "few rows": (SkipPattern.dense(), {"N": 20, "T": 1100}),  # of the first task, and two stacks
     "cores": (SkipPattern.single(2), {"N": 64}),
     "one row": (SkipPattern.single(2), {"N": 3}),
     "far rows": (SkipPattern.dense(), {"N": 20}),

@@ -1,6 +1,6 @@
 // Skiparse attention forward for Atlas A2 (dav-2201). Has never run on an NPU.
 //
-// A task is 256 queries of one head and sub-sequence, and all its keys in stacks of 512. The cube
+// A task is 256 queries of one head and sub-sequence, and all its keys in stacks of 1,024. The cube
 // core computes scores = q k^T two stacks ahead of values = weights v; between the two, each vector
 // core turns the scores of its 128 queries into weights, and adds up the values of the stack before
 // the last. They exchange these through a ring of three stacks in the workspace of the core.
@@ -36,22 +36,29 @@ struct ForwardArguments {
 struct Ring {
     GM_ADDR base;
 
+    // [STACK_TILES][QUERY_ROWS][KEY_ROWS]
     __aicore__ inline GlobalTensor<float> Scores(int64_t i) const {
         return At<float>(base + i % RING * SCORES_BYTES, 0);
     }
+    // [STACK_TILES / 2][QUERY_ROWS][2 * KEY_ROWS]: the longer a row, the faster it is gathered
     template <class T>
     __aicore__ inline GlobalTensor<T> Weights(int64_t i) const {
         return At<T>(base + RING * SCORES_BYTES + i % RING * WEIGHTS_BYTES, 0);
     }
+    // [QUERY_ROWS][head_dim]
     __aicore__ inline GlobalTensor<float> Values(int64_t i) const {
         return At<float>(base + RING * (SCORES_BYTES + WEIGHTS_BYTES) + i % RING * VALUES_BYTES, 0);
     }
 };
 
-// The rows of a task that belong to half 0 or 1.
-__aicore__ inline int64_t RowsOfHalf(const Task& task, int64_t half) {
-    const int64_t rows = task.rows - half * HALF_ROWS;
-    return rows < 0 ? 0 : least(rows, HALF_ROWS);
+// The rows of a task, in whole fractals: what lies between its last query and the end of that
+// fractal is a copy of the query, and its results go nowhere.
+__aicore__ inline int64_t WholeRows(const Task& task) { return RoundUp(task.rows, FRACTAL_ROWS); }
+
+// Of `rows` rows, those that belong to half 0 or 1.
+__aicore__ inline int64_t OfHalf(int64_t rows, int64_t half) {
+    const int64_t left = rows - half * HALF_ROWS;
+    return left < 0 ? 0 : least(left, HALF_ROWS);
 }
 
 template <class T>
@@ -62,17 +69,17 @@ public:
         TPipe pipe;
         query_ = Cut<TPosition::A1, T>(pipe, 2 * QUERY_ROWS * dim_);
         key_ = Cut<TPosition::B1, T>(pipe, 2 * KEY_ROWS * dim_);
-        value_ = Cut<TPosition::B1, T>(pipe, 2 * KEY_ROWS * dim_);
-        weight_ = Cut<TPosition::A1, T>(pipe, 2 * QUERY_ROWS * KEY_ROWS);
+        value_ = Cut<TPosition::B1, T>(pipe, 2 * PAIR_KEYS * dim_);
+        weight_ = Cut<TPosition::A1, T>(pipe, 2 * HALF_ROWS * PAIR_KEYS);
         products_.Init(pipe);
         pipe.Destroy();  // gives back the M_MTE1 flags that it sets for itself
     }
 
     __aicore__ inline void Run(int64_t core, int64_t cores) {
         for (int32_t slot = 0; slot < 2; ++slot) {
-            SetFlag<HardEvent::MTE1_MTE2>(QUERY + slot);
             SetFlag<HardEvent::MTE1_MTE2>(KEY + slot);
             SetFlag<HardEvent::MTE1_MTE2>(VALUE + slot);
+            SetFlag<HardEvent::MTE1_MTE2>(WEIGHT + slot);
         }
         products_.Open();
         Walk scores(t_, core, cores), values(t_, core, cores);
@@ -87,97 +94,99 @@ public:
             }
         }
         for (int32_t slot = 0; slot < 2; ++slot) {
-            WaitFlag<HardEvent::MTE1_MTE2>(QUERY + slot);
             WaitFlag<HardEvent::MTE1_MTE2>(KEY + slot);
             WaitFlag<HardEvent::MTE1_MTE2>(VALUE + slot);
+            WaitFlag<HardEvent::MTE1_MTE2>(WEIGHT + slot);
         }
         products_.Close();
     }
 
 private:
-    static constexpr int32_t QUERY = 0, KEY = 2, VALUE = 4;  // flags of two slots each in L1
+    static constexpr int32_t KEY = 0, VALUE = 2, WEIGHT = 4;  // flags of two slots each in L1
+    static constexpr int64_t PAIR_KEYS = 2 * KEY_ROWS;
 
     // scores[rows, KEY_ROWS * tiles] = q k^T
     __aicore__ inline void Scores(const Walk& walk, int64_t i) {
         const Task& task = walk.task;
-        const int32_t query_slot = walk.number % 2;
-        const int64_t pitch = RoundUp(task.rows, 16);
-        const LocalTensor<T> query = query_[query_slot * QUERY_ROWS * dim_];
-        if (walk.stack == 0) LoadQuery(task, query, query_slot);
+        const int64_t whole_rows = WholeRows(task);
+        const LocalTensor<T> query = query_[walk.number % 2 * QUERY_ROWS * dim_];
         for (int64_t tile = 0; tile < walk.key_tiles(); ++tile) {
             const int32_t slot = key_count_++ % 2;
             const LocalTensor<T> key = key_[slot * KEY_ROWS * dim_];
+            // Once the key tile before the last was used, so were the queries of the task before
+            // the last, in whose place these come.
             WaitFlag<HardEvent::MTE1_MTE2>(KEY + slot);
+            if (walk.stack == 0 && tile == 0) LoadQuery(task, query);
             GatherKeys(key, a_.k, t_.k, a_.text_k, t_.text_k, task,
                        walk.stack * STACK_KEYS + tile * KEY_ROWS);
             SetFlag<HardEvent::MTE2_MTE1>(KEY + slot);
             WaitFlag<HardEvent::MTE2_MTE1>(KEY + slot);
             products_.LoadTransposedRight(key, KEY_ROWS, dim_);
-            SetFlag<HardEvent::MTE1_MTE2>(KEY + slot);
-            const bool last = walk.last_stack() && tile + 1 == walk.key_tiles();
-            for (int32_t half = 0; RowsOfHalf(task, half) > 0; ++half) {
-                const int64_t rows = RowsOfHalf(task, half);
-                products_.LoadLeft(query, pitch, half * HALF_ROWS, rows, 0, dim_);
+            for (int32_t half = 0; OfHalf(whole_rows, half) > 0; ++half) {
+                const int64_t rows = OfHalf(whole_rows, half);
+                products_.LoadLeft(query, whole_rows, half * HALF_ROWS, rows, 0, dim_);
                 products_.Multiply(half, rows, KEY_ROWS, dim_, true);
                 products_.GiveLeft();
-                products_.Write(
-                    ring_.Scores(i)[half * HALF_ROWS * STACK_KEYS + tile * KEY_ROWS], half, rows,
-                    KEY_ROWS, STACK_KEYS);
+                const int64_t row = tile * QUERY_ROWS + half * HALF_ROWS;
+                products_.Write(ring_.Scores(i)[row * KEY_ROWS], half, rows, KEY_ROWS, KEY_ROWS);
             }
+            SetFlag<HardEvent::MTE1_MTE2>(KEY + slot);
             products_.GiveRight();
-            if (last) SetFlag<HardEvent::MTE1_MTE2>(QUERY + query_slot);
         }
         CrossCoreSetFlag<2, PIPE_FIX>(SCORES_READY);
     }
 
-    // values[rows, dim] = weights v, added up over the tiles of the stack
+    // values[rows, dim] = weights v, added up over the stack, two tiles of keys at a time
     __aicore__ inline void Values(const Walk& walk, int64_t i) {
         const Task& task = walk.task;
-        const int64_t pitch = RoundUp(task.rows, 16), tiles = walk.key_tiles();
+        const int64_t whole_rows = WholeRows(task), tiles = walk.key_tiles();
         CrossCoreWaitFlag(WEIGHTS_READY);
-        for (int64_t tile = 0; tile < tiles; ++tile) {
+        for (int64_t first = 0; first < tiles; first += 2) {
+            const int64_t count = least(tiles - first, 2);
             const int32_t slot = value_count_++ % 2;
-            const LocalTensor<T> value = value_[slot * KEY_ROWS * dim_];
-            const LocalTensor<T> weight = weight_[slot * QUERY_ROWS * KEY_ROWS];
+            const LocalTensor<T> value = value_[slot * PAIR_KEYS * dim_];
             WaitFlag<HardEvent::MTE1_MTE2>(VALUE + slot);
-            GatherKeys(value, a_.v, t_.v, a_.text_v, t_.text_v, task,
-                       walk.stack * STACK_KEYS + tile * KEY_ROWS);
-            LoadWeights(weight, ring_.template Weights<T>(i)[tile * KEY_ROWS], task.rows, pitch);
+            for (int64_t tile = 0; tile < count; ++tile) {
+                GatherKeys(value[tile * KEY_ROWS * dim_], a_.v, t_.v, a_.text_v, t_.text_v, task,
+                           walk.stack * STACK_KEYS + (first + tile) * KEY_ROWS);
+            }
             SetFlag<HardEvent::MTE2_MTE1>(VALUE + slot);
             WaitFlag<HardEvent::MTE2_MTE1>(VALUE + slot);
-            products_.LoadRight(value, KEY_ROWS, dim_);
-            for (int32_t half = 0; RowsOfHalf(task, half) > 0; ++half) {
-                const int64_t rows = RowsOfHalf(task, half);
-                products_.LoadLeft(weight, pitch, half * HALF_ROWS, rows, 0, KEY_ROWS);
-                products_.Multiply(half, rows, dim_, KEY_ROWS, tile == 0);
-                products_.GiveLeft();
-                if (tile + 1 == tiles) {
+            for (int32_t half = 0; OfHalf(whole_rows, half) > 0; ++half) {
+                const int64_t rows = OfHalf(whole_rows, half);
+                const int64_t row = first / 2 * QUERY_ROWS + half * HALF_ROWS;
+                const int32_t weight_slot = weight_count_++ % 2;
+                const LocalTensor<T> weight = weight_[weight_slot * HALF_ROWS * PAIR_KEYS];
+                WaitFlag<HardEvent::MTE1_MTE2>(WEIGHT + weight_slot);
+                CopyRows(weight, rows, ring_.template Weights<T>(i)[row * PAIR_KEYS], rows,
+                         PAIR_KEYS, count * KEY_ROWS);
+                SetFlag<HardEvent::MTE2_MTE1>(WEIGHT + weight_slot);
+                WaitFlag<HardEvent::MTE2_MTE1>(WEIGHT + weight_slot);
+                for (int64_t tile = 0; tile < count; ++tile) {
+                    products_.LoadRight(value[tile * KEY_ROWS * dim_], KEY_ROWS, dim_);
+                    products_.LoadLeft(weight, rows, 0, rows, tile * KEY_ROWS, KEY_ROWS);
+                    products_.Multiply(half, rows, dim_, KEY_ROWS, first + tile == 0);
+                    products_.GiveLeft();
+                    products_.GiveRight();
+                }
+                SetFlag<HardEvent::MTE1_MTE2>(WEIGHT + weight_slot);
+                if (first + count == tiles) {
                     products_.Write(ring_.Values(i)[half * HALF_ROWS * dim_], half, rows, dim_,
                                     dim_);
                 }
             }
             SetFlag<HardEvent::MTE1_MTE2>(VALUE + slot);
-            products_.GiveRight();
         }
         CrossCoreSetFlag<2, PIPE_FIX>(VALUES_READY);
     }
 
-    __aicore__ inline void LoadQuery(const Task& task, const LocalTensor<T>& query, int32_t slot) {
+    __aicore__ inline void LoadQuery(const Task& task, const LocalTensor<T>& query) {
         const Rows<T> rows = task.text ? TextRows<T>(a_.text_q, t_.text_q, task)
                                        : VideoRows<T>(a_.q, t_.q, t_, task);
-        const int64_t pitch = RoundUp(task.rows, 16);
-        WaitFlag<HardEvent::MTE1_MTE2>(QUERY + slot);
+        const int64_t pitch = WholeRows(task);
         GatherRows(query, pitch, rows, task.first, task.rows, dim_);
         FillRows(query[task.rows * C0], pitch, RowAt(rows, task.first + task.rows - 1),
                  pitch - task.rows, dim_);
-        SetFlag<HardEvent::MTE2_MTE1>(QUERY + slot);
-        WaitFlag<HardEvent::MTE2_MTE1>(QUERY + slot);
-    }
-
-    __aicore__ inline void LoadWeights(const LocalTensor<T>& to, const GlobalTensor<T>& from,
-                                       int64_t rows, int64_t pitch) {
-        CopyRows(to, pitch, from, rows, STACK_KEYS, KEY_ROWS);
-        FillRows(to[rows * C0], pitch, from[(rows - 1) * STACK_KEYS], pitch - rows, KEY_ROWS);
     }
 
     __aicore__ inline void GatherKeys(const LocalTensor<T>& to, GM_ADDR video,
@@ -192,8 +201,8 @@ private:
     const ForwardArguments& a_;
     Ring ring_;
     int64_t dim_;
-    int64_t key_count_ = 0, value_count_ = 0;  // tiles loaded so far
-    // Two slots each in L1: of task, key tile, value tile, value tile.
+    int64_t key_count_ = 0, value_count_ = 0, weight_count_ = 0;  // slots filled so far
+    // Two slots each in L1: of a task, of a tile of keys, of two tiles, of two tiles and a half.
     LocalTensor<T> query_, key_, value_, weight_;
     Products<T> products_;
 };
@@ -207,13 +216,14 @@ public:
         scores_ = Cut<TPosition::VECCALC, float>(pipe, 2 * CHUNK);
         weights_ = Cut<TPosition::VECCALC, T>(pipe, 2 * CHUNK);
         out_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS * dim_);
-        fold_ = Cut<TPosition::VECCALC, float>(pipe, CHUNK_ROWS * LANES);
         bias_ = Cut<TPosition::VECCALC, float>(pipe, 2 * STACK_KEYS);
         wide_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS * BLOCK);
         wide_lse_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS * BLOCK);
         maximum_ = Cut<TPosition::VECCALC, float>(pipe, RING * HALF_ROWS);
         total_ = Cut<TPosition::VECCALC, float>(pipe, RING * HALF_ROWS);
         decay_ = Cut<TPosition::VECCALC, float>(pipe, RING * HALF_ROWS);
+        next_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS);
+        sum_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS);
         small_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS);
         pipe.Destroy();
     }
@@ -247,30 +257,44 @@ public:
     }
 
 private:
-    static constexpr int64_t CHUNK_ROWS = 16, CHUNK = CHUNK_ROWS * STACK_KEYS;
+    static constexpr int64_t CHUNK = 8192, CHUNK_ROWS = CHUNK / STACK_KEYS;  // of a stack
+    static_assert(KEY_ROWS == PANEL, "a tile of keys is a panel of the scores");
     // Flags of two slots each, except the last.
     static constexpr int32_t SCORE = 0, BIAS = 2, WEIGHT = 0, LSE = 2;
     // A row that attends to nothing has total 0 and values 0; its output is 0 divided by this.
     static constexpr float LEAST_TOTAL = 1.0e-30f;
 
-    // weights[rows, keys] = exp(scores * scale + bias - maximum), 16 rows at a time
+    // weights[rows, keys] = exp(scores * scale + bias - maximum), a chunk of rows at a time; then
+    // decay = exp(old maximum - new maximum), total = total * decay + sums of the weights
     __aicore__ inline void Weights(const Walk& walk, int64_t i) {
-        const int64_t rows = RowsOfHalf(walk.task, half_);
+        const int64_t rows = OfHalf(WholeRows(walk.task), half_);
         const int32_t bias_slot = i % 2;
         const bool biased = rows > 0 && walk.hides_keys();
         const int64_t ring = walk.number % RING * HALF_ROWS;
+        const LocalTensor<float> maximum = maximum_[ring], total = total_[ring];
         if (walk.stack == 0) {
-            Duplicate(maximum_[ring], FLOOR, HALF_ROWS);
-            Duplicate(total_[ring], 0.0f, HALF_ROWS);
+            Duplicate(maximum, FLOOR, HALF_ROWS);
+            Duplicate(total, 0.0f, HALF_ROWS);
             PipeBarrier<PIPE_V>();
         }
         if (biased) LoadBias(walk, bias_slot);
         CrossCoreWaitFlag(SCORES_READY);
         for (int64_t row = 0; row < rows; row += CHUNK_ROWS) {
-            WeightsOfChunk(walk, i, row, least(rows - row, CHUNK_ROWS), biased);
+            WeightsOfChunk(walk, i, row, biased);
         }
         if (biased) SetFlag<HardEvent::V_MTE2>(BIAS + bias_slot);
         CrossCoreSetFlag<2, PIPE_MTE3>(WEIGHTS_READY);
+        if (rows == 0) return;
+        const LocalTensor<float> decay = decay_[i % RING * HALF_ROWS];
+        Sub(decay, maximum, next_, rows);
+        PipeBarrier<PIPE_V>();
+        Exp(decay, decay, rows);
+        Max(maximum, maximum, next_, rows);
+        PipeBarrier<PIPE_V>();
+        Mul(total, total, decay, rows);
+        PipeBarrier<PIPE_V>();
+        Add(total, total, sum_, rows);
+        PipeBarrier<PIPE_V>();
     }
 
     __aicore__ inline void LoadBias(const Walk& walk, int32_t slot) {
@@ -283,98 +307,60 @@ private:
         WaitFlag<HardEvent::MTE2_V>(BIAS + slot);
     }
 
-    __aicore__ inline void WeightsOfChunk(const Walk& walk, int64_t i, int64_t row, int64_t rows,
-                                          bool biased) {
+    // The weights of CHUNK_ROWS rows, their sums, and in `next_` the maximum with these scores.
+    __aicore__ inline void WeightsOfChunk(const Walk& walk, int64_t i, int64_t row, bool biased) {
         const int32_t slot = chunk_count_++ % 2;
-        const int64_t width = walk.key_tiles() * KEY_ROWS, skipped = STACK_KEYS - width;
-        const int64_t first = (half_ * HALF_ROWS + row) * STACK_KEYS;
+        const int64_t panels = walk.key_tiles(), size = panels * CHUNK_ROWS * PANEL;
+        const int64_t first = half_ * HALF_ROWS + row;
         const LocalTensor<float> scores = scores_[slot * CHUNK];
         const LocalTensor<T> weights = weights_[slot * CHUNK];
+        const LocalTensor<float> scratch = weights.template ReinterpretCast<float>();
 
         DataCopyParams in;
-        in.blockCount = rows;
-        in.blockLen = width / BLOCK;
-        in.srcStride = skipped / BLOCK;
+        in.blockCount = panels;
+        in.blockLen = CHUNK_ROWS * PANEL / BLOCK;
+        in.srcStride = (QUERY_ROWS - CHUNK_ROWS) * PANEL / BLOCK;
         WaitFlag<HardEvent::V_MTE2>(SCORE + slot);
-        DataCopy(scores, ring_.Scores(i)[first], in);
+        DataCopy(scores, ring_.Scores(i)[first * PANEL], in);
         SetFlag<HardEvent::MTE2_V>(SCORE + slot);
         WaitFlag<HardEvent::MTE2_V>(SCORE + slot);
 
-        Muls(scores, scores, t_.scale, rows * width);
+        Muls(scores, scores, t_.scale, size);
         PipeBarrier<PIPE_V>();
-        if (biased) AddToRows(scores, bias_[i % 2 * STACK_KEYS], rows, width);
-        const int64_t ring = walk.number % RING * HALF_ROWS + row;
-        const LocalTensor<float> decay = decay_[i % RING * HALF_ROWS + row];
-        SubtractMaximum(scores, maximum_[ring], decay, rows, width);
-        Exp(scores, scores, rows * width);
-        PipeBarrier<PIPE_V>();
-        AddTotal(scores, total_[ring], decay, rows, width);
+        if (biased) AddToPanels(scores, bias_[i % 2 * STACK_KEYS], CHUNK_ROWS, panels);
         WaitFlag<HardEvent::MTE3_V>(WEIGHT + slot);
-        Cast(weights, scores, RoundMode::CAST_RINT, rows * width);
+        ReducePanels<Reduction::MAXIMUM>(small_, scores, scratch, CHUNK_ROWS, panels);
+        const LocalTensor<float> maximum = maximum_[walk.number % RING * HALF_ROWS + row];
+        Max(next_[row], maximum, small_, CHUNK_ROWS);
+        PipeBarrier<PIPE_V>();
+        Spread(wide_, next_[row], CHUNK_ROWS);
+        SubtractFromPanels(scores, wide_, CHUNK_ROWS, panels);
+        Exp(scores, scores, size);
+        PipeBarrier<PIPE_V>();
+        ReducePanels<Reduction::SUM>(sum_[row], scores, scratch, CHUNK_ROWS, panels);
+        Cast(weights, scores, RoundMode::CAST_RINT, size);
         SetFlag<HardEvent::V_MTE2>(SCORE + slot);
-
-        DataCopyParams out;
-        out.blockCount = rows;
-        out.blockLen = width / (2 * BLOCK);
-        out.dstStride = skipped / (2 * BLOCK);
         SetFlag<HardEvent::V_MTE3>(WEIGHT + slot);
         WaitFlag<HardEvent::V_MTE3>(WEIGHT + slot);
-        DataCopy(ring_.template Weights<T>(i)[first], weights, out);
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            StoreWeights(i, first, panel, weights[panel * CHUNK_ROWS * PANEL]);
+        }
         SetFlag<HardEvent::MTE3_V>(WEIGHT + slot);
     }
 
-    // scores -= maximum, which these scores may raise; decay = exp(old maximum - new maximum)
-    __aicore__ inline void SubtractMaximum(const LocalTensor<float>& scores,
-                                           const LocalTensor<float>& maximum,
-                                           const LocalTensor<float>& decay, int64_t rows,
-                                           int64_t width) {
-        const LocalTensor<float> peak = small_;
-        const int64_t pitch = width / BLOCK;
-        Max(fold_, scores, scores[LANES], LANES, rows,
-            BinaryRepeatParams(1, 1, 1, BLOCK, pitch, pitch));
-        PipeBarrier<PIPE_V>();
-        for (int64_t column = 2 * LANES; column < width; column += LANES) {
-            Max(fold_, fold_, scores[column], LANES, rows,
-                BinaryRepeatParams(1, 1, 1, BLOCK, BLOCK, pitch));
-            PipeBarrier<PIPE_V>();
-        }
-        WholeReduceMax(peak, fold_, LANES, rows, 1, 1, BLOCK, ReduceOrder::ORDER_ONLY_VALUE);
-        PipeBarrier<PIPE_V>();
-        Max(peak, peak, maximum, rows);
-        PipeBarrier<PIPE_V>();
-        Sub(decay, maximum, peak, rows);
-        PipeBarrier<PIPE_V>();
-        Exp(decay, decay, rows);
-        Max(maximum, maximum, peak, rows);
-        PipeBarrier<PIPE_V>();
-        Spread(wide_, maximum, CHUNK_ROWS);
-        SubtractFromRows(scores, wide_, rows, width);
-    }
-
-    // total = total * decay + the sum of every row
-    __aicore__ inline void AddTotal(const LocalTensor<float>& weights,
-                                    const LocalTensor<float>& total,
-                                    const LocalTensor<float>& decay, int64_t rows, int64_t width) {
-        const LocalTensor<float> sum = small_;
-        const int64_t pitch = width / BLOCK;
-        Mul(total, total, decay, rows);
-        Add(fold_, weights, weights[LANES], LANES, rows,
-            BinaryRepeatParams(1, 1, 1, BLOCK, pitch, pitch));
-        PipeBarrier<PIPE_V>();
-        for (int64_t column = 2 * LANES; column < width; column += LANES) {
-            Add(fold_, fold_, weights[column], LANES, rows,
-                BinaryRepeatParams(1, 1, 1, BLOCK, BLOCK, pitch));
-            PipeBarrier<PIPE_V>();
-        }
-        WholeReduceSum(sum, fold_, LANES, rows, 1, 1, BLOCK);
-        PipeBarrier<PIPE_V>();
-        Add(total, total, sum, rows);
-        PipeBarrier<PIPE_V>();
+    __aicore__ inline void StoreWeights(int64_t i, int64_t first, int64_t panel,
+                                        const LocalTensor<T>& weights) {
+        const int64_t row = panel / 2 * QUERY_ROWS + first;
+        DataCopyParams p;
+        p.blockCount = CHUNK_ROWS;
+        p.blockLen = PANEL / C0;
+        p.dstStride = PANEL / C0;
+        DataCopy(ring_.template Weights<T>(i)[(2 * row + panel % 2) * PANEL], weights, p);
     }
 
     // out = out * decay + values of the stack, and the end of the task after its last stack
     __aicore__ inline void AddValues(const Walk& walk, int64_t i) {
-        const int64_t rows = RowsOfHalf(walk.task, half_);
+        const int64_t rows = OfHalf(WholeRows(walk.task), half_);
         CrossCoreWaitFlag(VALUES_READY);
         if (rows == 0) return;
         if (walk.stack == 0) {
@@ -399,11 +385,11 @@ private:
             SetFlag<HardEvent::V_MTE2>(SCORE + slot);
         }
         PipeBarrier<PIPE_V>();
-        if (walk.last_stack()) {
+        const int64_t queries = OfHalf(walk.task.rows, half_);
+        if (walk.last_stack() && queries > 0) {
             const int64_t ring = walk.number % RING * HALF_ROWS;
-            WriteOut(walk.task, rows, total_[ring]);
-            WriteLse(walk.task, rows, maximum_[ring],
-                     total_[ring]);
+            WriteOut(walk.task, queries, total_[ring]);
+            WriteLse(walk.task, queries, maximum_[ring], total_[ring]);
         }
     }
 
@@ -473,14 +459,14 @@ private:
     int64_t dim_;
     int64_t half_;
     int64_t chunk_count_ = 0;  // slots of the scores filled so far
-    LocalTensor<float> scores_;  // [2][CHUNK_ROWS, STACK_KEYS]; values pass through it too
-    LocalTensor<T> weights_;     // the same in 16 bits; the rounded output at the end
+    LocalTensor<float> scores_;  // [2][STACK_TILES][CHUNK_ROWS][PANEL]; values pass through too
+    LocalTensor<T> weights_;     // the same in 16 bits; scratch before, at the end the output
     LocalTensor<float> out_;     // [HALF_ROWS, dim], not yet divided
-    LocalTensor<float> fold_;    // [CHUNK_ROWS, LANES]
     LocalTensor<float> bias_;    // [2][STACK_KEYS]
     LocalTensor<float> wide_, wide_lse_;   // [HALF_ROWS, BLOCK], a value of each row
     LocalTensor<float> maximum_, total_;   // [RING][HALF_ROWS] of the last tasks
     LocalTensor<float> decay_;             // [RING][HALF_ROWS] of the last stacks
+    LocalTensor<float> next_, sum_;        // [HALF_ROWS] of this stack
     LocalTensor<float> small_;             // [HALF_ROWS]
 };
 

@@ -6,6 +6,7 @@
 namespace skiparse {
 
 constexpr int64_t C0 = 16;              // 16-bit elements of a block of 32 bytes
+constexpr int64_t FRACTAL_ROWS = 16;    // of C0 elements each
 constexpr int64_t MOST_STRIDE = 65535;  // of an ND2NZ copy, in elements
 constexpr int64_t MOST_GAP = 0xffffffff;  // of a copy to UB, in bytes
 

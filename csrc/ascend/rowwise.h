@@ -1,7 +1,7 @@
 // Vector arithmetic on matrices of fp32 in UB, a row or a column of them at a time.
 #pragma once
 
-#include <cstdint>
+#include "rows.h"
 
 namespace skiparse {
 
@@ -32,6 +32,75 @@ __aicore__ inline void SubtractFromRows(const AscendC::LocalTensor<float>& x,
     const AscendC::BinaryRepeatParams p(1, 1, 0, width / BLOCK, width / BLOCK, 1);
     for (int64_t column = 0; column < width; column += LANES) {
         AscendC::Sub(x[column], x[column], wide, LANES, rows, p);
+    }
+    AscendC::PipeBarrier<PIPE_V>();
+}
+
+// Wide matrices lie in panels of 128 columns, x[panels][rows][PANEL], so that an instruction can
+// fold many of them at once.
+constexpr int64_t PANEL = 128;
+
+// x += row[panels * PANEL], the same for all rows
+__aicore__ inline void AddToPanels(const AscendC::LocalTensor<float>& x,
+                                   const AscendC::LocalTensor<float>& row, int64_t rows,
+                                   int64_t panels) {
+    const AscendC::BinaryRepeatParams p(1, 1, 1, PANEL / BLOCK, PANEL / BLOCK, 0);
+    for (int64_t column = 0; column < panels * PANEL; column += LANES) {
+        const auto part = x[column / PANEL * rows * PANEL + column % PANEL];
+        AscendC::Add(part, part, row[column], LANES, rows, p);
+    }
+    AscendC::PipeBarrier<PIPE_V>();
+}
+
+// x -= wide[rows, BLOCK], of which every row is one value
+__aicore__ inline void SubtractFromPanels(const AscendC::LocalTensor<float>& x,
+                                          const AscendC::LocalTensor<float>& wide, int64_t rows,
+                                          int64_t panels) {
+    const AscendC::BinaryRepeatParams p(1, 1, 0, PANEL / BLOCK, PANEL / BLOCK, 1);
+    for (int64_t column = 0; column < panels * PANEL; column += LANES) {
+        const auto part = x[column / PANEL * rows * PANEL + column % PANEL];
+        AscendC::Sub(part, part, wide, LANES, rows, p);
+    }
+    AscendC::PipeBarrier<PIPE_V>();
+}
+
+enum class Reduction { MAXIMUM, SUM };
+
+template <Reduction REDUCTION>
+__aicore__ inline void Fold(const AscendC::LocalTensor<float>& to,
+                            const AscendC::LocalTensor<float>& a,
+                            const AscendC::LocalTensor<float>& b, int64_t count) {
+    if constexpr (REDUCTION == Reduction::MAXIMUM) {
+        AscendC::Max(to, a, b, count);
+    } else {
+        AscendC::Add(to, a, b, count);
+    }
+    AscendC::PipeBarrier<PIPE_V>();
+}
+
+// to[rows] = every row reduced; scratch[panels / 2, but at least 1][rows][PANEL]
+template <Reduction REDUCTION>
+__aicore__ inline void ReducePanels(const AscendC::LocalTensor<float>& to,
+                                    const AscendC::LocalTensor<float>& x,
+                                    const AscendC::LocalTensor<float>& scratch, int64_t rows,
+                                    int64_t panels) {
+    const int64_t size = rows * PANEL;
+    auto from = x;
+    for (int64_t left = panels; left > 1; left /= 2) {
+        Fold<REDUCTION>(scratch, from, from[left / 2 * size], left / 2 * size);
+        if (left % 2 == 1) Fold<REDUCTION>(scratch, scratch, from[(left - 1) * size], size);
+        from = scratch;
+    }
+    const AscendC::BinaryRepeatParams p(1, 1, 1, PANEL / BLOCK, PANEL / BLOCK, PANEL / BLOCK);
+    if constexpr (REDUCTION == Reduction::MAXIMUM) {
+        AscendC::Max(scratch, from, from[LANES], LANES, rows, p);
+        AscendC::PipeBarrier<PIPE_V>();
+        AscendC::WholeReduceMax(to, scratch, LANES, rows, 1, 1, PANEL / BLOCK,
+                                AscendC::ReduceOrder::ORDER_ONLY_VALUE);
+    } else {
+        AscendC::Add(scratch, from, from[LANES], LANES, rows, p);
+        AscendC::PipeBarrier<PIPE_V>();
+        AscendC::WholeReduceSum(to, scratch, LANES, rows, 1, 1, PANEL / BLOCK);
     }
     AscendC::PipeBarrier<PIPE_V>();
 }

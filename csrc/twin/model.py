@@ -22,7 +22,7 @@ CLOCK = 1.8e9  # of the 910B2 and 910B3
 CUBE_FLOPS = 8192  # a cycle of a cube core in 16 bits
 QUERY_ROWS = 256  # of a task; csrc/ascend/tiling.h
 SAMPLED_STACKS = 60  # of a core, of which the rest is extrapolated
-STACK_KEYS = 512
+STACK_KEYS = 1024
 
 
 @dataclass(frozen=True)

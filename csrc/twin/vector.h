@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cmath>
+#include <iterator>
 
 #include "tensor.h"
 
@@ -37,12 +38,31 @@ inline bool apart(size_t first, size_t first_bytes, size_t second, size_t second
 }
 
 template <class T>
+bool share_a_block(const Operand<T>& to, const Operand<T>& from, uint64_t repeats,
+                   uint64_t blocks) {
+    std::vector<size_t> places[2];
+    for (uint64_t r = 0; r < repeats; ++r) {
+        for (uint64_t b = 0; b < blocks; ++b) {
+            places[0].push_back(to.tensor.at + to.at(r, b));
+            places[1].push_back(from.tensor.at + from.at(r, b));
+        }
+    }
+    for (auto& of : places) std::sort(of.begin(), of.end());
+    std::vector<size_t> both;
+    std::set_intersection(places[0].begin(), places[0].end(), places[1].begin(), places[1].end(),
+                          std::back_inserter(both));
+    return !both.empty();
+}
+
+template <class T>
 void expect_apart_or_same(const Operand<T>& to, const Operand<T>& from, uint64_t repeats,
                           uint64_t blocks, Where where) {
     const bool same = to.tensor.at == from.tensor.at && to.steps.block == from.steps.block &&
                       to.steps.repeat == from.steps.repeat;
-    require(same || apart(to.tensor.at, to.at(repeats - 1, blocks - 1) + BLOCK, from.tensor.at,
-                          from.at(repeats - 1, blocks - 1) + BLOCK),
+    require(same ||
+                apart(to.tensor.at, to.at(repeats - 1, blocks - 1) + BLOCK, from.tensor.at,
+                      from.at(repeats - 1, blocks - 1) + BLOCK) ||
+                !share_a_block(to, from, repeats, blocks),
             where, "source and destination overlap in part");
 }
 
