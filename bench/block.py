@@ -3,12 +3,15 @@
 ``naive`` is the plain spelling: fp32 copies of activations, every intermediate kept by autograd,
 attention by rearranged copies. ``eager`` is what the model runs, ``compiled`` that through
 ``torch.compile``. Linear layers have one spelling only, so there ``eager`` is not timed apart; and
-attention is one operator that the compiler does not look into. Before anything of a part is timed,
-its ways must agree. The ways then take turns, round after round.
+attention is one operator that the compiler does not look into. In the parts named ``packing``,
+``naive`` is the model's own block with the text beside the video, and the others put it inside q, k
+and v (``skiparse.norm_rope_pack``). Before anything of a part is timed, its ways must agree. The
+ways then take turns, round after round.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import shutil
@@ -35,6 +38,7 @@ from skiparse.testing import budget
 RESULTS = Path(__file__).parent / "block.jsonl"
 FORWARD, GRADIENT = 2e-5, 1e-4  # fp32, relative to the largest value: the goldens' tolerances
 SPARSITIES = (1, 8)
+PACKED = {"single": SkipPattern.single, "group": SkipPattern.group}  # and blocks: in skip order
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,10 @@ def parts_of(
         return Part(name, count, call, call, (video,), parameters)
 
     single = {k: SkipPattern.single(k) for k in SPARSITIES}
+    k = SPARSITIES[-1]
+    packed = {name: pattern(k) for name, pattern in PACKED.items()}
+    packed["blocks"] = SkipPattern.block(k, size.tokens)
+    whole = (video, text, condition, rotary)
     return [
         Part(
             "modulated_norm",
@@ -237,12 +245,34 @@ def parts_of(
                 1,
                 lambda *inputs: naive_block(block, *inputs),
                 block,
-                (video, text, condition, rotary, single[k]),
+                (*whole, single[k]),
                 tuple(block.parameters()),
             )
             for k in SPARSITIES
         ),
+        *(
+            Part(
+                f"packing.k{k}.{name}",
+                1,
+                packing(block, False),
+                packing(block, True),
+                (*whole, pattern),
+                tuple(block.parameters()),
+            )
+            for name, pattern in packed.items()
+        ),
     ]
+
+
+def packing(block: SUVBlock, packs: bool) -> SUVBlock:
+    """The block with the same parameters, its attention putting the text inside q, k and v or not.
+
+    By itself it does where that pays.
+    """
+    kept: dict[int, Any] = {id(p): p for p in block.parameters()}
+    other = copy.deepcopy(block, kept)
+    other.attn.packs = packs
+    return other
 
 
 # What is measured.

@@ -32,8 +32,9 @@ from skiparse.bench import baselines, run
 from skiparse.bench.baselines import Contender, Work
 from skiparse.bench.cases import CASES, HEADLINE, SPARSITY, Case
 from skiparse.bench.run import Timing
+from skiparse.models.suv.rope import axis_dims
 from skiparse.pattern import SkipPattern, ceiling, skip_order
-from skiparse.testing import Problem, check_sample, make_problem
+from skiparse.testing import Problem, budget, check_sample, make_problem
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SECONDS = 520.0  # for all parts together
@@ -168,37 +169,76 @@ def _triton(name: str, configs: dict[str, dict[int, tuple[int, ...]]]) -> Callab
 
 
 def copies(setting: Setting, out: Path) -> None:
-    """Passes over memory that a layout may cost, each alone; GB/s counts reads and writes."""
+    """Passes over memory that a layout may cost, each alone."""
     case = setting.cases(backward=False)[-1]
     problem = _problem(case, setting)
     q, text, k = problem.q, problem.text_q, case.k
     order = torch.from_numpy(skip_order(case.N, k)).to(q.device)
-    works: dict[str, Work] = {
-        "copy": q.clone,
-        "skip order by an index": lambda: q[:, order],
+    works: dict[str, Pass] = {
+        "copy": lambda: (q.clone(),),
+        "skip order by an index": lambda: (q[:, order],),
         "skip order by a transpose": lambda: (
-            q.unflatten(1, (-1, k, k)).transpose(1, 2).flatten(1, 3)
+            q.unflatten(1, (-1, k, k)).transpose(1, 2).flatten(1, 3),
         ),
-        "text inside, single": lambda: _with_text(q, text, k, blocks=False),
-        "text inside, blocks": lambda: _with_text(q, text, k, blocks=True),
+        "text inside, single": lambda: (_with_text(q, text, k, blocks=False),),
+        "text inside, blocks": lambda: (_with_text(q, text, k, blocks=True),),
     }
     for name, work in works.items():
-        work()
-        milliseconds = statistics.median(_time(work, setting) for _ in range(setting.rounds))
-        made = work()
-        assert isinstance(made, Tensor)
-        row = {
-            "what": name,
-            "shape": list(q.shape),
-            "k": k,
-            "device": run.device_name(setting.device),
-            "median_ms": round(milliseconds, 4),
-            "gb_s": round(2 * made.nbytes / milliseconds / 1e6, 1),
-            "versions": run.versions(),
-            "commit": run.commit(),
-        }
-        print(row, flush=True)
-        run.append(out / "copies.jsonl", [row])
+        _pass(name, work, case, setting, out)
+
+
+def packing(setting: Setting, out: Path) -> None:
+    """``norm_rope_pack`` and its gradient, once they are right; on a CPU plain PyTorch's."""
+    case = setting.cases(backward=False)[-1]
+    problem, backend = _problem(case, setting), "eager" if setting.device == "cpu" else "triton"
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(setting.device)
+
+    angles = draw(case.N, case.D // 2)
+    norms = (1 + draw(4, case.D) / 4).to(setting.dtype)
+    rows = [x.detach().requires_grad_() for x in (*problem.inputs, *norms)]
+    packed_shape = case.B, case.N + case.k * case.T, case.heads, case.D
+    grads = [draw(*packed_shape).to(setting.dtype) for _ in range(3)]
+
+    def forward(pattern: SkipPattern, way: str, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+        q, k, v, text_q, text_k, text_v, *weights = rows
+        norm_q, norm_k, text_norm_q, text_norm_k = weights
+        return skiparse.norm_rope_pack(
+            q, k, v, angles.cos(), angles.sin(), norm_q, norm_k, pattern,
+            text_q=text_q, text_k=text_k, text_v=text_v, text_norm_q=text_norm_q,
+            text_norm_k=text_norm_k, axes=axis_dims(case.D), backend=way,
+        )[:3]  # fmt: skip
+
+    def answer(pattern: SkipPattern, way: str, dtype: torch.dtype) -> list[Tensor]:
+        given = [x.detach().to(dtype).requires_grad_() for x in rows]
+        made = forward(pattern, way, given)
+        return [*made, *torch.autograd.grad(made, given, [x.to(dtype) for x in grads])]
+
+    def measure(name: str, pattern: SkipPattern) -> None:
+        exact, plain, ours = (
+            answer(pattern, way, dtype)
+            for way, dtype in (
+                ("eager", torch.float64), ("eager", setting.dtype), (backend, setting.dtype),
+            )
+        )  # fmt: skip
+        for i, (right, eager, x) in enumerate(zip(exact, plain, ours, strict=True)):
+            allowed = budget({"": right}, [{"": eager}], setting.dtype) * right.abs().max()
+            assert (x - right).abs().max() <= allowed, f"{name}: tensor {i}"
+        made = forward(pattern, backend, rows)
+        _pass(f"pack, {name}", lambda: forward(pattern, backend, rows), case, setting, out)
+        _pass(
+            f"pack, {name}, backward",
+            lambda: torch.autograd.grad(made, rows, grads, retain_graph=True),
+            case,
+            setting,
+            out,
+        )
+
+    measure("single", SkipPattern.single(case.k))
+    measure("group", SkipPattern.group(case.k))
+    measure("blocks", SkipPattern.block(case.k, case.N))
 
 
 WORK: dict[str, Callable[[Setting, Path], None]] = {
@@ -215,6 +255,7 @@ WORK: dict[str, Callable[[Setting, Path], None]] = {
     "sdpa.backward": _skiparse("sdpa", backward=True),
     "triton.backward": _skiparse("triton", backward=True),
     "copies": copies,
+    "packing": packing,
 }
 LIMITS = {"flex": 80.0}  # seconds of a part, 60 for others
 NEEDS_A_GPU = (
@@ -311,6 +352,27 @@ def _with_text(video: Tensor, text: Tensor, k: int, *, blocks: bool) -> Tensor:
         return torch.cat([video, text.repeat_interleave(k, 1)], 1)
     copies = text[:, None].expand(-1, k, -1, -1, -1)
     return torch.cat([video.unflatten(1, (k, -1)), copies], 2).flatten(1, 2)
+
+
+Pass = Callable[[], Sequence[Tensor]]  # over memory
+
+
+def _pass(name: str, work: Pass, case: Case, setting: Setting, out: Path) -> None:
+    """Time a pass; GB/s counts what it makes twice, as read and as written."""
+    work()
+    milliseconds = statistics.median(_time(work, setting) for _ in range(setting.rounds))
+    row = {
+        "what": name,
+        "shape": [case.B, case.N, case.heads, case.D],
+        "k": case.k,
+        "device": run.device_name(setting.device),
+        "median_ms": round(milliseconds, 4),
+        "gb_s": round(2 * sum(made.nbytes for made in work()) / milliseconds / 1e6, 1),
+        "versions": run.versions(),
+        "commit": run.commit(),
+    }
+    print(row, flush=True)
+    run.append(out / "copies.jsonl", [row])
 
 
 def _problem(case: Case, setting: Setting) -> Problem:

@@ -55,8 +55,8 @@ BACKENDS = (
         "triton",
         ("cuda",),
         "fused kernels, text as a second key source, deterministic backward",
-        "interpreter: every test; sm_80, sm_90, gfx942: compiled ahead of time. "
-        "Not yet run on a GPU",
+        "interpreter: every test; compiled ahead of time for sm_80, sm_89, sm_90, sm_100, sm_120, "
+        "gfx942, gfx950. Not yet run on a GPU",
         pack_kernels="skiparse.backends.triton.pack_kernel",
     ),
     # The fused kernels are not chosen by themselves until they are measured to be faster.

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from skiparse import SkipPattern
 from skiparse.backends import Inputs, Outputs
-from skiparse.backends.triton import backward, device, forward
+from skiparse.backends.triton import backward, device, forward, forward_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -53,7 +53,10 @@ PRODUCTS = r"\b(HGMMA|HMMA|UTCHMMA|v_mfma)"
 
 
 def launches(arch, pattern, N, D, dtype, masked):
-    """What forward and backward would launch: a list of (kernel, args, kwargs)."""
+    """What forward and backward would launch: a list of (kernel, args, kwargs).
+
+    Of the forward both kernels, where one needs strides that these have and others have not.
+    """
     B, T, H, n = 2, 512, 24, pattern.sparsity
 
     def empty(*shape, dtype=dtype):
@@ -72,6 +75,11 @@ def launches(arch, pattern, N, D, dtype, masked):
     device.architecture = lambda q: CONFIG_ROWS.get(arch, arch)
     device.exact_architecture = lambda q: arch
     forward(inputs)
+    tiles = forward_kernel.TMA_CONFIGS
+    if arch in tiles and recorded[0][0] is forward_kernel.skiparse_forward_tma:
+        forward_kernel.TMA_CONFIGS = {}  # what runs there if the strides are irregular
+        forward(inputs)
+        forward_kernel.TMA_CONFIGS = tiles
     backward(inputs, outputs, outputs.out, outputs.text_out)
     return recorded
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from skiparse.bench import block, run, tables
 from skiparse.cli import main
@@ -12,9 +13,11 @@ from skiparse.cli import main
 SIZE = block.Size(heads=2, head_dim=32, grid=(2, 4, 8), text=5, condition=16)
 NAMES = [
     "modulated_norm", "qkv", "qk_norm_rope", "attention.k1", "attention.k8", "out_projection",
-    "gated_residual", "feed_forward", "whole.k1", "whole.k8",
+    "gated_residual", "feed_forward", "whole.k1", "whole.k8", "packing.k8.single",
+    "packing.k8.group", "packing.k8.blocks",
 ]  # fmt: skip
-SPELLED_TWICE = {"modulated_norm", "qk_norm_rope", "gated_residual", "whole.k1", "whole.k8"}
+WHOLE = {name for name in NAMES if name.startswith(("whole", "packing"))}
+SPELLED_TWICE = {"modulated_norm", "qk_norm_rope", "gated_residual", *WHOLE}
 
 
 def parts(rounded=torch.float32, dtype=None):
@@ -104,6 +107,31 @@ def test_ours_keeps_its_inputs_for_backward_and_nothing_else(name):
 def test_a_whole_block_keeps_less_than_the_naive_one(name):
     part = next(part for part in parts(torch.bfloat16) if part.name == name)
     assert block.kept_bytes(part.ours, part) < block.kept_bytes(part.naive, part)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("packing")])
+def test_packing_is_compared_with_none(name):
+    """Two blocks with the same parameters, and neither is the block the model would run."""
+    part = named(name)
+    assert part.naive.attn.packs is False
+    assert part.ours.attn.packs is True
+    with torch.no_grad(), Packs() as count:
+        part.naive(*part.inputs)
+        assert count.packs == 0
+        part.ours(*part.inputs)
+        assert count.packs == 1
+    for each in (part.naive, part.ours):
+        assert list(map(id, each.parameters())) == list(map(id, part.parameters))
+
+
+class Packs(TorchDispatchMode):
+    """Counts how often buffers were packed."""
+
+    packs = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.packs += function is torch.ops.skiparse.norm_rope_pack.default
+        return function(*args, **kwargs or {})
 
 
 def test_weights_do_not_count_as_kept():

@@ -43,6 +43,10 @@ def test_dry_run(tmp_path):
         assert ("1x288x512-1h.dense." + end, "dense.flash") in found
         assert ("1x288x512-1h.k2.group.skip." + end, "views.cpu") in found
         assert ("1x288x512-1h.k2.group." + end, "skiparse.sdpa") in found
+    passes = {
+        json.loads(x)["what"] for x in (tmp_path / "out/copies.jsonl").read_text().splitlines()
+    }
+    assert {"copy", "pack, single", "pack, group, backward"} <= passes
     *_, table = done.stdout.partition("\n\n")
     assert "views.cpu" in table
     assert "GB/s" in table

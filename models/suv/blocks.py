@@ -119,6 +119,7 @@ class JointAttention(nn.Module):
         self.norm_q, self.norm_k, self.text_norm_q, self.text_norm_k = (
             HeadNorm(head_dim, eps) for _ in range(4)
         )
+        self.packs: bool | None = None  # the text goes inside q, k and v; None: where that pays
 
     def forward(
         self,
@@ -135,7 +136,8 @@ class JointAttention(nn.Module):
         text_q, text_k, text_v = (
             self._split(linear(text)) for linear in (self.text_to_q, self.text_to_k, self.text_to_v)
         )
-        if mask is None and text_mask is None and skiparse.packing_pays(q, pattern, backend):
+        packs = skiparse.packing_pays(q, pattern, backend) if self.packs is None else self.packs
+        if packs and mask is None and text_mask is None:
             packed = skiparse.norm_rope_pack(
                 q, k, v, *rotary, self.norm_q.weight, self.norm_k.weight, pattern,
                 text_q=text_q, text_k=text_k, text_v=text_v,
