@@ -37,6 +37,12 @@ NAMED = {  # the kernels that spill: (release, architecture, kernel, D, masked) 
     ("3.7.1", "sm_100", "skiparse_delta", 256, False): 8,
     ("3.7.1", "sm_100", "skiparse_delta", 256, True): 8,
 }
+NAMED_ELSEWHERE = {  # with masks, for some of the shapes that are not in the table: 8 bytes each
+    ("3.6.0", "sm_80", "skiparse_forward", 128),  # runs of 3, tokens left over, fp16
+    ("3.6.0", "sm_80", "skiparse_dkdv", 64),  # runs of 3 or very long
+    ("3.6.0", "sm_80", "skiparse_dq", 32),  # single-skip
+}
+LOCAL_MEMORY = {"LDL", "STL", "scratch_"}
 
 
 def aot_compile(arch, *options):
@@ -111,6 +117,11 @@ def test_what_spills_is_named():
     assert found == NAMED
 
 
+def test_no_main_loop_spills():
+    for rows in TABLE.values():
+        assert [row for row in rows if LOCAL_MEMORY & set(row["loop"])] == []
+
+
 def test_the_registry_names_every_architecture():
     (row,) = (row for row in registry.BACKENDS if row.name == "triton")
     compiled = {row["arch"] for rows in TABLE.values() for row in rows}
@@ -161,7 +172,10 @@ def fits(rows):
 def test_other_shapes(arch, options):
     rows = aot_compile(arch, *options)
     fits(rows)
-    assert [row for row in rows if row["spills"]] == []
+    for row in rows:
+        named = row["masked"] and (RELEASE, arch, row["kernel"], row["D"]) in NAMED_ELSEWHERE
+        assert row["spills"] <= (8 if named else 0), row
+        assert not LOCAL_MEMORY & set(row["loop"]), row
 
 
 @pytest.mark.full

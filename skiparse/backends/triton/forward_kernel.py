@@ -46,7 +46,7 @@ from skiparse.backends.triton.device import (
 # Chosen to compile without spills; tests/test_aot.py has the registers and shared memory.
 CONFIGS: Configs = {
     "sm_80": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)},
-    "sm_90": {64: Config(128, 128, 8, 2), 128: Config(128, 64, 8, 3), 256: Config(64, 64, 8, 2)},
+    "sm_90": {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 64, 8, 2)},
     "gfx942": {64: Config(128, 64, 4, 1), 128: Config(128, 64, 4, 1), 256: Config(64, 32, 4, 1)},
     "fp32": {64: Config(32, 32, 8, 2), 128: Config(32, 32, 8, 1), 256: Config(32, 16, 8, 1)},
     "interpreter": {256: Config(32, 16, 1, 1)},
