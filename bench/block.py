@@ -133,10 +133,10 @@ def run(
     directions = (False, True) if kind == "cuda" or dtype == torch.float32 else (False,)
     parts = parts_of(size, device, dtype)
     exact = parts if dtype == torch.float32 else parts_of(size, device, dtype, torch.float32)
-    torch.compiler.reset()  # its limit of compilations is for each function, over all sizes
     figures: list[Figure] = []
     todo = list(zip(parts, exact, strict=True))
     for part, right in tqdm(todo, desc="parts", unit="part", disable=None, leave=False):
+        torch.compiler.reset()  # its limit is for each function, over all parts and sizes
         for backward in directions:
             figures += _measure(part, right, backward, device, dtype, rounds, compiler)
     print(table(size, dtype, figures), flush=True)

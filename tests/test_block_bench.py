@@ -24,6 +24,12 @@ def parts(rounded=torch.float32, dtype=None):
     return block.parts_of(SIZE, "cpu", rounded, dtype)
 
 
+@pytest.fixture(autouse=True)
+def forget_compilations():
+    """The compiler's limit is for each function, over all tests."""
+    torch.compiler.reset()
+
+
 @pytest.fixture
 def only(monkeypatch):
     """Run with these parts alone."""
