@@ -70,7 +70,7 @@ BACKENDS = (
     Row(
         "ascendc",
         (),
-        "fused AscendC kernels for Atlas A2 and A3, built on request; forward only",
+        "fused AscendC kernels for Atlas A2 and A3, built on request; deterministic backward",
         "CPU: the kernels on a host twin, the host side against torch_npu's headers. "
         "Never run on an NPU",
     ),

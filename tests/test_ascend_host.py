@@ -13,15 +13,19 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fake_torch_npu import BACKWARD, FORWARD
 
+from csrc.twin import launch
 from csrc.twin.launch import FLAGS, TWIN
-from skiparse import list_backends
-from skiparse.backends import ascendc
+from skiparse import SkipPattern, list_backends
+from skiparse.backends import Inputs, Outputs, ascendc
+from skiparse.testing import check, make_problem, run
 
 ROOT = Path(__file__).parents[1]
 NPU = ROOT / "build" / "torch_npu" / "unzipped"
@@ -32,8 +36,13 @@ HOST = ROOT / "csrc" / "host"
 BISHENG = """#!/bin/sh
 printf '%s\\n' "$@" > "$(dirname "$0")/arguments"
 for last; do :; done
-echo 'extern "C" { int skiparse_ascend_cores() { return 1; } void skiparse_attention_fwd() {} }' |
-    g++ -x c++ - -shared -fPIC -o "$last"
+g++ -x c++ - -shared -fPIC -o "$last" << 'end'
+extern "C" {
+int skiparse_ascend_cores() { return 1; }
+void skiparse_attention_fwd() {}
+void skiparse_attention_bwd() {}
+}
+end
 """
 
 
@@ -110,7 +119,12 @@ def test_the_extension_compiles_and_links_against_torch_npu(torch_npu, cann, tmp
     undefined = subprocess.run(
         ["nm", "-DC", "--undefined-only", shim], capture_output=True, text=True, check=True
     ).stdout
-    for name in ("skiparse_attention_fwd", "NPUStream::stream(bool)", "OpCommand::RunOpApiV2"):
+    for name in (
+        "skiparse_attention_fwd",
+        "skiparse_attention_bwd",
+        "NPUStream::stream(bool)",
+        "OpCommand::RunOpApiV2",
+    ):
         assert name in undefined
 
     arguments = (cann / "bin" / "arguments").read_text().splitlines()
@@ -172,6 +186,66 @@ def test_without_the_extension_it_says_how_to_build_it():
     reason = list_backends()["ascendc"]
     assert "without its AscendC extension" in reason
     assert "SKIPARSE_BUILD_ASCEND=1 pip install --no-build-isolation ." in reason
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return launch.build(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture
+def operators(library, monkeypatch):
+    """`torch.ops.skiparse_ascend` as the backend calls it, by the kernels on the twin."""
+
+    def inputs_of(*arguments):
+        *tensors, sparsity, run, scale = arguments
+        assert all(x.shape[-1] in (64, 128) for x in tensors[:6])
+        assert all(x is None or x.is_contiguous() for x in tensors[6:])
+        return Inputs(*tensors, SkipPattern(sparsity, run), scale)
+
+    def attention(*arguments):
+        return launch.forward(library, inputs_of(*arguments))
+
+    def attention_backward(grad_out, grad_text_out, *arguments):
+        tensors, outputs, settings = arguments[:8], arguments[8:12], arguments[12:]
+        assert all(x.is_contiguous() for x in outputs)
+        inputs = inputs_of(*tensors, *settings)
+        return launch.backward(library, inputs, Outputs(*outputs), grad_out, grad_text_out)
+
+    found = SimpleNamespace(attention=attention, attention_backward=attention_backward)
+    monkeypatch.setattr(ascendc, "_operators", lambda: found)
+    monkeypatch.setattr(ascendc, "why_not", lambda *_, **__: None)
+
+
+@pytest.mark.parametrize("D", [40, 64, 72])
+def test_the_backend_hands_over_what_the_kernels_take(operators, D):
+    problem = make_problem(
+        SkipPattern.group(2), B=2, N=37, T=5, D=D, dtype=torch.float16, masked=True
+    )
+    problem = replace(problem, mask=problem.mask.t().contiguous().t())
+    check(run(problem, "ascendc"), problem)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"dtype": torch.bfloat16, "D": 128}, None),
+        ({"dtype": torch.float32}, "fp16 and bf16, not torch.float32"),
+        ({"dtype": torch.float16, "D": 129}, "up to 128, not 129"),
+    ],
+)
+def test_limits(monkeypatch, arguments, reason):
+    monkeypatch.setattr(ascendc, "_extension", lambda: Path("_ascendc.so"))
+    monkeypatch.setattr(torch, "npu", SimpleNamespace(is_available=lambda: True), raising=False)
+    problem = make_problem(SkipPattern.single(2), N=4, **arguments)
+    device = SimpleNamespace(type="npu")
+    q = SimpleNamespace(device=device, dtype=problem.q.dtype, shape=problem.q.shape)
+    inputs = Inputs(q, *problem.inputs[1:], None, None, problem.pattern, 1.0)
+    found = ascendc.why_not(inputs)
+    assert found is None if reason is None else reason in found
+    assert 'not "cpu"' in ascendc.why_not(replace(inputs, q=problem.q))
 
 
 def test_built_but_without_an_npu_it_says_so(monkeypatch):

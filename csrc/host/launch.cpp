@@ -1,8 +1,11 @@
 // The kernels and their launches in one library, compiled by bisheng. Has never run on an NPU.
 #include "kernel_operator.h"
 
+#include "../ascend/attention_bwd.cpp"
 #include "../ascend/attention_fwd.cpp"
 #include "../ascend/key_bias.cpp"
+#include "../ascend/row_values.cpp"
+#include "../ascend/text_gradients.cpp"
 #include "passes.h"
 
 #include "acl/acl.h"
@@ -32,6 +35,30 @@ struct Device {
             SKIPARSE_LAUNCH(skiparse_attention_fwd_fp16, cube, stream)(static_cast<uint8_t*>(p)...);
         }
     }
+    template <class... Pointers>
+    void row_values(bool bf16, Pointers... p) const {
+        if (bf16) {
+            SKIPARSE_LAUNCH(skiparse_row_values_bf16, vector, stream)(static_cast<uint8_t*>(p)...);
+        } else {
+            SKIPARSE_LAUNCH(skiparse_row_values_fp16, vector, stream)(static_cast<uint8_t*>(p)...);
+        }
+    }
+    template <class... Pointers>
+    void backward(bool bf16, Pointers... p) const {
+        if (bf16) {
+            SKIPARSE_LAUNCH(skiparse_attention_bwd_bf16, cube, stream)(static_cast<uint8_t*>(p)...);
+        } else {
+            SKIPARSE_LAUNCH(skiparse_attention_bwd_fp16, cube, stream)(static_cast<uint8_t*>(p)...);
+        }
+    }
+    template <class... Pointers>
+    void text_gradients(bool bf16, Pointers... p) const {
+        if (bf16) {
+            SKIPARSE_LAUNCH(skiparse_text_gradients_bf16, vector, stream)(static_cast<uint8_t*>(p)...);
+        } else {
+            SKIPARSE_LAUNCH(skiparse_text_gradients_fp16, vector, stream)(static_cast<uint8_t*>(p)...);
+        }
+    }
 };
 
 Device device_of(void* stream, const SkiparseCores& cores) {
@@ -52,4 +79,12 @@ extern "C" void skiparse_attention_fwd(void* stream, const SkiparseCores* cores,
                                        const skiparse::ForwardScratch* scratch) {
     if (skiparse::tasks(*tiling) == 0) return;
     skiparse::run_forward(device_of(stream, *cores), bf16 != 0, *pointers, *scratch);
+}
+
+extern "C" void skiparse_attention_bwd(void* stream, const SkiparseCores* cores,
+                                       const skiparse::BackwardTiling* tiling, int32_t bf16,
+                                       const skiparse::BackwardPointers* pointers,
+                                       const skiparse::BackwardScratch* scratch) {
+    if (skiparse::sequences(tiling->forward) == 0) return;
+    skiparse::run_backward(device_of(stream, *cores), bf16 != 0, *pointers, *scratch);
 }

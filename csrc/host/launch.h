@@ -1,7 +1,7 @@
 // The C interface of libskiparse_ascend.so, and what the twin shares with it. No torch, no CANN.
 #pragma once
 
-#include "../ascend/tiling.h"
+#include "../ascend/tiling_bwd.h"
 
 namespace skiparse {
 
@@ -13,15 +13,38 @@ struct ForwardPointers {
     void *out, *text_out, *lse, *text_lse;
 };
 
-// Device memory that the caller lends to a pass, 512-byte aligned.
+struct BackwardPointers {
+    void *q, *k, *v, *text_q, *text_k, *text_v;
+    void *mask, *text_mask;
+    void *out, *text_out, *lse, *text_lse;  // contiguous
+    void *grad_out, *grad_text_out;         // any strides
+    void *grad_q, *grad_k, *grad_v, *grad_text_q, *grad_text_k, *grad_text_v;
+};
+
+// Device memory that the caller lends to a pass, 512-byte aligned, and how much it takes.
 struct ForwardScratch {
     void* tiling;     // a copy of the Tiling
     void* bias;       // bias_bytes
     void* workspace;  // WORKSPACE_BYTES for each cube core
 };
+struct BackwardScratch {
+    void* tiling;      // a copy of the BackwardTiling
+    void* bias;        // bias_bytes
+    void* values;      // row_values_bytes
+    void* text_parts;  // text_parts_bytes
+    void* workspace;   // backward_workspace_bytes for each cube core
+};
+
+constexpr int64_t FLOAT_BYTES = sizeof(float);
 
 constexpr int64_t bias_bytes(const Tiling& t) {
-    return t.batch * t.sparsity * most_stacks(t) * STACK_KEYS * static_cast<int64_t>(sizeof(float));
+    return t.batch * t.sparsity * most_stacks(t) * STACK_KEYS * FLOAT_BYTES;
+}
+constexpr int64_t row_values_bytes(const Tiling& t) {
+    return sequences(t) * row_values(t) * FLOAT_BYTES;
+}
+constexpr int64_t text_parts_bytes(const Tiling& t) {
+    return 3 * sequences(t) * t.text * t.head_dim * FLOAT_BYTES;
 }
 
 }  // namespace skiparse
@@ -40,4 +63,8 @@ void skiparse_attention_fwd(void* stream, const SkiparseCores* cores,
                             const skiparse::Tiling* tiling, int32_t bf16,
                             const skiparse::ForwardPointers* pointers,
                             const skiparse::ForwardScratch* scratch);
+void skiparse_attention_bwd(void* stream, const SkiparseCores* cores,
+                            const skiparse::BackwardTiling* tiling, int32_t bf16,
+                            const skiparse::BackwardPointers* pointers,
+                            const skiparse::BackwardScratch* scratch);
 }

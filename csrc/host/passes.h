@@ -14,4 +14,15 @@ void run_forward(const Run& run, bool bf16, const ForwardPointers& p, const Forw
                 p.text_lse, s.workspace, s.tiling);
 }
 
+template <class Run>
+void run_backward(const Run& run, bool bf16, const BackwardPointers& p, const BackwardScratch& s) {
+    run.key_bias(p.mask, p.text_mask, s.bias, s.tiling);
+    run.row_values(bf16, p.out, p.text_out, p.lse, p.text_lse, p.grad_out, p.grad_text_out,
+                   s.values, s.tiling);
+    run.backward(bf16, p.q, p.k, p.v, p.text_q, p.text_k, p.text_v, p.grad_out, p.grad_text_out,
+                 s.bias, s.values, p.grad_q, p.grad_k, p.grad_v, s.text_parts, s.workspace,
+                 s.tiling);
+    run.text_gradients(bf16, s.text_parts, p.grad_text_q, p.grad_text_k, p.grad_text_v, s.tiling);
+}
+
 }  // namespace skiparse

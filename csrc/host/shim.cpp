@@ -4,6 +4,7 @@
 // torch_npu may enqueue work from the host later than it is called, so a launch is handed to its
 // queue, and takes the stream without draining that queue. Memory needs no more care than for
 // torch_npu's own operators: it is reused in the order of the stream.
+#include <array>
 #include <cstring>
 #include <optional>
 #include <tuple>
@@ -41,6 +42,14 @@ void check_mask(const char* name, const std::optional<Tensor>& mask, const Tenso
                     mask->is_contiguous() && mask->sizes() == at::IntArrayRef({q.size(0), rows}),
                 name, " must be a contiguous bool tensor [", q.size(0), ", ", rows,
                 "] on the device of q");
+}
+
+void check_saved(const char* name, const Tensor& x, const Tensor& q, at::ScalarType dtype,
+                 at::IntArrayRef shape) {
+    TORCH_CHECK(x.sizes() == shape && x.scalar_type() == dtype && x.device() == q.device() &&
+                    x.is_contiguous(),
+                name, " must be a contiguous tensor of ", dtype, " ", shape,
+                " on the device of q, got ", x.scalar_type(), " ", x.sizes());
 }
 
 Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2)}; }
@@ -99,34 +108,85 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& text_q, const Tensor& text_k,
     const Tensor& text_v, const std::optional<Tensor>& mask, const std::optional<Tensor>& text_mask,
     int64_t sparsity, int64_t run, double scale) {
-    const Tiling tiling = checked_tiling(q, k, v, text_q, text_k, text_v, mask, text_mask, sparsity,
-                                         run, scale);
+    const Tiling t = checked_tiling(q, k, v, text_q, text_k, text_v, mask, text_mask, sparsity, run,
+                                    scale);
     const c10::DeviceGuard guard(q.device());
-    const auto [batch, tokens, text, heads, dim] =
-        std::tuple(tiling.batch, tiling.tokens, tiling.text, tiling.heads, tiling.head_dim);
     const auto fp32 = q.options().dtype(at::kFloat);
-    const Tensor out = at::empty({batch, tokens, heads, dim}, q.options());
-    const Tensor text_out = at::empty({batch, sparsity, text, heads, dim}, q.options());
-    const Tensor lse = at::empty({batch, heads, tokens}, fp32);
-    const Tensor text_lse = at::empty({batch, heads, sparsity, text}, fp32);
+    const Tensor out = at::empty({t.batch, t.tokens, t.heads, t.head_dim}, q.options());
+    const Tensor text_out =
+        at::empty({t.batch, sparsity, t.text, t.heads, t.head_dim}, q.options());
+    const Tensor lse = at::empty({t.batch, t.heads, t.tokens}, fp32);
+    const Tensor text_lse = at::empty({t.batch, t.heads, sparsity, t.text}, fp32);
 
     const SkiparseCores cores = cores_of(q);
-    const Tensor tiling_on_device = on_device(tiling, q);
-    const Tensor bias = bytes(q, skiparse::bias_bytes(tiling));
+    const Tensor tiling = on_device(t, q);
+    const Tensor bias = bytes(q, skiparse::bias_bytes(t));
     const Tensor workspace = bytes(q, cores.cube * skiparse::WORKSPACE_BYTES);
     const skiparse::ForwardPointers pointers{
         pointer(q), pointer(k), pointer(v), pointer(text_q), pointer(text_k), pointer(text_v),
         pointer(mask), pointer(text_mask), pointer(out), pointer(text_out), pointer(lse),
         pointer(text_lse)};
-    const skiparse::ForwardScratch scratch{pointer(tiling_on_device), pointer(bias),
-                                           pointer(workspace)};
+    const skiparse::ForwardScratch scratch{pointer(tiling), pointer(bias), pointer(workspace)};
     const bool bf16 = q.scalar_type() == at::kBFloat16;
     const c10_npu::NPUStream stream = c10_npu::getCurrentNPUStream();
     at_npu::native::OpCommand::RunOpApiV2("skiparse_attention_fwd", [=]() -> int {
-        skiparse_attention_fwd(stream.stream(false), &cores, &tiling, bf16, &pointers, &scratch);
+        skiparse_attention_fwd(stream.stream(false), &cores, &t, bf16, &pointers, &scratch);
         return 0;
     });
     return {out, text_out, lse, text_lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out, const Tensor& grad_text_out, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& text_q, const Tensor& text_k, const Tensor& text_v,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& text_mask, const Tensor& out,
+    const Tensor& text_out, const Tensor& lse, const Tensor& text_lse, int64_t sparsity,
+    int64_t run, double scale) {
+    const Tiling t = checked_tiling(q, k, v, text_q, text_k, text_v, mask, text_mask, sparsity, run,
+                                    scale);
+    check_rows("grad_out", grad_out, q, t.tokens);
+    const std::array<int64_t, 5> parts{t.batch, sparsity, t.text, t.heads, t.head_dim};
+    TORCH_CHECK(grad_text_out.sizes() == at::IntArrayRef(parts), "grad_text_out has shape ",
+                grad_text_out.sizes(), ", expected ", at::IntArrayRef(parts));
+    for (int64_t sub = 0; sub < sparsity; ++sub) {
+        check_rows("grad_text_out", grad_text_out.select(1, sub), q, t.text);
+    }
+    check_saved("out", out, q, q.scalar_type(), {t.batch, t.tokens, t.heads, t.head_dim});
+    check_saved("text_out", text_out, q, q.scalar_type(), parts);
+    check_saved("lse", lse, q, at::kFloat, {t.batch, t.heads, t.tokens});
+    check_saved("text_lse", text_lse, q, at::kFloat, {t.batch, t.heads, sparsity, t.text});
+
+    const c10::DeviceGuard guard(q.device());
+    const skiparse::BackwardTiling b{
+        t,
+        strides_of(grad_out),
+        {grad_text_out.stride(0), grad_text_out.stride(2), grad_text_out.stride(3)},
+        grad_text_out.stride(1)};
+    const auto like = [](const Tensor& x) { return at::empty(x.sizes(), x.options()); };
+    const Tensor grad_q = like(q), grad_k = like(q), grad_v = like(q);
+    const Tensor grad_text_q = like(text_q), grad_text_k = like(text_q), grad_text_v = like(text_q);
+
+    const SkiparseCores cores = cores_of(q);
+    const Tensor tiling = on_device(b, q);
+    const Tensor bias = bytes(q, skiparse::bias_bytes(t));
+    const Tensor values = bytes(q, skiparse::row_values_bytes(t));
+    const Tensor text_parts = bytes(q, skiparse::text_parts_bytes(t));
+    const Tensor workspace = bytes(q, cores.cube * skiparse::backward_workspace_bytes(t));
+    const skiparse::BackwardPointers pointers{
+        pointer(q), pointer(k), pointer(v), pointer(text_q), pointer(text_k), pointer(text_v),
+        pointer(mask), pointer(text_mask), pointer(out), pointer(text_out), pointer(lse),
+        pointer(text_lse), pointer(grad_out), pointer(grad_text_out), pointer(grad_q),
+        pointer(grad_k), pointer(grad_v), pointer(grad_text_q), pointer(grad_text_k),
+        pointer(grad_text_v)};
+    const skiparse::BackwardScratch scratch{pointer(tiling), pointer(bias), pointer(values),
+                                            pointer(text_parts), pointer(workspace)};
+    const bool bf16 = q.scalar_type() == at::kBFloat16;
+    const c10_npu::NPUStream stream = c10_npu::getCurrentNPUStream();
+    at_npu::native::OpCommand::RunOpApiV2("skiparse_attention_bwd", [=]() -> int {
+        skiparse_attention_bwd(stream.stream(false), &cores, &b, bf16, &pointers, &scratch);
+        return 0;
+    });
+    return {grad_q, grad_k, grad_v, grad_text_q, grad_text_k, grad_text_v};
 }
 
 }  // namespace
@@ -136,6 +196,14 @@ TORCH_LIBRARY(skiparse_ascend, m) {
         "attention(Tensor q, Tensor k, Tensor v, Tensor text_q, Tensor text_k, Tensor text_v, "
         "Tensor? mask, Tensor? text_mask, int sparsity, int run, float scale) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "attention_backward(Tensor grad_out, Tensor grad_text_out, Tensor q, Tensor k, Tensor v, "
+        "Tensor text_q, Tensor text_k, Tensor text_v, Tensor? mask, Tensor? text_mask, Tensor out, "
+        "Tensor text_out, Tensor lse, Tensor text_lse, int sparsity, int run, float scale) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(skiparse_ascend, PrivateUse1, m) { m.impl("attention", attention); }
+TORCH_LIBRARY_IMPL(skiparse_ascend, PrivateUse1, m) {
+    m.impl("attention", attention);
+    m.impl("attention_backward", attention_backward);
+}

@@ -6,7 +6,7 @@
 
 #include <cstdio>
 
-#include "../ascend/tiling_bwd.h"
+#include "../host/passes.h"
 #include "report.h"
 
 struct Kernels {
@@ -30,21 +30,6 @@ struct Kernels {
 #include KERNELS
 
 namespace {
-
-// Pointers may be null where the tensor is empty. Inputs have any strides, outputs are contiguous.
-struct ForwardPointers {
-    void *q, *k, *v, *text_q, *text_k, *text_v;
-    void *mask, *text_mask;  // bytes, or null
-    void *out, *text_out, *lse, *text_lse;
-};
-
-struct BackwardPointers {
-    void *q, *k, *v, *text_q, *text_k, *text_v;
-    void *mask, *text_mask;
-    void *out, *text_out, *lse, *text_lse;  // contiguous
-    void *grad_out, *grad_text_out;
-    void *grad_q, *grad_k, *grad_v, *grad_text_q, *grad_text_k, *grad_text_v;
-};
 
 size_t bytes_spanned(const skiparse::Tiling& t, const skiparse::Strides& s, int64_t rows) {
     const int64_t count = (t.batch - 1) * s.batch + (rows - 1) * s.token +
@@ -108,15 +93,48 @@ private:
     uintptr_t next_ = ALIGNMENT;
 };
 
-std::string run_forward(const Kernels& kernels, skiparse::Tiling t, bool bf16, int cores,
-                        const ForwardPointers& p, const Model& model) {
+// Launches each kernel on all cores of the machine.
+struct Twin {
+    twin::Machine& machine;
+    const Kernels& kernels;
+    int cores;
+
+    template <class... Pointers>
+    void key_bias(Pointers... p) const {
+        launch(false, kernels.key_bias, p...);
+    }
+    template <class... Pointers>
+    void forward(bool bf16, Pointers... p) const {
+        launch(true, bf16 ? kernels.forward_bf16 : kernels.forward_fp16, p...);
+    }
+    template <class... Pointers>
+    void row_values(bool bf16, Pointers... p) const {
+        launch(false, bf16 ? kernels.row_values_bf16 : kernels.row_values_fp16, p...);
+    }
+    template <class... Pointers>
+    void backward(bool bf16, Pointers... p) const {
+        launch(true, bf16 ? kernels.backward_bf16 : kernels.backward_fp16, p...);
+    }
+    template <class... Pointers>
+    void text_gradients(bool bf16, Pointers... p) const {
+        launch(false, bf16 ? kernels.text_gradients_bf16 : kernels.text_gradients_fp16, p...);
+    }
+
+private:
+    template <class Kernel, class... Pointers>
+    void launch(bool cube, Kernel kernel, Pointers... p) const {
+        twin::launch(machine, cores, cube, [&] { kernel(static_cast<GM_ADDR>(p)...); });
+    }
+};
+
+std::string forward(const Kernels& kernels, skiparse::Tiling t, bool bf16, int cores,
+                        const skiparse::ForwardPointers& p, const Model& model) {
     twin::Machine machine;
     Global global(machine, model);
     const int64_t rows = t.batch * t.tokens * t.heads;
     const int64_t text_rows = t.batch * t.sparsity * t.text * t.heads;
     const size_t video_mask = p.mask ? t.batch * t.tokens : 0;
     const size_t text_mask = p.text_mask ? t.batch * t.text : 0;
-    const size_t biases = t.batch * t.sparsity * most_stacks(t) * skiparse::STACK_KEYS;
 
     GM_ADDR q = global.input("q", p.q, bytes_spanned(t, t.q, t.tokens));
     GM_ADDR k = global.input("k", p.k, bytes_spanned(t, t.k, t.tokens));
@@ -126,7 +144,7 @@ std::string run_forward(const Kernels& kernels, skiparse::Tiling t, bool bf16, i
     GM_ADDR text_v = global.input("text_v", p.text_v, bytes_spanned(t, t.text_v, t.text));
     GM_ADDR mask = global.input("mask", p.mask, video_mask);
     GM_ADDR text_mask_at = global.input("text_mask", p.text_mask, text_mask);
-    GM_ADDR bias = global.scratch("bias", biases * sizeof(float));
+    GM_ADDR bias = global.scratch("bias", bias_bytes(t));
     GM_ADDR workspace = global.scratch("workspace", cores * skiparse::WORKSPACE_BYTES);
     GM_ADDR out = global.output("out", p.out, rows * t.head_dim * sizeof(uint16_t));
     GM_ADDR text_out =
@@ -134,22 +152,17 @@ std::string run_forward(const Kernels& kernels, skiparse::Tiling t, bool bf16, i
     GM_ADDR lse = global.output("lse", p.lse, rows * sizeof(float));
     GM_ADDR text_lse = global.output("text_lse", p.text_lse, text_rows * sizeof(float));
 
-    auto* tiling = reinterpret_cast<uint8_t*>(&t);
-    twin::launch(machine, cores, false, [&] {
-        kernels.key_bias(p.mask ? mask : nullptr, p.text_mask ? text_mask_at : nullptr, bias,
-                         tiling);
-    });
-    const auto kernel = bf16 ? kernels.forward_bf16 : kernels.forward_fp16;
-    twin::launch(machine, cores, true, [&] {
-        kernel(q, k, v, text_q, text_k, text_v, bias, out, text_out, lse, text_lse, workspace,
-               tiling);
-    });
+    skiparse::run_forward(
+        Twin{machine, kernels, cores}, bf16,
+        {q, k, v, text_q, text_k, text_v, p.mask ? mask : nullptr,
+         p.text_mask ? text_mask_at : nullptr, out, text_out, lse, text_lse},
+        {&t, bias, workspace});
     global.expect_outputs_written();
     return twin::report(machine);
 }
 
-std::string run_backward(const Kernels& kernels, skiparse::BackwardTiling b, bool bf16, int cores,
-                         const BackwardPointers& p, const Model& model) {
+std::string backward(const Kernels& kernels, skiparse::BackwardTiling b, bool bf16, int cores,
+                         const skiparse::BackwardPointers& p, const Model& model) {
     twin::Machine machine;
     Global global(machine, model);
     const skiparse::Tiling& t = b.forward;
@@ -157,7 +170,6 @@ std::string run_backward(const Kernels& kernels, skiparse::BackwardTiling b, boo
     const size_t row = t.head_dim * sizeof(uint16_t), wide = sizeof(float);
     const size_t video_mask = p.mask ? t.batch * t.tokens : 0;
     const size_t text_mask = p.text_mask ? t.batch * t.text : 0;
-    const size_t biases = t.batch * t.sparsity * most_stacks(t) * skiparse::STACK_KEYS;
     const size_t upstream = bytes_spanned(t, b.grad_out, t.tokens);
     size_t text_upstream = bytes_spanned(t, b.grad_text_out, t.text);
     if (text_upstream > 0) text_upstream += (t.sparsity - 1) * b.grad_text_sub * sizeof(uint16_t);
@@ -176,9 +188,9 @@ std::string run_backward(const Kernels& kernels, skiparse::BackwardTiling b, boo
     GM_ADDR text_lse = global.input("text_lse", p.text_lse, text_rows * t.sparsity * wide);
     GM_ADDR grad_out = global.input("grad_out", p.grad_out, upstream);
     GM_ADDR grad_text_out = global.input("grad_text_out", p.grad_text_out, text_upstream);
-    GM_ADDR bias = global.scratch("bias", biases * wide);
-    GM_ADDR values = global.scratch("row values", sequences(t) * row_values(t) * wide);
-    GM_ADDR parts = global.scratch("text parts", 3 * sequences(t) * t.text * t.head_dim * wide);
+    GM_ADDR bias = global.scratch("bias", bias_bytes(t));
+    GM_ADDR values = global.scratch("row values", row_values_bytes(t));
+    GM_ADDR parts = global.scratch("text parts", text_parts_bytes(t));
     GM_ADDR workspace = global.scratch("workspace", cores * backward_workspace_bytes(t));
     GM_ADDR grad_q = global.output("grad_q", p.grad_q, rows * row);
     GM_ADDR grad_k = global.output("grad_k", p.grad_k, rows * row);
@@ -187,24 +199,12 @@ std::string run_backward(const Kernels& kernels, skiparse::BackwardTiling b, boo
     GM_ADDR grad_text_k = global.output("grad_text_k", p.grad_text_k, text_rows * row);
     GM_ADDR grad_text_v = global.output("grad_text_v", p.grad_text_v, text_rows * row);
 
-    auto* tiling = reinterpret_cast<uint8_t*>(&b);
-    twin::launch(machine, cores, false, [&] {
-        kernels.key_bias(p.mask ? mask : nullptr, p.text_mask ? text_mask_at : nullptr, bias,
-                         tiling);
-    });
-    const auto row_values = bf16 ? kernels.row_values_bf16 : kernels.row_values_fp16;
-    twin::launch(machine, cores, false, [&] {
-        row_values(out, text_out, lse, text_lse, grad_out, grad_text_out, values, tiling);
-    });
-    const auto kernel = bf16 ? kernels.backward_bf16 : kernels.backward_fp16;
-    twin::launch(machine, cores, true, [&] {
-        kernel(q, k, v, text_q, text_k, text_v, grad_out, grad_text_out, bias, values, grad_q,
-               grad_k, grad_v, parts, workspace, tiling);
-    });
-    const auto sum = bf16 ? kernels.text_gradients_bf16 : kernels.text_gradients_fp16;
-    twin::launch(machine, cores, false, [&] {
-        sum(parts, grad_text_q, grad_text_k, grad_text_v, tiling);
-    });
+    skiparse::run_backward(
+        Twin{machine, kernels, cores}, bf16,
+        {q, k, v, text_q, text_k, text_v, p.mask ? mask : nullptr,
+         p.text_mask ? text_mask_at : nullptr, out, text_out, lse, text_lse, grad_out,
+         grad_text_out, grad_q, grad_k, grad_v, grad_text_q, grad_text_k, grad_text_v},
+        {&b, bias, values, parts, workspace});
     global.expect_outputs_written();
     return twin::report(machine);
 }
@@ -213,11 +213,11 @@ std::string run_backward(const Kernels& kernels, skiparse::BackwardTiling b, boo
 
 // 0 with the costs in `report`, or 1 with the fault.
 extern "C" int skiparse_twin_forward(int variant, const skiparse::Tiling* tiling, int bf16,
-                                     int cores, const ForwardPointers* pointers,
+                                     int cores, const skiparse::ForwardPointers* pointers,
                                      const Model* model, char* report, size_t size) {
     try {
         const std::string costs =
-            run_forward(VARIANTS[variant], *tiling, bf16, cores, *pointers, *model);
+            forward(VARIANTS[variant], *tiling, bf16, cores, *pointers, *model);
         std::snprintf(report, size, "%s", costs.c_str());
         return 0;
     } catch (const twin::Fault& fault) {
@@ -227,11 +227,11 @@ extern "C" int skiparse_twin_forward(int variant, const skiparse::Tiling* tiling
 }
 
 extern "C" int skiparse_twin_backward(int variant, const skiparse::BackwardTiling* tiling, int bf16,
-                                      int cores, const BackwardPointers* pointers,
+                                      int cores, const skiparse::BackwardPointers* pointers,
                                       const Model* model, char* report, size_t size) {
     try {
         const std::string costs =
-            run_backward(VARIANTS[variant], *tiling, bf16, cores, *pointers, *model);
+            backward(VARIANTS[variant], *tiling, bf16, cores, *pointers, *model);
         std::snprintf(report, size, "%s", costs.c_str());
         return 0;
     } catch (const twin::Fault& fault) {
