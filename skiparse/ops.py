@@ -189,7 +189,7 @@ def _register_autocast(key: str) -> None:
     _LIBRARY.impl("attention", kernel, key, with_keyset=True)
 
 
-for _key in ("AutocastCPU", "AutocastCUDA"):
+for _key in ("AutocastCPU", "AutocastCUDA", "AutocastPrivateUse1"):  # the last one: NPUs
     _register_autocast(_key)
 
 

@@ -179,3 +179,9 @@ def test_auto_takes_the_library_on_an_npu():
     assert registry.select("auto", on_npu(), backward=True) is npu_fusion
     with pytest.raises(RuntimeError, match=r"(?s)npu_fusion: .*fp32, not torch.float64"):
         registry.select("auto", on_npu(dtype=torch.float64))
+
+
+def test_autocast_reaches_the_operator_on_an_npu():
+    """Whose dispatch key has no device here to call it with."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has_kernel("skiparse::attention", "AutocastPrivateUse1")
