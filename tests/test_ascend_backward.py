@@ -7,6 +7,7 @@ gradients start from are the reference's, so that nothing here depends on the fo
 import itertools
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from csrc.twin import launch
 from skiparse import SkipPattern
-from skiparse.backends import Inputs, reference
+from skiparse.backends import Inputs, reference, sdpa
 from skiparse.testing import WAYS, budget, make_problem, oracle, within_budget
 
 if shutil.which("g++") is None:
@@ -96,6 +97,24 @@ def test_upstream_gradients_of_any_strides(library, p):
     check(library, replace(problem, grad_out=same, grad_text_out=text_same))
     apart, text_apart = (x.repeat_interleave(2, 1)[:, ::2] for x in grads)
     check(library, replace(problem, grad_out=apart, grad_text_out=text_apart))
+
+
+def test_every_sub_sequence_has_upstream_gradients_of_its_own(library):
+    p = SkipPattern.group(2)
+    problem = make_problem(p, B=2, N=72, T=20, D=64, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    grad_out = torch.zeros_like(problem.grad_out)
+    of_each = torch.randn(2, 2, 20, 2, 64, generator=generator).to(torch.bfloat16)
+
+    def gradients(problem, backward):
+        inputs = inputs_of(problem)
+        dtype, outputs = problem.q.dtype, reference.forward(inputs)
+        found = backward(inputs, outputs, grad_out.to(dtype), of_each.to(dtype))
+        return dict(zip(NAMES, found, strict=True))
+
+    exact = gradients(problem.to(torch.float64), reference.backward)
+    found = gradients(problem, partial(launch.backward, library))
+    within_budget(found, exact, [gradients(problem, sdpa.backward)], torch.bfloat16)
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 8])

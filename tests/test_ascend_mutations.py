@@ -3,14 +3,13 @@
 But for a few that break no rule of the hardware, and only make the answer wrong: those do.
 """
 
-import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
+from mutations import Mutation, Sources, handshake
 
 from csrc.twin import launch
 from skiparse import SkipPattern
@@ -20,32 +19,7 @@ from skiparse.testing import WAYS, make_problem, oracle, within_budget
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
 
-KERNELS = Path(launch.__file__).parent.parent / "ascend"
-FILES = ("rows.h", "products.h", "rowwise.h", "attention_fwd.cpp", "key_bias.cpp")
-SOURCES = {name: (KERNELS / name).read_text() for name in FILES}
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """``old`` becomes ``new``. In ``old`` and ``at`` a space is any white space.
-
-    The fault contains ``fault``. It begins with the line where ``at`` ends; by default with that of
-    ``old``, and with None without a line. Where ``fault`` is empty, the answer is wrong, and
-    nothing else.
-    """
-
-    name: str
-    old: str
-    fault: str = ""
-    at: str | None = ""
-    new: str = ""
-    case: str = "tiles"
-
-
-def handshake(event, flag, prefix=""):
-    calls = (f"{prefix}{name}Flag<HardEvent::{event}>({flag});" for name in ("Set", "Wait"))
-    return " " + " ".join(calls)
-
+SOURCES = Sources("rows.h", "products.h", "rowwise.h", "attention_fwd.cpp", "key_bias.cpp")
 
 LOAD_KEY = "p.srcStride = 1; AscendC::LoadData(to, from, p);"
 LOAD_KEYS = "products_.LoadTransposedRight(key, KEY_ROWS, dim_);"
@@ -604,49 +578,11 @@ def answers_of(case):
     return {name: exact[name] for name in names}, eagers
 
 
-def find(text):
-    """The file of the only occurrence of ``text``, and where it begins and ends."""
-    pattern = re.compile(r"\s+".join(map(re.escape, text.split())))
-    found = [(f, *x.span()) for f, source in SOURCES.items() for x in pattern.finditer(source)]
-    assert len(found) == 1, f"{len(found)} times in the kernels, not once: {text}"
-    return found[0]
-
-
-def place_of(text):
-    """The file and line on which the only occurrence of ``text`` ends, as a fault names it."""
-    file, _, end = find(text)
-    return f"{file}:{SOURCES[file][:end].count(chr(10)) + 1}: "
-
-
-def altered(mutation):
-    """The sources with the fault; the other lines keep their numbers."""
-    file, first, end = find(mutation.old)
-    source = SOURCES[file]
-    lost_lines = source.count("\n", first, end) - mutation.new.count("\n")
-    return SOURCES | {file: source[:first] + mutation.new + "\n" * lost_lines + source[end:]}
-
-
-def copy_of(name, sources):
-    """The kernels in the namespace ``name``, with the file names and lines of the originals."""
-    files = [f"namespace {name} {{ namespace skiparse {{ using namespace ::skiparse; }}"]
-    for file, source in sources.items():
-        source = re.sub(r"^#(include|pragma once).*$", "", source, flags=re.MULTILINE)
-        files.append(f'#line 1 "{file}"\n' + source.replace('extern "C" ', ""))
-    return "\n".join([*files, "}"])
-
-
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     """The sound kernels, then the altered ones in order, in one library."""
-    folder = tmp_path_factory.mktemp("mutations")
-    copies = [SOURCES, *map(altered, MUTATIONS)]
-    names = [f"copy{i}" for i in range(len(copies))]
     kernels = ("skiparse_key_bias", "skiparse_attention_fwd_fp16", "skiparse_attention_fwd_bf16")
-    rows = ("{" + ", ".join(f"{name}::{kernel}" for kernel in kernels) + "}" for name in names)
-    text = [copy_of(name, sources) for name, sources in zip(names, copies, strict=True)]
-    text.append("constexpr Kernels VARIANTS[] = {\n" + ",\n".join(rows) + "};\n")
-    (folder / "kernels.h").write_text("\n".join(text))
-    return launch.build(folder, folder / "kernels.h", flags=("-std=c++17", "-O0", "-w", "-fPIC"))
+    return SOURCES.build(tmp_path_factory.mktemp("mutations"), MUTATIONS, kernels)
 
 
 def forward(library, case, variant):
@@ -682,7 +618,7 @@ def test_the_twin_names_the_line(library, variant, mutation):
         forward(library, mutation.case, variant)
     assert mutation.fault in str(raised.value)
     if mutation.at is not None:
-        assert place_of(mutation.at or mutation.old) in str(raised.value)
+        assert SOURCES.place_of(mutation.at or mutation.old) in str(raised.value)
 
 
 @pytest.mark.parametrize(("variant", "mutation"), WRONG, ids=[m.name for _, m in WRONG])

@@ -174,7 +174,6 @@ private:
     // What the step adds to the gradients of v, k and q.
     __aicore__ inline void Gradients(const Steps& at, int64_t i) {
         CrossCoreWaitFlag(FACTORS_READY);
-        PipeBarrier<PIPE_FIX>();  // what it adds to has been written
         for (int64_t half = 0; half < 2 && at.rows_of_half(at.query, half) > 0; ++half) {
             const int32_t slot = LoadWeights(at, half, ring_.template Weights<T>(i));
             TransposedTimes(at, half, weight_[slot * HALF_ROWS * BLOCK_ROWS], Upstream(at),
@@ -232,7 +231,8 @@ private:
         }
     }
 
-    // to[rows, dim] += L0C[slot], or = if this is the first.
+    // to[rows, dim] += L0C[slot], or = if this is the first. Sums of one place come out of one slot,
+    // whose next product waits until the last is copied; so they are made in order.
     __aicore__ inline void Accumulate(const GlobalTensor<float>& to, int32_t slot, int64_t rows,
                                       bool first) {
         if (!first) SetAtomicAdd<float>();
@@ -255,6 +255,7 @@ private:
         return slot;
     }
 
+    // They are there as soon as the rows that are loaded next are.
     __aicore__ inline int32_t LoadWeights(const Steps& at, int64_t half,
                                           const GlobalTensor<T>& from) {
         const int32_t slot = weights_count_++ % 2;
@@ -262,8 +263,6 @@ private:
         WaitFlag<HardEvent::MTE1_MTE2>(WEIGHTS + slot);
         CopyRows(weight_[slot * HALF_ROWS * BLOCK_ROWS], rows, from[half * HALF_ROWS * BLOCK_ROWS],
                  rows, BLOCK_ROWS, at.key_tiles() * KEY_ROWS);
-        SetFlag<HardEvent::MTE2_MTE1>(WEIGHTS + slot);
-        WaitFlag<HardEvent::MTE2_MTE1>(WEIGHTS + slot);
         return slot;
     }
 

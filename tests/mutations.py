@@ -1,0 +1,85 @@
+"""Faults planted in copies of the kernels: the tests show that the twin or the answers tell."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from csrc.twin import launch
+
+KERNELS = Path(launch.__file__).parent.parent / "ascend"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``old`` becomes ``new``. In ``old`` and ``at`` a space is any white space.
+
+    The fault contains ``fault``. It begins with the line where ``at`` ends; by default with that of
+    ``old``, and with None without a line. Where ``fault`` is empty, the answer is wrong, and
+    nothing else.
+    """
+
+    name: str
+    old: str
+    fault: str = ""
+    at: str | None = ""
+    new: str = ""
+    case: str = "tiles"
+
+
+def handshake(event, flag, prefix=""):
+    calls = (f"{prefix}{name}Flag<HardEvent::{event}>({flag});" for name in ("Set", "Wait"))
+    return " " + " ".join(calls)
+
+
+class Sources:
+    """Files of the kernels, in an order in which they compile without their ``#include``."""
+
+    def __init__(self, *files):
+        self.texts = {name: (KERNELS / name).read_text() for name in files}
+
+    def find(self, text):
+        """The file of the only occurrence of ``text``, and where it begins and ends."""
+        pattern = re.compile(r"\s+".join(map(re.escape, text.split())))
+        found = [
+            (f, *x.span()) for f, source in self.texts.items() for x in pattern.finditer(source)
+        ]
+        assert len(found) == 1, f"{len(found)} times in the kernels, not once: {text}"
+        return found[0]
+
+    def place_of(self, text):
+        """The file and line on which the only occurrence of ``text`` ends, as a fault names it."""
+        file, _, end = self.find(text)
+        return f"{file}:{self.texts[file][:end].count(chr(10)) + 1}: "
+
+    def altered(self, mutation):
+        """The texts with the fault; the other lines keep their numbers."""
+        file, first, end = self.find(mutation.old)
+        source = self.texts[file]
+        lost_lines = source.count("\n", first, end) - mutation.new.count("\n")
+        return self.texts | {file: source[:first] + mutation.new + "\n" * lost_lines + source[end:]}
+
+    def build(self, folder, mutations, kernels):
+        """A library of the sound kernels, then the altered ones in order.
+
+        ``kernels`` are the names that the copies have of those in `Kernels` of launch.cpp, in its
+        order; None for those that they lack.
+        """
+        copies = [self.texts, *map(self.altered, mutations)]
+        texts, rows = [], []
+        for i, copy in enumerate(copies):
+            texts.append(_in_namespace(f"copy{i}", copy))
+            names = ("nullptr" if name is None else f"copy{i}::{name}" for name in kernels)
+            rows.append("{" + ", ".join(names) + "}")
+        texts.append("constexpr Kernels VARIANTS[] = {\n" + ",\n".join(rows) + "};\n")
+        (folder / "kernels.h").write_text("\n".join(texts))
+        flags = ("-std=c++17", "-O0", "-w", "-fPIC")
+        return launch.build(folder, folder / "kernels.h", flags=flags)
+
+
+def _in_namespace(name, texts):
+    """The kernels in the namespace ``name``, with the file names and lines of the originals."""
+    files = [f"namespace {name} {{ namespace skiparse {{ using namespace ::skiparse; }}"]
+    for file, source in texts.items():
+        source = re.sub(r"^#(include|pragma once).*$", "", source, flags=re.MULTILINE)
+        files.append(f'#line 1 "{file}"\n' + source.replace('extern "C" ', ""))
+    return "\n".join([*files, "}"])
