@@ -40,7 +40,7 @@ KERNELS = (
     "skiparse_text_gradients_bf16",
 )
 
-FIXPIPE = "AscendC::Fixpipe<float, float, AscendC::CFG_ROW_MAJOR>(to"
+FIXPIPE = "AscendC::Fixpipe<U, float, AscendC::CFG_ROW_MAJOR>(to"
 COPY_ROWS = "p.srcDValue = stride; AscendC::DataCopy(to, from, p);"
 LOAD_SCORES = "DataCopy(weights, ring_.Scores(i)[first], in);"
 LOAD_GRADIENTS = "DataCopy(gradients, ring_.WeightGradients(i)[first], in);"

@@ -36,19 +36,20 @@ def library(tmp_path_factory):
     return launch.build(tmp_path_factory.mktemp("kernels"))
 
 
-def forward(library, problem, cores=2):
+def forward(library, problem, cores=2, half_scores=False):
     p = problem
     scale = p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
     inputs = Inputs(*p.inputs, p.mask, p.text_mask, p.pattern, scale)
-    outputs = launch.forward(library, inputs, cores=cores)
+    outputs = launch.forward(library, inputs, cores=cores, half_scores=half_scores)
     return outputs._replace(text_out=outputs.text_out.mean(1))._asdict()
 
 
-def check(library, problem, cores=2):
+def check(library, problem, cores=2, half_scores=False):
     exact = oracle(problem)._asdict()
     eagers = (oracle(problem, problem.q.dtype, way)._asdict() for way in WAYS)
     right = {name: exact[name] for name in NAMES}
-    within_budget(forward(library, problem, cores), right, eagers, problem.q.dtype)
+    found = forward(library, problem, cores, half_scores)
+    within_budget(found, right, eagers, problem.q.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -102,6 +103,24 @@ def test_rows_that_attend_to_nothing(library):
 def test_scale_and_large_scores(library):
     problem = make_problem(SkipPattern.single(2), N=300, T=5, D=64, dtype=torch.bfloat16, scale=3.0)
     check(library, problem)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [None, 0.5], ids=["usual", "large"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_half_scores(library, masked, scale, dtype):
+    """Within the same budget: eager attention in 16 bits rounds its scores as well."""
+    sizes = {"N": 1300, "T": 77, "H": 1, "D": 128}
+    p = make_problem(SkipPattern.group(2), **sizes, dtype=dtype, masked=masked, scale=scale)
+    check(library, p, half_scores=True)
+
+
+def test_half_scores_change_the_answer_and_need_a_positive_scale(library):
+    p = make_problem(SkipPattern.single(2), N=300, T=5, H=1, D=64, dtype=torch.float16)
+    exact, rounded = (forward(library, p, half_scores=half) for half in (False, True))
+    assert not torch.equal(exact["lse"], rounded["lse"])
+    with pytest.raises(ValueError, match="half_scores needs a positive scale, got -1"):
+        forward(library, replace(p, scale=-1.0), half_scores=True)
 
 
 def test_the_result_does_not_depend_on_the_number_of_cores(library):

@@ -31,16 +31,17 @@ SCORES_OF_TILE = """products_.LoadTransposedRight(key, KEY_ROWS, dim_);
                 products_.Multiply(half, rows, KEY_ROWS, dim_, true);
                 products_.GiveLeft();
                 const int64_t row = tile * QUERY_ROWS + half * HALF_ROWS;
-                products_.Write(ring_.Scores(i)[row * KEY_ROWS], half, rows, KEY_ROWS, KEY_ROWS);
+                products_.Write(ring_.template Scores<S>(i)[row * KEY_ROWS], half, rows, KEY_ROWS,
+                                KEY_ROWS);
             }
 """
 STORE_WEIGHTS = "DataCopy(ring_.template Weights<T>(i)[(2 * row + panel % 2) * PANEL], weights, p);"
-LOAD_SCORES = "DataCopy(scores, ring_.Scores(i)[first * PANEL], in);"
+LOAD_SCORES = "DataCopy(scores, ring_.template Scores<S>(i)[first * PANEL], in);"
 LOAD_VALUES = "DataCopy(values, ring_.Values(i)[(half_ * HALF_ROWS + row) * dim_], count);"
 COPY_ROWS = "p.srcDValue = stride; AscendC::DataCopy(to, from, p);"
 FILL_ROWS = "AscendC::DataCopy(to, row, p);"
 SCATTER = "AscendC::DataCopyPad(to.base"
-FIXPIPE = "AscendC::Fixpipe<float, float, AscendC::CFG_ROW_MAJOR>(to"
+FIXPIPE = "AscendC::Fixpipe<U, float, AscendC::CFG_ROW_MAJOR>(to"
 GIVE_PRODUCT = "p); AscendC::SetFlag<HardEvent::FIX_M>(slot);"
 MMAD = "AscendC::Mmad(product_"
 LOAD_LEFT = "AscendC::LoadData(to[i * columns], from, p);"
@@ -69,7 +70,7 @@ MUTATIONS = (
         "dropped flag MTE2_V",
         LOAD_SCORES + handshake("MTE2_V", "SCORE + slot"),
         "Muls reads UB, written by DataCopy at attention_fwd.cpp",
-        "Muls(scores, scores",
+        "Muls(x, x, t_.scale",
         new=LOAD_SCORES,
     ),
     Mutation(
@@ -107,12 +108,12 @@ MUTATIONS = (
     ),
     Mutation(
         "flag set before the cast that it follows",
-        "Cast(weights, scores, RoundMode::CAST_RINT, size);"
-        " SetFlag<HardEvent::V_MTE2>(SCORE + slot);",
+        "Cast(weights, x, RoundMode::CAST_RINT, size);"
+        " if constexpr (!HALF_SCORES) SetFlag<HardEvent::V_MTE2>(SCORE + slot);",
         "DataCopy overwrites UB, read by Cast at attention_fwd.cpp",
         LOAD_SCORES,
         new="SetFlag<HardEvent::V_MTE2>(SCORE + slot);"
-        " Cast(weights, scores, RoundMode::CAST_RINT, size);",
+        " Cast(weights, x, RoundMode::CAST_RINT, size);",
     ),
     Mutation(
         "double set",
@@ -319,18 +320,18 @@ MUTATIONS = (
     ),
     Mutation(
         "ring of two stacks, with scores two ahead",
-        "At<float>(base + i % RING * SCORES_BYTES, 0)",
+        "At<S>(base + i % RING * SCORES_BYTES, 0)",
         "DataCopy reads workspace, written by Fixpipe at products.h",
         LOAD_SCORES,
-        new="At<float>(base + i % 2 * SCORES_BYTES, 0)",
+        new="At<S>(base + i % 2 * SCORES_BYTES, 0)",
         case="stacks",
     ),
     Mutation(
         "ring reversed for the reader",
-        "DataCopy(scores, ring_.Scores(i)[first * PANEL], in);",
+        "DataCopy(scores, ring_.template Scores<S>(i)[first * PANEL], in);",
         "DataCopy reads workspace, written by Fixpipe at products.h",
         LOAD_SCORES,
-        new="DataCopy(scores, ring_.Scores(RING - i % RING)[first * PANEL], in);",
+        new="DataCopy(scores, ring_.template Scores<S>(RING - i % RING)[first * PANEL], in);",
         case="stacks",
     ),
     Mutation(
@@ -342,10 +343,10 @@ MUTATIONS = (
     # Places and sizes.
     Mutation(
         "misaligned UB",
-        "const LocalTensor<float> scores = scores_[slot * CHUNK];",
+        "const LocalTensor<S> scores = scores_[slot * CHUNK];",
         "starts in UB at byte 16, not a multiple of 32",
         LOAD_SCORES,
-        new="const LocalTensor<float> scores = scores_[slot * CHUNK + 4];",
+        new="const LocalTensor<S> scores = scores_[slot * CHUNK + 4];",
     ),
     Mutation(
         "misaligned L1",
@@ -369,10 +370,10 @@ MUTATIONS = (
     ),
     Mutation(
         "too many buffers for UB",
-        "scores_ = Cut<TPosition::VECCALC, float>(pipe, 2 * CHUNK);",
+        "scores_ = Cut<TPosition::VECCALC, S>(pipe, 2 * CHUNK);",
         "UB has 188160 bytes, and the buffers need",
         "pipe.InitBuffer(buffer, elements * sizeof(T));",
-        new="scores_ = Cut<TPosition::VECCALC, float>(pipe, 4 * CHUNK);",
+        new="scores_ = Cut<TPosition::VECCALC, S>(pipe, 4 * CHUNK);",
     ),
     Mutation(
         "too many buffers for L0B",

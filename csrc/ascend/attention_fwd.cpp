@@ -37,8 +37,9 @@ struct Ring {
     GM_ADDR base;
 
     // [STACK_TILES][QUERY_ROWS][KEY_ROWS]
-    __aicore__ inline GlobalTensor<float> Scores(int64_t i) const {
-        return At<float>(base + i % RING * SCORES_BYTES, 0);
+    template <class S>
+    __aicore__ inline GlobalTensor<S> Scores(int64_t i) const {
+        return At<S>(base + i % RING * SCORES_BYTES, 0);
     }
     // [STACK_TILES / 2][QUERY_ROWS][2 * KEY_ROWS]: the longer a row, the faster it is gathered
     template <class T>
@@ -61,7 +62,7 @@ __aicore__ inline int64_t OfHalf(int64_t rows, int64_t half) {
     return left < 0 ? 0 : least(left, HALF_ROWS);
 }
 
-template <class T>
+template <class T, class S>
 class CubeSide {
 public:
     __aicore__ inline CubeSide(const Tiling& tiling, const ForwardArguments& arguments, Ring ring)
@@ -128,7 +129,8 @@ private:
                 products_.Multiply(half, rows, KEY_ROWS, dim_, true);
                 products_.GiveLeft();
                 const int64_t row = tile * QUERY_ROWS + half * HALF_ROWS;
-                products_.Write(ring_.Scores(i)[row * KEY_ROWS], half, rows, KEY_ROWS, KEY_ROWS);
+                products_.Write(ring_.template Scores<S>(i)[row * KEY_ROWS], half, rows, KEY_ROWS,
+                                KEY_ROWS);
             }
             SetFlag<HardEvent::MTE1_MTE2>(KEY + slot);
             products_.GiveRight();
@@ -207,13 +209,14 @@ private:
     Products<T> products_;
 };
 
-template <class T>
+template <class T, class S>
 class VectorSide {
 public:
     __aicore__ inline VectorSide(const Tiling& tiling, const ForwardArguments& arguments, Ring ring)
         : t_(tiling), a_(arguments), ring_(ring), dim_(tiling.head_dim), half_(GetSubBlockIdx()) {
         TPipe pipe;
-        scores_ = Cut<TPosition::VECCALC, float>(pipe, 2 * CHUNK);
+        scores_ = Cut<TPosition::VECCALC, S>(pipe, 2 * CHUNK);
+        if constexpr (HALF_SCORES) wide_scores_ = Cut<TPosition::VECCALC, float>(pipe, CHUNK);
         weights_ = Cut<TPosition::VECCALC, T>(pipe, 2 * CHUNK);
         out_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS * dim_);
         bias_ = Cut<TPosition::VECCALC, float>(pipe, 2 * STACK_KEYS);
@@ -257,6 +260,7 @@ public:
     }
 
 private:
+    static constexpr bool HALF_SCORES = sizeof(S) == sizeof(half);
     static constexpr int64_t CHUNK = 8192, CHUNK_ROWS = CHUNK / STACK_KEYS;  // of a stack
     static_assert(KEY_ROWS == PANEL, "a tile of keys is a panel of the scores");
     // Flags of two slots each, except the last.
@@ -312,34 +316,43 @@ private:
         const int32_t slot = chunk_count_++ % 2;
         const int64_t panels = walk.key_tiles(), size = panels * CHUNK_ROWS * PANEL;
         const int64_t first = half_ * HALF_ROWS + row;
-        const LocalTensor<float> scores = scores_[slot * CHUNK];
+        const LocalTensor<S> scores = scores_[slot * CHUNK];
         const LocalTensor<T> weights = weights_[slot * CHUNK];
-        const LocalTensor<float> scratch = weights.template ReinterpretCast<float>();
 
         DataCopyParams in;
         in.blockCount = panels;
-        in.blockLen = CHUNK_ROWS * PANEL / BLOCK;
-        in.srcStride = (QUERY_ROWS - CHUNK_ROWS) * PANEL / BLOCK;
+        in.blockLen = CHUNK_ROWS * PANEL * sizeof(S) / BLOCK_BYTES;
+        in.srcStride = (QUERY_ROWS - CHUNK_ROWS) * PANEL * sizeof(S) / BLOCK_BYTES;
         WaitFlag<HardEvent::V_MTE2>(SCORE + slot);
-        DataCopy(scores, ring_.Scores(i)[first * PANEL], in);
+        DataCopy(scores, ring_.template Scores<S>(i)[first * PANEL], in);
         SetFlag<HardEvent::MTE2_V>(SCORE + slot);
         WaitFlag<HardEvent::MTE2_V>(SCORE + slot);
 
-        Muls(scores, scores, t_.scale, size);
-        PipeBarrier<PIPE_V>();
-        if (biased) AddToPanels(scores, bias_[i % 2 * STACK_KEYS], CHUNK_ROWS, panels);
+        const LocalTensor<float> scratch = weights.template ReinterpretCast<float>();
+        const LocalTensor<float> x = InFloat(scores, size);
         WaitFlag<HardEvent::MTE3_V>(WEIGHT + slot);
-        ReducePanels<Reduction::MAXIMUM>(small_, scores, scratch, CHUNK_ROWS, panels);
+        if (HALF_SCORES && !biased) {
+            ScaledMaxima(scores, weights.template ReinterpretCast<half>(), panels);
+        } else if (HALF_SCORES) {
+            PipeBarrier<PIPE_V>();
+        }
+        if constexpr (HALF_SCORES) SetFlag<HardEvent::V_MTE2>(SCORE + slot);
+        Muls(x, x, t_.scale, size);
+        PipeBarrier<PIPE_V>();
+        if (biased) AddToPanels(x, bias_[i % 2 * STACK_KEYS], CHUNK_ROWS, panels);
+        if (!HALF_SCORES || biased) {
+            ReducePanels<Reduction::MAXIMUM>(small_, x, scratch, CHUNK_ROWS, panels);
+        }
         const LocalTensor<float> maximum = maximum_[walk.number % RING * HALF_ROWS + row];
         Max(next_[row], maximum, small_, CHUNK_ROWS);
         PipeBarrier<PIPE_V>();
         Spread(wide_, next_[row], CHUNK_ROWS);
-        SubtractFromPanels(scores, wide_, CHUNK_ROWS, panels);
-        Exp(scores, scores, size);
+        SubtractFromPanels(x, wide_, CHUNK_ROWS, panels);
+        Exp(x, x, size);
         PipeBarrier<PIPE_V>();
-        ReducePanels<Reduction::SUM>(sum_[row], scores, scratch, CHUNK_ROWS, panels);
-        Cast(weights, scores, RoundMode::CAST_RINT, size);
-        SetFlag<HardEvent::V_MTE2>(SCORE + slot);
+        ReducePanels<Reduction::SUM>(sum_[row], x, scratch, CHUNK_ROWS, panels);
+        Cast(weights, x, RoundMode::CAST_RINT, size);
+        if constexpr (!HALF_SCORES) SetFlag<HardEvent::V_MTE2>(SCORE + slot);
         SetFlag<HardEvent::V_MTE3>(WEIGHT + slot);
         WaitFlag<HardEvent::V_MTE3>(WEIGHT + slot);
         for (int64_t panel = 0; panel < panels; ++panel) {
@@ -347,6 +360,29 @@ private:
         }
         SetFlag<HardEvent::MTE3_V>(WEIGHT + slot);
     }
+
+    __aicore__ inline LocalTensor<float> InFloat(const LocalTensor<float>& scores, int64_t) const {
+        return scores;
+    }
+    __aicore__ inline LocalTensor<float> InFloat(const LocalTensor<half>& scores,
+                                                 int64_t size) const {
+        PipeBarrier<PIPE_V>();  // the weights before were rounded from it
+        Cast(wide_scores_, scores, RoundMode::CAST_NONE, size);
+        return wide_scores_;
+    }
+
+    // small_ = maxima * scale, where no key is hidden; the scale is positive
+    __aicore__ inline void ScaledMaxima(const LocalTensor<half>& scores,
+                                        const LocalTensor<half>& scratch, int64_t panels) const {
+        const LocalTensor<half> maxima = small_[HALF_ROWS / 2].template ReinterpretCast<half>();
+        MaximaOfPanels(maxima, scores, scratch, CHUNK_ROWS, panels);
+        Cast(small_, maxima, RoundMode::CAST_NONE, CHUNK_ROWS);
+        PipeBarrier<PIPE_V>();
+        Muls(small_, small_, t_.scale, CHUNK_ROWS);
+        PipeBarrier<PIPE_V>();
+    }
+    __aicore__ inline void ScaledMaxima(const LocalTensor<float>&, const LocalTensor<half>&,
+                                        int64_t) const {}
 
     __aicore__ inline void StoreWeights(int64_t i, int64_t first, int64_t panel,
                                         const LocalTensor<T>& weights) {
@@ -372,11 +408,12 @@ private:
             }
         }
         PipeBarrier<PIPE_V>();
-        const int64_t most = CHUNK / dim_;  // rows that fit in a slot of the scores
+        const int64_t most = CHUNK * sizeof(S) / sizeof(float) / dim_;  // rows in a slot of scores
         for (int64_t row = 0; row < rows; row += most) {
             const int32_t slot = chunk_count_++ % 2;
             const int64_t count = least(rows - row, most) * dim_;
-            const LocalTensor<float> values = scores_[slot * CHUNK];
+            const LocalTensor<float> values =
+                scores_[slot * CHUNK].template ReinterpretCast<float>();
             WaitFlag<HardEvent::V_MTE2>(SCORE + slot);
             DataCopy(values, ring_.Values(i)[(half_ * HALF_ROWS + row) * dim_], count);
             SetFlag<HardEvent::MTE2_V>(SCORE + slot);
@@ -459,7 +496,8 @@ private:
     int64_t dim_;
     int64_t half_;
     int64_t chunk_count_ = 0;  // slots of the scores filled so far
-    LocalTensor<float> scores_;  // [2][STACK_TILES][CHUNK_ROWS][PANEL]; values pass through too
+    LocalTensor<S> scores_;      // [2][STACK_TILES][CHUNK_ROWS][PANEL]; values pass through too
+    LocalTensor<float> wide_scores_;  // of one slot, if they come in half
     LocalTensor<T> weights_;     // the same in 16 bits; scratch before, at the end the output
     LocalTensor<float> out_;     // [HALF_ROWS, dim], not yet divided
     LocalTensor<float> bias_;    // [2][STACK_KEYS]
@@ -470,17 +508,20 @@ private:
     LocalTensor<float> small_;             // [HALF_ROWS]
 };
 
-template <class T>
+// T of the tensors, S of the scores on their way to the vector cores: float, or half, which is
+// faster and less exact. Then scores are to be smaller than 65,504 before they are scaled, and the
+// scale positive.
+template <class T, class S>
 __aicore__ inline void Forward(const ForwardArguments& arguments, GM_ADDR tiling_address) {
     Tiling tiling;
     ReadTiling(tiling, tiling_address);
     const int64_t cores = GetBlockNum(), core = GetBlockIdx() / GetTaskRation();
     const Ring ring{arguments.workspace + core * WORKSPACE_BYTES};
     if ASCEND_IS_AIC {
-        CubeSide<T>(tiling, arguments, ring).Run(core, cores);
+        CubeSide<T, S>(tiling, arguments, ring).Run(core, cores);
     }
     if ASCEND_IS_AIV {
-        VectorSide<T>(tiling, arguments, ring).Run(core, cores);
+        VectorSide<T, S>(tiling, arguments, ring).Run(core, cores);
     }
 }
 
@@ -491,9 +532,19 @@ extern "C" __global__ __aicore__ void skiparse_attention_fwd_fp16(
     GM_ADDR out, GM_ADDR text_out, GM_ADDR lse, GM_ADDR text_lse, GM_ADDR workspace,
     GM_ADDR tiling) {
     KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
-    skiparse::Forward<half>({q, k, v, text_q, text_k, text_v, bias, out, text_out, lse, text_lse,
-                             workspace},
-                            tiling);
+    skiparse::Forward<half, float>({q, k, v, text_q, text_k, text_v, bias, out, text_out, lse,
+                                text_lse, workspace},
+                               tiling);
+}
+
+extern "C" __global__ __aicore__ void skiparse_attention_fwd_fp16_half_scores(
+    GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR text_q, GM_ADDR text_k, GM_ADDR text_v, GM_ADDR bias,
+    GM_ADDR out, GM_ADDR text_out, GM_ADDR lse, GM_ADDR text_lse, GM_ADDR workspace,
+    GM_ADDR tiling) {
+    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
+    skiparse::Forward<half, half>({q, k, v, text_q, text_k, text_v, bias, out, text_out, lse,
+                                text_lse, workspace},
+                               tiling);
 }
 
 extern "C" __global__ __aicore__ void skiparse_attention_fwd_bf16(
@@ -501,7 +552,17 @@ extern "C" __global__ __aicore__ void skiparse_attention_fwd_bf16(
     GM_ADDR out, GM_ADDR text_out, GM_ADDR lse, GM_ADDR text_lse, GM_ADDR workspace,
     GM_ADDR tiling) {
     KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
-    skiparse::Forward<bfloat16_t>({q, k, v, text_q, text_k, text_v, bias, out, text_out, lse,
-                                   text_lse, workspace},
-                                  tiling);
+    skiparse::Forward<bfloat16_t, float>({q, k, v, text_q, text_k, text_v, bias, out, text_out, lse,
+                                text_lse, workspace},
+                               tiling);
+}
+
+extern "C" __global__ __aicore__ void skiparse_attention_fwd_bf16_half_scores(
+    GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR text_q, GM_ADDR text_k, GM_ADDR text_v, GM_ADDR bias,
+    GM_ADDR out, GM_ADDR text_out, GM_ADDR lse, GM_ADDR text_lse, GM_ADDR workspace,
+    GM_ADDR tiling) {
+    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
+    skiparse::Forward<bfloat16_t, half>({q, k, v, text_q, text_k, text_v, bias, out, text_out, lse,
+                                text_lse, workspace},
+                               tiling);
 }

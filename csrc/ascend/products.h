@@ -114,16 +114,19 @@ public:
                       p);
     }
 
-    __aicore__ inline void Write(const AscendC::GlobalTensor<float>& to, int32_t slot,
-                                 int64_t rows, int64_t n, int64_t row_stride) {
+    // As fp32, or rounded to half.
+    template <class U>
+    __aicore__ inline void Write(const AscendC::GlobalTensor<U>& to, int32_t slot, int64_t rows,
+                                 int64_t n, int64_t row_stride) {
         AscendC::FixpipeParamsV220 p;
         p.nSize = n;
         p.mSize = rows;
         p.srcStride = RoundUp(rows, 16);
         p.dstStride = row_stride;
+        if constexpr (sizeof(U) == sizeof(half)) p.quantPre = AscendC::QuantMode_t::F322F16;
         AscendC::SetFlag<HardEvent::M_FIX>(slot);
         AscendC::WaitFlag<HardEvent::M_FIX>(slot);
-        AscendC::Fixpipe<float, float, AscendC::CFG_ROW_MAJOR>(to, product_[slot * SLOT], p);
+        AscendC::Fixpipe<U, float, AscendC::CFG_ROW_MAJOR>(to, product_[slot * SLOT], p);
         AscendC::SetFlag<HardEvent::FIX_M>(slot);
     }
 

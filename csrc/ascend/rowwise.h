@@ -6,6 +6,7 @@
 namespace skiparse {
 
 constexpr int64_t LANES = 64, BLOCK = 8;  // fp32 of an instruction's repeat, of 32 bytes
+constexpr int64_t BLOCK_BYTES = 32;
 
 // Every one of `count` values fills a block, so that an instruction can use it for a whole row.
 __aicore__ inline void Spread(const AscendC::LocalTensor<float>& to,
@@ -66,10 +67,9 @@ __aicore__ inline void SubtractFromPanels(const AscendC::LocalTensor<float>& x,
 
 enum class Reduction { MAXIMUM, SUM };
 
-template <Reduction REDUCTION>
-__aicore__ inline void Fold(const AscendC::LocalTensor<float>& to,
-                            const AscendC::LocalTensor<float>& a,
-                            const AscendC::LocalTensor<float>& b, int64_t count) {
+template <Reduction REDUCTION, class S>
+__aicore__ inline void Fold(const AscendC::LocalTensor<S>& to, const AscendC::LocalTensor<S>& a,
+                            const AscendC::LocalTensor<S>& b, int64_t count) {
     if constexpr (REDUCTION == Reduction::MAXIMUM) {
         AscendC::Max(to, a, b, count);
     } else {
@@ -78,12 +78,12 @@ __aicore__ inline void Fold(const AscendC::LocalTensor<float>& to,
     AscendC::PipeBarrier<PIPE_V>();
 }
 
-// to[rows] = every row reduced; scratch[panels / 2, but at least 1][rows][PANEL]
-template <Reduction REDUCTION>
-__aicore__ inline void ReducePanels(const AscendC::LocalTensor<float>& to,
-                                    const AscendC::LocalTensor<float>& x,
-                                    const AscendC::LocalTensor<float>& scratch, int64_t rows,
-                                    int64_t panels) {
+// scratch[rows][PANEL], or x itself if it is one panel = all panels of x folded into one;
+// scratch[panels / 2][rows][PANEL]
+template <Reduction REDUCTION, class S>
+__aicore__ inline AscendC::LocalTensor<S> FoldPanels(const AscendC::LocalTensor<S>& x,
+                                                     const AscendC::LocalTensor<S>& scratch,
+                                                     int64_t rows, int64_t panels) {
     const int64_t size = rows * PANEL;
     auto from = x;
     for (int64_t left = panels; left > 1; left /= 2) {
@@ -91,6 +91,16 @@ __aicore__ inline void ReducePanels(const AscendC::LocalTensor<float>& to,
         if (left % 2 == 1) Fold<REDUCTION>(scratch, scratch, from[(left - 1) * size], size);
         from = scratch;
     }
+    return from;
+}
+
+// to[rows] = every row reduced; scratch[panels / 2, but at least 1][rows][PANEL]
+template <Reduction REDUCTION>
+__aicore__ inline void ReducePanels(const AscendC::LocalTensor<float>& to,
+                                    const AscendC::LocalTensor<float>& x,
+                                    const AscendC::LocalTensor<float>& scratch, int64_t rows,
+                                    int64_t panels) {
+    const auto from = FoldPanels<REDUCTION>(x, scratch, rows, panels);
     const AscendC::BinaryRepeatParams p(1, 1, 1, PANEL / BLOCK, PANEL / BLOCK, PANEL / BLOCK);
     if constexpr (REDUCTION == Reduction::MAXIMUM) {
         AscendC::Max(scratch, from, from[LANES], LANES, rows, p);
@@ -102,6 +112,17 @@ __aicore__ inline void ReducePanels(const AscendC::LocalTensor<float>& to,
         AscendC::PipeBarrier<PIPE_V>();
         AscendC::WholeReduceSum(to, scratch, LANES, rows, 1, 1, PANEL / BLOCK);
     }
+    AscendC::PipeBarrier<PIPE_V>();
+}
+
+// The maxima of half, of which a panel is as wide as an instruction's repeat.
+__aicore__ inline void MaximaOfPanels(const AscendC::LocalTensor<half>& to,
+                                      const AscendC::LocalTensor<half>& x,
+                                      const AscendC::LocalTensor<half>& scratch, int64_t rows,
+                                      int64_t panels) {
+    const auto from = FoldPanels<Reduction::MAXIMUM>(x, scratch, rows, panels);
+    AscendC::WholeReduceMax(to, from, PANEL, rows, 1, 1, PANEL / C0,
+                            AscendC::ReduceOrder::ORDER_ONLY_VALUE);
     AscendC::PipeBarrier<PIPE_V>();
 }
 

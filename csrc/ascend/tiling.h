@@ -5,9 +5,9 @@
 
 namespace skiparse {
 
-constexpr int64_t QUERY_ROWS = 256;  // of a task
-constexpr int64_t HALF_ROWS = 128;   // of a vector core, and of a matrix product
-constexpr int64_t KEY_ROWS = 128;    // of a matrix product
+constexpr int64_t QUERY_ROWS = 256;   // of a task
+constexpr int64_t HALF_ROWS = 128;    // of a vector core, and of a matrix product
+constexpr int64_t KEY_ROWS = 128;     // of a matrix product
 constexpr int64_t STACK_KEYS = 1024;  // between two exchanges of the cube and the vector cores
 constexpr int64_t STACK_TILES = STACK_KEYS / KEY_ROWS;
 constexpr int64_t RING = 3;       // stacks whose scores are in the workspace at a time

@@ -22,6 +22,7 @@ namespace {
 struct Device {
     void* stream;
     uint32_t cube, vector;
+    bool half_scores = false;
 
     template <class... Pointers>
     void key_bias(Pointers... p) const {
@@ -29,7 +30,13 @@ struct Device {
     }
     template <class... Pointers>
     void forward(bool bf16, Pointers... p) const {
-        if (bf16) {
+        if (bf16 && half_scores) {
+            SKIPARSE_LAUNCH(skiparse_attention_fwd_bf16_half_scores, cube, stream)
+            (static_cast<uint8_t*>(p)...);
+        } else if (half_scores) {
+            SKIPARSE_LAUNCH(skiparse_attention_fwd_fp16_half_scores, cube, stream)
+            (static_cast<uint8_t*>(p)...);
+        } else if (bf16) {
             SKIPARSE_LAUNCH(skiparse_attention_fwd_bf16, cube, stream)(static_cast<uint8_t*>(p)...);
         } else {
             SKIPARSE_LAUNCH(skiparse_attention_fwd_fp16, cube, stream)(static_cast<uint8_t*>(p)...);
@@ -61,8 +68,9 @@ struct Device {
     }
 };
 
-Device device_of(void* stream, const SkiparseCores& cores) {
-    return {stream, static_cast<uint32_t>(cores.cube), static_cast<uint32_t>(cores.vector)};
+Device device_of(void* stream, const SkiparseCores& cores, bool half_scores = false) {
+    return {stream, static_cast<uint32_t>(cores.cube), static_cast<uint32_t>(cores.vector),
+            half_scores};
 }
 
 }  // namespace
@@ -75,10 +83,12 @@ extern "C" int skiparse_ascend_cores(int32_t device, SkiparseCores* cores) {
 
 extern "C" void skiparse_attention_fwd(void* stream, const SkiparseCores* cores,
                                        const skiparse::Tiling* tiling, int32_t bf16,
+                                       int32_t half_scores,
                                        const skiparse::ForwardPointers* pointers,
                                        const skiparse::ForwardScratch* scratch) {
     if (skiparse::tasks(*tiling) == 0) return;
-    skiparse::run_forward(device_of(stream, *cores), bf16 != 0, *pointers, *scratch);
+    const Device device = device_of(stream, *cores, half_scores != 0);
+    skiparse::run_forward(device, bf16 != 0, *pointers, *scratch);
 }
 
 extern "C" void skiparse_attention_bwd(void* stream, const SkiparseCores* cores,

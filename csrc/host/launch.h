@@ -58,9 +58,10 @@ struct SkiparseCores {
 // How many cores the device has; 0, or CANN's error.
 int skiparse_ascend_cores(int32_t device, SkiparseCores* cores);
 
-// Enqueue a pass on a stream (an aclrtStream) and return.
+// Enqueue a pass on a stream (an aclrtStream) and return. With `half_scores` scores pass through
+// memory in half: they must be below 65,504 before they are scaled, and the scale positive.
 void skiparse_attention_fwd(void* stream, const SkiparseCores* cores,
-                            const skiparse::Tiling* tiling, int32_t bf16,
+                            const skiparse::Tiling* tiling, int32_t bf16, int32_t half_scores,
                             const skiparse::ForwardPointers* pointers,
                             const skiparse::ForwardScratch* scratch);
 void skiparse_attention_bwd(void* stream, const SkiparseCores* cores,

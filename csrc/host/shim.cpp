@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(
     const bool bf16 = q.scalar_type() == at::kBFloat16;
     const c10_npu::NPUStream stream = c10_npu::getCurrentNPUStream();
     at_npu::native::OpCommand::RunOpApiV2("skiparse_attention_fwd", [=]() -> int {
-        skiparse_attention_fwd(stream.stream(false), &cores, &t, bf16, &pointers, &scratch);
+        skiparse_attention_fwd(stream.stream(false), &cores, &t, bf16, false, &pointers, &scratch);
         return 0;
     });
     return {out, text_out, lse, text_lse};

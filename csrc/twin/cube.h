@@ -34,6 +34,9 @@ struct FixpipeConfig {
 };
 constexpr FixpipeConfig CFG_ROW_MAJOR{CO2Layout::ROW_MAJOR};
 
+// How results are rounded on their way out: not at all, or to half.
+enum class QuantMode_t { NoQuant, F322F16 };
+
 // `srcStride` between columns of fractals, in rows of 16; `dstStride` between rows, in elements.
 // `unitFlag` 3: every 512 bytes wait until they are ready.
 struct FixpipeParamsV220 {
@@ -41,6 +44,7 @@ struct FixpipeParamsV220 {
     twin::Field<0, 8192> mSize = 0;
     twin::Field<0, 65535> srcStride = 0;
     twin::Field<0, 0xffffffff> dstStride = 0;
+    QuantMode_t quantPre = QuantMode_t::NoQuant;
     twin::Field<0, 3> unitFlag = 0;
 };
 
@@ -138,8 +142,11 @@ void Mmad(const LocalTensor<C>& c, const LocalTensor<T>& a, const LocalTensor<T>
 template <class T, class U, const FixpipeConfig& CONFIG>
 void Fixpipe(const GlobalTensor<T>& to, const LocalTensor<U>& from, const FixpipeParamsV220& p,
              Where where = Where::here()) {
-    static_assert(std::is_same_v<T, float> && std::is_same_v<U, float>,
-                  "the twin writes fp32 results as they are");
+    constexpr bool narrows = std::is_same_v<T, half>;
+    static_assert((std::is_same_v<T, float> || narrows) && std::is_same_v<U, float>,
+                  "the twin writes fp32 results as they are, or as half");
+    twin::require((p.quantPre == QuantMode_t::F322F16) == narrows, where,
+                  "quantPre is F322F16 to half, and NoQuant to float");
     static_assert(CONFIG.format == CO2Layout::ROW_MAJOR, "the twin writes rows");
     from.expect(twin::L0C, 64, where);
     twin::require(p.nSize % FRACTAL_SIDE == 0, where, "nSize must be a multiple of 16");
@@ -162,16 +169,17 @@ void Fixpipe(const GlobalTensor<T>& to, const LocalTensor<U>& from, const Fixpip
     for (size_t column : columns) twin::set_units(twin::FIX, column, column_bytes, where);
     if (!operation.executes()) return;
     for (uint64_t r = 0; r < p.mSize; ++r) {
-        float* row = to.GetPhyAddr() + r * p.dstStride;
-        if (adds) operation.read_global(row, p.nSize * sizeof(float));
-        operation.write_global(row, p.nSize * sizeof(float));
+        T* row = to.GetPhyAddr() + r * p.dstStride;
+        if (adds) operation.read_global(row, p.nSize * sizeof(T));
+        operation.write_global(row, p.nSize * sizeof(T));
         for (uint64_t j = 0; j < p.nSize; j += FRACTAL_SIDE) {
             const uint64_t first = (j / FRACTAL_SIDE * p.srcStride + r) * FRACTAL_SIDE;
             const size_t size = FRACTAL_SIDE * sizeof(float);
             operation.read(from.memory(where), from.bytes(first * sizeof(float), size, where),
                            size);
             for (uint64_t e = 0; e < FRACTAL_SIDE; ++e) {
-                row[j + e] = from.data()[first + e] + (adds ? row[j + e] : 0.0f);
+                row[j + e] = twin::rounded<T>(from.data()[first + e] +
+                                        (adds ? static_cast<float>(row[j + e]) : 0.0f));
             }
         }
     }

@@ -8,5 +8,6 @@
 constexpr Kernels VARIANTS[] = {
     {skiparse_key_bias, skiparse_attention_fwd_fp16, skiparse_attention_fwd_bf16,
      skiparse_row_values_fp16, skiparse_row_values_bf16, skiparse_attention_bwd_fp16,
-     skiparse_attention_bwd_bf16, skiparse_text_gradients_fp16, skiparse_text_gradients_bf16},
+     skiparse_attention_bwd_bf16, skiparse_text_gradients_fp16, skiparse_text_gradients_bf16,
+     skiparse_attention_fwd_fp16_half_scores, skiparse_attention_fwd_bf16_half_scores},
 };

@@ -25,6 +25,15 @@ struct Kernels {
     decltype(backward_fp16) backward_bf16 = nullptr;
     void (*text_gradients_fp16)(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR) = nullptr;
     decltype(text_gradients_fp16) text_gradients_bf16 = nullptr;
+
+    // With scores in half, likewise.
+    decltype(forward_fp16) forward_half_scores_fp16 = nullptr;
+    decltype(forward_fp16) forward_half_scores_bf16 = nullptr;
+
+    auto forward(bool bf16, bool half_scores) const {
+        if (half_scores) return bf16 ? forward_half_scores_bf16 : forward_half_scores_fp16;
+        return bf16 ? forward_bf16 : forward_fp16;
+    }
 };
 
 #include KERNELS
@@ -37,10 +46,12 @@ size_t bytes_spanned(const skiparse::Tiling& t, const skiparse::Strides& s, int6
     return rows > 0 && t.batch > 0 ? count * sizeof(uint16_t) : 0;
 }
 
-// How to run, or what to count alone: neither data nor checks of it, on one of the cores.
+// Which kernel to run and how, or what to count alone: neither data nor checks of it, on one of the
+// cores.
 struct Model {
     int32_t guess, costs_only, core;  // core -1: all
     int32_t last_lane_first;          // the order of the sub-cores, which changes nothing
+    int32_t half_scores;              // forward
 };
 
 // The global memory of a launch. Without data it is addresses alone.
@@ -98,6 +109,7 @@ struct Twin {
     twin::Machine& machine;
     const Kernels& kernels;
     int cores;
+    bool half_scores = false;
 
     template <class... Pointers>
     void key_bias(Pointers... p) const {
@@ -105,7 +117,7 @@ struct Twin {
     }
     template <class... Pointers>
     void forward(bool bf16, Pointers... p) const {
-        launch(true, bf16 ? kernels.forward_bf16 : kernels.forward_fp16, p...);
+        launch(true, kernels.forward(bf16, half_scores), p...);
     }
     template <class... Pointers>
     void row_values(bool bf16, Pointers... p) const {
@@ -153,7 +165,7 @@ std::string forward(const Kernels& kernels, skiparse::Tiling t, bool bf16, int c
     GM_ADDR text_lse = global.output("text_lse", p.text_lse, text_rows * sizeof(float));
 
     skiparse::run_forward(
-        Twin{machine, kernels, cores}, bf16,
+        Twin{machine, kernels, cores, model.half_scores != 0}, bf16,
         {q, k, v, text_q, text_k, text_v, p.mask ? mask : nullptr,
          p.text_mask ? text_mask_at : nullptr, out, text_out, lse, text_lse},
         {&t, bias, workspace});

@@ -27,7 +27,7 @@ INPUTS = ("q", "k", "v", "text_q", "text_k", "text_v")
 OUTPUTS = ("out", "text_out", "lse", "text_lse")
 
 
-MODEL = ("guess", "costs_only", "core", "last_lane_first")
+MODEL = ("guess", "costs_only", "core", "last_lane_first", "half_scores")
 GUESSES = ("fast", "typical", "slow")
 Guess = Literal["fast", "typical", "slow"]
 
@@ -80,7 +80,7 @@ class _Model(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int32) for name in MODEL)
 
 
-EXECUTED = _Model(GUESSES.index("typical"), 0, -1, 0)
+EXECUTED = _Model(GUESSES.index("typical"), 0, -1, 0, 0)
 
 
 class _Tiling(ctypes.Structure):
@@ -132,15 +132,26 @@ def build(
     return ctypes.CDLL(str(library))
 
 
-def forward(library: ctypes.CDLL, inputs: Inputs, *, cores: int = 2, variant: int = 0) -> Outputs:
+def forward(
+    library: ctypes.CDLL,
+    inputs: Inputs,
+    *,
+    cores: int = 2,
+    half_scores: bool = False,
+    variant: int = 0,
+) -> Outputs:
     """Attention as the kernels compute it; head dimensions below 64 or 128 are padded with zeros.
 
-    ``variant`` counts the kernels that the library was built with.
+    ``half_scores`` lets scores pass through global memory in half precision, which is faster by
+    the model and less exact: scores must be below 65,504 before they are scaled, and the scale
+    positive. ``variant`` counts the kernels that the library was built with.
 
     Raises:
         TwinFault: if the kernel breaks a rule of the hardware.
+        ValueError: if ``half_scores`` meets a scale that is not positive.
     """
-    return _forward(library, inputs, cores, variant, EXECUTED)[0]
+    model = _Model(GUESSES.index("typical"), 0, -1, 0, half_scores)
+    return _forward(library, inputs, cores, variant, model)[0]
 
 
 def forward_costs(
@@ -152,6 +163,7 @@ def forward_costs(
     core: int | None = None,
     executed: bool = False,
     last_lane_first: bool = False,
+    half_scores: bool = False,
     variant: int = 0,
 ) -> Costs:
     """Cycles of the key biases (launch 0) and of attention (launch 1): a MODEL.
@@ -160,15 +172,16 @@ def forward_costs(
     ``meta``. ``guess`` says which values the uncertain figures of cost.h take. With ``core``, that
     core alone is counted. ``executed`` and the order of the sub-cores change no figure.
     """
-    model = _Model(
-        GUESSES.index(guess), not executed, -1 if core is None else core, last_lane_first
-    )
+    one = -1 if core is None else core
+    model = _Model(GUESSES.index(guess), not executed, one, last_lane_first, half_scores)
     return _forward(library, inputs, cores, variant, model)[1]
 
 
 def _forward(
     library: ctypes.CDLL, inputs: Inputs, cores: int, variant: int, model: _Model
 ) -> tuple[Outputs, Costs]:
+    if model.half_scores and not inputs.scale > 0:
+        raise ValueError(f"half_scores needs a positive scale, got {inputs.scale}")
     (B, N, H, D), T = inputs.q.shape, inputs.text_q.shape[1]
     n, tensors, padded = inputs.pattern.sparsity, _padded(inputs), _head_dim(D)
     new = inputs.q.new_empty
@@ -216,7 +229,7 @@ def backward_costs(
     """Cycles of the key biases, the row values, the gradients and their sums over sub-sequences
     (launches 0 to 3), with upstream gradients as ``outputs`` are: a MODEL. See `forward_costs`.
     """
-    model = _Model(GUESSES.index(guess), 1, -1 if core is None else core, 0)
+    model = _Model(GUESSES.index(guess), 1, -1 if core is None else core, 0, 0)
     return _backward(library, inputs, outputs, *outputs[:2], cores, variant, model)[1]
 
 

@@ -92,6 +92,7 @@ def project(
     cores: int = 24,
     clock: float = CLOCK,
     guess: launch.Guess = "typical",
+    half_scores: bool = False,
     variant: int = 0,
 ) -> Projection:
     """Forward. A few tasks of one core are counted at the true strides, the rest extrapolated."""
@@ -100,7 +101,15 @@ def project(
     splits = math.ceil(tasks / few), math.ceil(tasks / (3 * few))
     first, second = (tasks // split for split in splits)  # tasks of core 0
     less, more = (
-        launch.forward_costs(library, inputs, cores=split, guess=guess, core=0, variant=variant)
+        launch.forward_costs(
+            library,
+            inputs,
+            cores=split,
+            guess=guess,
+            core=0,
+            half_scores=half_scores,
+            variant=variant,
+        )
         for split in splits
     )
 

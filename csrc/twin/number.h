@@ -66,3 +66,16 @@ struct half {
         return sign ? -small : small;
     }
 };
+
+namespace twin {
+
+template <class T>
+T rounded(float x) {
+    return T::round(x);
+}
+template <>
+inline float rounded<float>(float x) {
+    return x;
+}
+
+}  // namespace twin

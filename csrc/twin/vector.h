@@ -129,15 +129,6 @@ void counted(const char* name, const Figure& cycles, Where where,
     }
 }
 
-template <class T>
-T rounded(float x) {
-    if constexpr (std::is_same_v<T, float>) {
-        return x;
-    } else {
-        return T::round(x);
-    }
-}
-
 // f, which is of floats, as a function of T.
 template <class T, size_t SOURCES, class F>
 auto in_float(F f) {
@@ -284,7 +275,8 @@ template <class T, class F>
 void reduce_repeats(const char* name, const LocalTensor<T>& to, const LocalTensor<T>& from,
                     uint64_t mask, uint64_t repeats, uint64_t to_step, uint64_t block_step,
                     uint64_t repeat_step, Where where, F f) {
-    static_assert(std::is_same_v<T, float>, "the twin reduces float alone");
+    static_assert(std::is_same_v<T, float> || std::is_same_v<T, half>,
+                  "the twin reduces float and half alone");
     constexpr uint64_t PER_BLOCK = twin::BLOCK / sizeof(T);
     twin::require(mask >= 1 && mask <= twin::REPEAT_BYTES / sizeof(T) && repeats <= 255, where,
                   std::string(name) + ": mask or repeats out of range");
@@ -313,13 +305,16 @@ void WholeReduceMax(const LocalTensor<T>& to, const LocalTensor<T>& from, int32_
                     int32_t repeats, int32_t to_step, int32_t block_step, int32_t repeat_step,
                     ReduceOrder, Where where = Where::here()) {
     reduce_repeats("WholeReduceMax", to, from, mask, repeats, to_step, block_step, repeat_step,
-                   where, [](T a, T b) { return a > b ? a : b; });
+                   where, [](T a, T b) {
+                       return static_cast<float>(a) > static_cast<float>(b) ? a : b;
+                   });
 }
 
 template <class T>
 void WholeReduceSum(const LocalTensor<T>& to, const LocalTensor<T>& from, int32_t mask,
                     int32_t repeats, int32_t to_step, int32_t block_step, int32_t repeat_step,
                     Where where = Where::here()) {
+    static_assert(std::is_same_v<T, float>, "the twin adds up float alone");
     reduce_repeats("WholeReduceSum", to, from, mask, repeats, to_step, block_step, repeat_step,
                    where, [](T a, T b) { return a + b; });
 }
