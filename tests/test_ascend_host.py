@@ -5,6 +5,7 @@ The torch operators are compiled against the real headers and library of torch_n
 in for CANN's compiler.
 """
 
+import ctypes
 import importlib.machinery
 import os
 import re
@@ -20,6 +21,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fake_torch_npu import BACKWARD, FORWARD
+from torch.utils import cpp_extension
 
 from csrc.twin import launch
 from csrc.twin.launch import FLAGS, TWIN
@@ -46,6 +48,124 @@ end
 """
 
 
+# The three functions of libtorch_npu.so that the operators call. There is no queue and no device:
+# work runs at once. The host's memory counts as pinned.
+LIBTORCH_NPU = """
+#include <functional>
+#include <string>
+
+#include <ATen/detail/PrivateUse1HooksInterface.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/core/Stream.h>
+
+struct Hooks : at::PrivateUse1HooksInterface {
+    bool isAvailable() const override { return true; }
+    bool hasPrimaryContext(c10::DeviceIndex) const override { return false; }
+    c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
+};
+static const bool registered = (at::RegisterPrivateUse1HooksInterface(new Hooks), true);
+
+namespace c10_npu {
+class NPUStream {
+public:
+    explicit NPUStream(c10::Stream stream) : stream_(stream) {}
+    ~NPUStream() {}
+    void* stream(bool drains_the_queue) const;
+
+private:
+    c10::Stream stream_;
+};
+void* NPUStream::stream(bool drains_the_queue) const {
+    TORCH_CHECK(!drains_the_queue, "a launch must not wait for the queue that it is in");
+    return nullptr;
+}
+NPUStream getCurrentNPUStream(c10::DeviceIndex) {
+    return NPUStream(c10::Stream(c10::Stream::DEFAULT, c10::Device(c10::kCPU)));
+}
+}  // namespace c10_npu
+
+namespace at_npu::native {
+struct OpCommand {
+    static void RunOpApiV2(const std::string&, const std::function<int()>&, bool);
+};
+void OpCommand::RunOpApiV2(const std::string&, const std::function<int()>& work, bool) {
+    TORCH_CHECK(work() == 0);
+}
+}  // namespace at_npu::native
+"""
+
+# Runs the operators of the library that it is given, as for NPU tensors, on those of a CPU.
+RUN = """
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch
+
+torch.utils.rename_privateuse1_backend("npu")
+torch.ops.load_library(sys.argv[1])
+
+from skiparse import SkipPattern
+from skiparse.backends import ascendc
+from skiparse.testing import check, make_problem, run
+
+keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
+calls = []
+
+
+def as_if_on_npu(op):
+    def call(*arguments):
+        calls.append(op)
+        return op.redispatch(keys, *arguments)
+
+    return call
+
+
+operators = SimpleNamespace(
+    attention=as_if_on_npu(torch.ops.skiparse_ascend.attention.default),
+    attention_backward=as_if_on_npu(torch.ops.skiparse_ascend.attention_backward.default),
+)
+ascendc._operators = lambda: operators
+ascendc.why_not = lambda *_, **__: None
+torch.set_num_threads(1)
+for p, dtype, layout in (
+    (SkipPattern.group(2), torch.float16, "packed"),
+    (SkipPattern(3, 2), torch.bfloat16, "heads_first"),
+):
+    for T, masked in ((5, True), (0, False)):
+        problem = make_problem(
+            p, B=2, N=37, T=T, D=64, dtype=dtype, layout=layout, masked=masked
+        )
+        problem = replace(problem, grad_out=problem.grad_out.mT.contiguous().mT[..., :64])
+        check(run(problem, "ascendc"), problem)
+print(len(calls), "calls")
+
+problem = make_problem(SkipPattern.single(2), N=6, T=2, D=64, dtype=torch.float16)
+wrong = {
+    "head_dim must be 64 or 128, got 16": [x[..., :16] for x in problem.inputs],
+    "q must be fp16 or bf16": [x.float() for x in problem.inputs],
+    "k has shape": [problem.q, problem.k[:, :5], *problem.inputs[2:]],
+    "text_v must have the dtype": [*problem.inputs[:5], problem.text_v.bfloat16()],
+    "v must have last stride 1": [*problem.inputs[:2], problem.v.mT.contiguous().mT,
+                                  *problem.inputs[3:]],
+}
+for message, inputs in wrong.items():
+    try:
+        operators.attention(*inputs, None, None, 2, 1, 1.0)
+    except RuntimeError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
+for mask, sparsity in ((torch.ones(1, 6), 2), (torch.ones(1, 5).bool(), 2), (None, 0)):
+    try:
+        operators.attention(*problem.inputs, mask, None, sparsity, 1, 1.0)
+    except RuntimeError as error:
+        assert "mask must be" in str(error) or "at least 1" in str(error), error
+    else:
+        raise AssertionError(mask)
+"""
+
+
 @pytest.fixture(scope="module")
 def torch_npu():
     if not (NPU / "torch_npu" / "include").is_dir():
@@ -56,16 +176,35 @@ def torch_npu():
     return NPU
 
 
-@pytest.fixture
-def cann(tmp_path):
+@pytest.fixture(scope="module")
+def cann(tmp_path_factory):
     """A folder with nothing in it but a stand-in for bisheng."""
     if shutil.which("g++") is None or shutil.which("cmake") is None:
         pytest.skip("needs g++ and cmake")
-    compiler = tmp_path / "cann" / "bin" / "bisheng"
-    compiler.parent.mkdir(parents=True)
+    folder = tmp_path_factory.mktemp("cann")
+    compiler = folder / "bin" / "bisheng"
+    compiler.parent.mkdir()
     compiler.write_text(BISHENG)
     compiler.chmod(0o755)
-    return tmp_path / "cann"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def extension(torch_npu, cann, tmp_path_factory):
+    """The folder of the two libraries in the wheel that is built with them, unpacked."""
+    folder = tmp_path_factory.mktemp("extension")
+    done = pip(
+        ["wheel", "-w"],
+        folder,
+        ASCEND_HOME_PATH=str(cann),
+        PYTHONPATH=str(torch_npu),
+        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = folder.glob("*.whl")
+    assert "none-any" not in wheel.name
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder / "skiparse" / "backends"
 
 
 def pip(command, folder, **environment):
@@ -96,26 +235,10 @@ def test_a_cann_without_its_compiler_is_named(tmp_path):
     assert not list(tmp_path.rglob("*.whl"))
 
 
-def test_the_extension_compiles_and_links_against_torch_npu(torch_npu, cann, tmp_path):
+def test_the_extension_compiles_and_links_against_torch_npu(extension):
     """The wheel has both libraries, and torch's operators need nothing that is not there."""
-    done = pip(
-        ["wheel", "-w"],
-        tmp_path / "wheel",
-        ASCEND_HOME_PATH=str(cann),
-        PYTHONPATH=str(torch_npu),
-        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = (tmp_path / "wheel").glob("*.whl")
-    assert "none-any" not in wheel.name
-    libraries = {n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".so")}
-    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
-    assert libraries == {
-        f"skiparse/backends/_ascendc{suffix}",
-        "skiparse/backends/libskiparse_ascend.so",
-    }
-    zipfile.ZipFile(wheel).extractall(tmp_path / "unpacked")
-    shim = tmp_path / "unpacked" / "skiparse" / "backends" / f"_ascendc{suffix}"
+    shim = extension / f"_ascendc{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    assert {x.name for x in extension.glob("*.so")} == {shim.name, "libskiparse_ascend.so"}
     undefined = subprocess.run(
         ["nm", "-DC", "--undefined-only", shim], capture_output=True, text=True, check=True
     ).stdout
@@ -127,6 +250,8 @@ def test_the_extension_compiles_and_links_against_torch_npu(torch_npu, cann, tmp
     ):
         assert name in undefined
 
+
+def test_the_compiler_of_cann_is_asked_for_the_right_thing(extension, cann):
     arguments = (cann / "bin" / "arguments").read_text().splitlines()
     assert {"-xasc", "--npu-arch=dav-2201", "-std=c++17", "-fPIC", "-shared"} <= set(arguments)
     assert str(HOST / "launch.cpp") in arguments
@@ -190,14 +315,45 @@ def test_without_the_extension_it_says_how_to_build_it():
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
+    """The kernels on the twin, behind the C interface of libskiparse_ascend.so too."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    return launch.build(tmp_path_factory.mktemp("kernels"))
+    path = tmp_path_factory.mktemp("kernels") / "libskiparse_ascend.so"
+    command = ["g++", *FLAGS, f"-I{TWIN}", f'-DKERNELS="{TWIN / "kernels.h"}"', "-shared"]
+    subprocess.run([*command, TWIN / "device.cpp", "-o", path], check=True)
+    return path
+
+
+def test_the_operators_of_torch_run_the_kernels_on_the_twin(extension, library, tmp_path):
+    """Compiled for the device, with stand-ins for libtorch_npu.so and the kernels' library."""
+    here = tmp_path / "here"
+    here.mkdir()
+    shim = extension / f"_ascendc{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    for path in (shim, library):
+        shutil.copy(path, here)
+    (tmp_path / "npu.cpp").write_text(LIBTORCH_NPU)
+    includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+    subprocess.run(
+        ["g++", "-std=c++20", "-shared", "-fPIC", *includes, tmp_path / "npu.cpp",
+         "-o", here / "libtorch_npu.so"],
+        check=True,
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, here / shim.name],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "LD_LIBRARY_PATH": str(here)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "8 calls"
 
 
 @pytest.fixture
 def operators(library, monkeypatch):
     """`torch.ops.skiparse_ascend` as the backend calls it, by the kernels on the twin."""
+
+    library = ctypes.CDLL(str(library))
 
     def inputs_of(*arguments):
         *tensors, sparsity, run, scale = arguments

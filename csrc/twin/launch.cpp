@@ -140,7 +140,7 @@ private:
 };
 
 std::string forward(const Kernels& kernels, skiparse::Tiling t, bool bf16, int cores,
-                        const skiparse::ForwardPointers& p, const Model& model) {
+                    const skiparse::ForwardPointers& p, const Model& model) {
     twin::Machine machine;
     Global global(machine, model);
     const int64_t rows = t.batch * t.tokens * t.heads;
@@ -174,7 +174,7 @@ std::string forward(const Kernels& kernels, skiparse::Tiling t, bool bf16, int c
 }
 
 std::string backward(const Kernels& kernels, skiparse::BackwardTiling b, bool bf16, int cores,
-                         const skiparse::BackwardPointers& p, const Model& model) {
+                     const skiparse::BackwardPointers& p, const Model& model) {
     twin::Machine machine;
     Global global(machine, model);
     const skiparse::Tiling& t = b.forward;
