@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from dataclasses import replace
@@ -233,6 +234,19 @@ def test_a_cann_without_its_compiler_is_named(tmp_path):
     done = pip(["wheel", "-w"], tmp_path / "wheel", ASCEND_HOME_PATH=str(tmp_path))
     assert f"CANN's compiler bisheng in {tmp_path}" in done.stderr
     assert not list(tmp_path.rglob("*.whl"))
+
+
+def test_the_source_distribution_has_what_the_build_needs(tmp_path):
+    code = "from setuptools import build_meta; import sys; build_meta.build_sdist(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path], check=True, cwd=ROOT, capture_output=True
+    )
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {f"csrc/{p.relative_to(ROOT / 'csrc')}" for p in (ROOT / "csrc").rglob("*.cpp")}
+    assert len(sources) > 5
+    assert sources | {"csrc/pattern.h", "csrc/CMakeLists.txt", "setup.py"} <= names
 
 
 def test_the_extension_compiles_and_links_against_torch_npu(extension):
