@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr Model EXECUTED{1, 0, -1, 0};
+constexpr Model EXECUTED{1, 0, -1, 0, 0};
 
 [[noreturn]] void fail(const char* report) {
     std::fprintf(stderr, "%s\n", report);
@@ -32,13 +32,16 @@ extern "C" int skiparse_ascend_cores(int32_t, SkiparseCores* cores) {
 
 extern "C" void skiparse_attention_fwd(void*, const SkiparseCores* cores,
                                        const skiparse::Tiling* tiling, int32_t bf16,
+                                       int32_t half_scores,
                                        const skiparse::ForwardPointers* pointers,
                                        const skiparse::ForwardScratch* scratch) {
     expect_copy(*tiling, scratch->tiling);
     fill(scratch->bias, bias_bytes(*tiling));
     fill(scratch->workspace, cores->cube * skiparse::WORKSPACE_BYTES);
+    Model model = EXECUTED;
+    model.half_scores = half_scores;
     static char report[1 << 16];
-    if (skiparse_twin_forward(0, tiling, bf16, cores->cube, pointers, &EXECUTED, report,
+    if (skiparse_twin_forward(0, tiling, bf16, cores->cube, pointers, &model, report,
                               sizeof(report)) != 0) {
         fail(report);
     }
