@@ -44,20 +44,25 @@ def ascend():
 
     # Not imported: without CANN's libraries it could not be, and its folder is enough.
     npu = Path(importlib.util.find_spec("torch_npu").submodule_search_locations[0])
+    kernels = ROOT / "build" / "ascend"
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class Build(BuildExtension):
         """Builds the library of the kernels first, which the torch operators link to."""
 
         def build_extensions(self):
-            kernels = ROOT / "build" / "ascend"
             shutil.rmtree(kernels, ignore_errors=True)  # another CANN's, perhaps
             subprocess.run(["cmake", "-S", ROOT / "csrc", "-B", kernels], check=True)
             subprocess.run(["cmake", "--build", kernels], check=True)
             super().build_extensions()
-            library = "libskiparse_ascend.so"
-            beside = Path(self.get_ext_fullpath(self.extensions[0].name)).parent
-            shutil.copyfile(kernels / library, beside / library)
+            self.copy_kernels(Path(self.get_ext_fullpath(self.extensions[0].name)).parent)
+
+        def copy_extensions_to_source(self):  # of an editable install
+            super().copy_extensions_to_source()
+            self.copy_kernels(ROOT / "skiparse" / "backends")
+
+        def copy_kernels(self, folder):
+            shutil.copy(kernels / "libskiparse_ascend.so", folder)
 
     shim = CppExtension(
         "skiparse.backends._ascendc",
