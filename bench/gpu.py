@@ -250,6 +250,7 @@ WORK: dict[str, Callable[[Setting, Path], None]] = {
     "triton": _skiparse("triton", backward=False),
     "triton.pointers": _triton("triton.pointers", {}),
     "triton.short": _triton("triton.short", {"sm_90": {128: (128, 64, 8, 3)}}),
+    "triton.pingpong": _skiparse("triton.pingpong", backward=False),
     "views.cudnn.backward": _views(SDPBackend.CUDNN_ATTENTION, backward=True),
     "views.flash.backward": _views(SDPBackend.FLASH_ATTENTION, backward=True),
     "sdpa.backward": _skiparse("sdpa", backward=True),
@@ -259,8 +260,8 @@ WORK: dict[str, Callable[[Setting, Path], None]] = {
 }
 LIMITS = {"flex": 80.0}  # seconds of a part, 60 for others
 NEEDS_A_GPU = (
-    "flex", "views.cudnn", "triton", "triton.pointers", "triton.short", "views.cudnn.backward",
-    "triton.backward",
+    "flex", "views.cudnn", "triton", "triton.pointers", "triton.short", "triton.pingpong",
+    "views.cudnn.backward", "triton.backward",
 )  # fmt: skip
 TESTS = ("tests/test_cuda.py", "tests/test_triton_tma.py", "tests/test_triton.py")
 

@@ -144,7 +144,7 @@ def _gated(case: Case, problem: Problem, backend: str) -> Contender:
     reason = registry.load(backend).why_not()
     (row,) = (row for row in registry.BACKENDS if row.name == backend)
     device = problem.q.device.type
-    if reason is None and device not in row.auto:
+    if reason is None and device not in row.auto + row.if_measured:
         reason = f'nobody gets it on "{device}" without asking, so it is not timed there'
     if reason is not None:
         return Contender(f"skiparse.{backend}", None, reason)

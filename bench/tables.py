@@ -19,6 +19,7 @@ from skiparse.registry import BACKENDS
 HOW = {
     "skiparse.sdpa": "skiparse (sdpa)",
     "skiparse.triton": "skiparse (triton)",
+    "skiparse.triton.pingpong": "skiparse (triton, ping-pong)",
     "original": "the original way",
     "flex": "FlexAttention",
     "natten": "NATTEN",
@@ -28,7 +29,7 @@ HOW = {
 def backends() -> str:
     """The backends, in the order in which a call without a name tries them."""
     rows = [
-        f"| `{row.name}` | {row.what} | {', '.join(row.auto)} | {row.verified} |"
+        f"| `{row.name}` | {row.what} | {', '.join(row.chosen_on)} | {row.verified} |"
         for row in BACKENDS
     ]
     head = "| backend | what it is | chosen by itself on | verified on |\n|---|---|---|---|"

@@ -43,7 +43,8 @@ def tune(
     Returns:
         The file written, ``skiparse/orders/<device>.json``; the next process goes by it.
     """
-    backends = [row.name for row in registry.BACKENDS if torch.device(device).type in row.auto]
+    kind = torch.device(device).type
+    backends = [row.name for row in registry.BACKENDS if kind in row.auto + row.if_measured]
     rules = []
     for k in sparsity:
         for kind in PATTERNS:

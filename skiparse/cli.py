@@ -299,7 +299,7 @@ def _info(options: argparse.Namespace) -> None:
     for row in BACKENDS:
         reason = reasons[row.name]
         print(f"  {row.name:10} {'can run' if reason is None else 'cannot run: ' + reason}")
-        print(f"  {'':10} {row.what}; by itself on {', '.join(row.auto)}")
+        print(f"  {'':10} {row.what}; by itself on {', '.join(row.chosen_on)}")
         print(f"  {'':10} verified: {row.verified}")
 
 

@@ -31,6 +31,7 @@ from skiparse.backends import Backend, Inputs
 class Row:
     """A backend: its name, the device types on which ``"auto"`` may take it, and its standing.
 
+    On those of ``if_measured`` it may only where an order measured on the device names it.
     With text it may copy all rows into one buffer on a GPU, ``copies_text``; then a model does
     better to pack them itself. ``pack_kernels`` is the module that packs by kernels of its own.
     """
@@ -41,6 +42,12 @@ class Row:
     verified: str
     copies_text: bool = False
     pack_kernels: str | None = None
+    if_measured: tuple[str, ...] = ()
+
+    @property
+    def chosen_on(self) -> list[str]:
+        """Where ``"auto"`` may take it, in words."""
+        return [*self.auto, *(f"{device} if measured" for device in self.if_measured)]
 
 
 BACKENDS = (
@@ -58,6 +65,14 @@ BACKENDS = (
         "interpreter: every test; compiled ahead of time for sm_80, sm_89, sm_90, sm_100, sm_120, "
         "gfx942, gfx950. Not yet run on a GPU",
         pack_kernels="skiparse.backends.triton.pack_kernel",
+    ),
+    Row(
+        "triton.pingpong",
+        (),
+        "the same with another forward for Hopper: producer and consumer warps; no key masks",
+        "CPU: its schedule, on a model of barriers and copies; compiled ahead of time for sm_90. "
+        "Not yet run on a GPU",
+        if_measured=("cuda",),
     ),
     # The fused kernels are not chosen by themselves until they are measured to be faster.
     Row(
@@ -101,9 +116,15 @@ FURTHEST = 2.0  # times longer or shorter than measured a sub-sequence may be
 
 def order(inputs: Inputs, *, backward: bool) -> Sequence[Row]:
     """The rows of ``BACKENDS`` in the order in which ``"auto"`` tries them for this problem."""
+    first = measured_order(inputs, backward=backward)
+    return sorted(BACKENDS, key=lambda row: first.index(row.name) if row.name in first else 99)
+
+
+def measured_order(inputs: Inputs, *, backward: bool) -> Sequence[str]:
+    """The backends measured on the device for problems like this, the fastest first."""
     rules = measured(device_name(inputs.q))
     if not rules:
-        return BACKENDS
+        return ()
     alike = problem_like(inputs, backward=backward)
     length = alike.pop("length")
 
@@ -116,9 +137,9 @@ def order(inputs: Inputs, *, backward: bool) -> Sequence[Row]:
         default=None,
     )
     if nearest is None or distance(nearest) > math.log(FURTHEST):
-        return BACKENDS
-    first: list[str] = nearest["order"]
-    return sorted(BACKENDS, key=lambda row: first.index(row.name) if row.name in first else 99)
+        return ()
+    names: list[str] = nearest["order"]
+    return names
 
 
 def problem_like(inputs: Inputs, *, backward: bool) -> dict[str, Any]:
@@ -171,9 +192,10 @@ def select(name: str, inputs: Inputs, *, backward: bool = False) -> Backend:
             raise RuntimeError(f'backend "{name}" cannot run this: {reason}')
         return backend
     device = inputs.q.device.type
+    measured_names = measured_order(inputs, backward=backward)
     reasons = []
     for row in order(inputs, backward=backward):
-        if device in row.auto:
+        if device in row.auto or (device in row.if_measured and row.name in measured_names):
             backend = load(row.name)
             reason = backend.why_not(inputs, backward=backward)
             if reason is None:

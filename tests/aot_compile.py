@@ -20,11 +20,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from skiparse import SkipPattern
 from skiparse.backends import Inputs, Outputs
-from skiparse.backends.triton import backward, device, forward, forward_kernel
+from skiparse.backends.triton import backward, device, forward, forward_kernel, pingpong
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -55,7 +56,7 @@ PRODUCTS = r"\b(HGMMA|HMMA|UTCHMMA|v_mfma)"
 def launches(arch, pattern, N, D, dtype, masked):
     """What forward and backward would launch: a list of (kernel, args, kwargs).
 
-    Of the forward both kernels, where one needs strides that these have and others have not.
+    Of the forward every kernel, where some need strides that these have and others have not.
     """
     B, T, H, n = 2, 512, 24, pattern.sparsity
 
@@ -80,6 +81,8 @@ def launches(arch, pattern, N, D, dtype, masked):
         forward_kernel.TMA_CONFIGS = {}  # what runs there if the strides are irregular
         forward(inputs)
         forward_kernel.TMA_CONFIGS = tiles
+    if arch == "sm_90" and pingpong._takes(inputs) is None:
+        pingpong.forward(inputs)
     backward(inputs, outputs, outputs.out, outputs.text_out)
     return recorded
 
@@ -93,7 +96,8 @@ def compile_launch(kernel, args, kwargs, target):
     options, signature, constants, attrs = kernel._pack_args(
         backend, kwargs, bound, specialization, options
     )
-    source = ASTSource(kernel, signature, constants, attrs)
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = kind(kernel, signature, constants, attrs)
     return triton.compile(source, target=target, options=options.__dict__)
 
 
@@ -108,16 +112,42 @@ def resources(compiled, target):
 
 
 def main_loop(compiled, target):
-    """How many instructions of each kind in ``COUNTED`` the loop over the video has.
+    """How many instructions of each kind in ``COUNTED`` the loop over the video has."""
+    return count(COUNTED[target.backend], loop_over_video(compiled, target), target)
 
-    That is the first of the innermost loops with matrix products. A jump back to code in a loop
+
+def roles(compiled, target):
+    """What all roles have, and the exponentials of a turn while products are under way."""
+    found = count(("HGMMA", "UTMALDG", "USETMAXREG"), sass(compiled), target)
+    loop = loop_over_video(compiled, target)
+    scores, values = (
+        next(i for i, text in enumerate(loop) if re.search(rf"DEPBAR\.LE gsb0, 0x{n}\b", text))
+        for n in (1, 0)
+    )
+    return found | {"MUFU.EX2": count(("MUFU.EX2",), loop[scores:values], target)["MUFU.EX2"]}
+
+
+def count(names, lines, target):
+    word = r"\b" if target.backend == "cuda" else ""  # LDS is not LDSM; v_mfma goes on
+    counts = {name: sum(bool(re.search(rf"\b{name}{word}", x)) for x in lines) for name in names}
+    return {name: n for name, n in counts.items() if n}
+
+
+def sass(compiled):
+    return _cuobjdump(compiled.asm["cubin"], "--dump-sass").splitlines()
+
+
+def loop_over_video(compiled, target):
+    """The lines of the first of the innermost loops with matrix products.
+
+    A jump back to code in a loop
     from behind the kernel's end (waiting for a copy goes on there) makes no loop.
     """
     if target.backend == "hip":
         lines = compiled.asm["amdgcn"].splitlines()
         place, jump = r"^\.LBB(\d+_\d+):", r"s_c?branch\S* \.LBB(\d+_\d+)"
     else:
-        lines = _cuobjdump(compiled.asm["cubin"], "--dump-sass").splitlines()
+        lines = sass(compiled)
         place, jump = r"^\s+/\*0*([0-9a-f]+)\*/", r"\bBRA.*?0x([0-9a-f]+)"
     places = {m[1]: i for i, text in enumerate(lines) if (m := re.search(place, text))}
     loops = []
@@ -131,15 +161,7 @@ def main_loop(compiled, target):
         for start, end in loops
         if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in loops)
     ]
-    if not inner:
-        return {}
-    start, end = min(inner)
-    word = r"\b" if target.backend == "cuda" else ""  # LDS is not LDSM; v_mfma goes on
-    counts = {
-        name: sum(bool(re.search(rf"\b{name}{word}", text)) for text in lines[start:end])
-        for name in COUNTED[target.backend]
-    }
-    return {name: n for name, n in counts.items() if n}
+    return lines[slice(*min(inner))] if inner else []
 
 
 def _cuobjdump(cubin, option="--dump-resource-usage"):
@@ -155,7 +177,8 @@ def _cuobjdump(cubin, option="--dump-resource-usage"):
 
 def offset_types(compiled):
     """The integer types that are added to pointers anywhere in the kernel."""
-    found = re.findall(r"tt\.addptr .* : .*, (?:tensor<[\dx]+x)?(i\d+)", compiled.asm["ttir"])
+    text = compiled.asm["ttir" if "ttir" in compiled.asm else "ttgir"]  # Gluon begins there
+    found = re.findall(r"tt\.addptr .* : .*, (?:tensor<[\dx]+x)?(i\d+)", text)
     return sorted(set(found))
 
 
@@ -167,7 +190,8 @@ def rows_of(arch, D, *, dtype="bfloat16", masked=False, run=8, tokens=36864):
         compiled = compile_launch(kernel, arguments, options, target)
         row = {"kernel": kernel.__name__, "arch": arch, "D": D, "masked": masked}
         row |= resources(compiled, target) | {"offsets": offset_types(compiled)}
-        yield row | {"loop": main_loop(compiled, target)}
+        row |= {"loop": main_loop(compiled, target)}
+        yield row | ({"roles": roles(compiled, target)} if kernel.is_gluon() else {})
 
 
 def write_table(path):

@@ -29,6 +29,7 @@ SHARED_LIMIT = {  # bytes a block may have
 }
 ARCHITECTURES = ("sm_90", "sm_80", "gfx942")  # those with configurations of their own
 KERNELS = {"skiparse_forward", "skiparse_delta", "skiparse_dkdv", "skiparse_dq"}
+PINGPONG = "skiparse_forward_pingpong"
 TABLE = json.loads((Path(__file__).parent / "data/aot.json").read_text())
 RELEASE = importlib.metadata.version("triton")
 NAMED = {  # the kernels that spill: (release, architecture, kernel, D, masked) -> bytes
@@ -75,8 +76,9 @@ def test_every_kernel_is_there(compiled):
             for masked in (False, True):
                 key = (arch, D, masked)
                 rows = [r for r in compiled if (r["arch"], r["D"], r["masked"]) == key]
-                tiles = {"skiparse_forward_tma"} if arch == "sm_90" else set()
-                assert sorted(row["kernel"] for row in rows) == sorted(KERNELS | tiles)
+                hopper = {"skiparse_forward_tma", *([PINGPONG] if not masked else [])}
+                names = KERNELS | (hopper if arch == "sm_90" else set())
+                assert sorted(row["kernel"] for row in rows) == sorted(names)
 
 
 def test_nothing_spills(compiled):
@@ -137,6 +139,21 @@ def test_hopper_reads_tiles_by_descriptor():
                 assert counts.pop("UTMALDG") == 2, row
                 assert counts.pop("HGMMA") in (12, 16), row  # at D = 64 and 128, blocks of 128
                 assert set(counts) <= ({"LDG"} if row["masked"] else set()), row
+
+
+def test_the_roles_of_pingpong():
+    """Two copies of k and of v, twice, of 64 columns each; both consumers multiply."""
+    for rows in TABLE.values():
+        found = {row["D"]: row for row in rows if row["kernel"] == PINGPONG}
+        assert set(found) == {64, 128}
+        for D, row in found.items():
+            in_loop = (D + 128) // 16
+            assert row["loop"] == {"HGMMA": in_loop}
+            roles = row["roles"]
+            assert roles["HGMMA"] == 4 * in_loop  # before the loop, in it and behind it
+            assert roles["UTMALDG"] == 4 * D // 64
+            assert roles["USETMAXREG"] > 3
+            assert roles["MUFU.EX2"] >= 64  # of a thread, the whole block of keys
 
 
 def test_the_other_kernels_copy_tiles_past_the_registers():

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import skiparse
-from skiparse import SkipPattern
+from skiparse import SkipPattern, registry
 from skiparse.testing import check, check_sample, make_problem, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -74,6 +74,22 @@ def test_triton_gives_the_exact_answer(p, dtype):
     for shape in ({"T": 0}, {"T": 40, "masked": True}, {"N": 251, "T": 7, "D": 128}):
         problem = problem_of(p, dtype, B=2, **shape)
         check(run(problem, "triton"), problem)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    ("p", "N"),
+    [*((p, 2080) for p in PATTERNS[:3]), (SkipPattern.block(4, 2048), 2048)],
+    ids=str,
+)
+def test_pingpong_gives_the_exact_answer(p, N, dtype):
+    """Several laps of its slots; the last blocks of keys whole and not."""
+    reason = registry.load("triton.pingpong").why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    for shape in ({"T": 0}, {"T": 1}, {"T": 400}, {"T": 128, "D": 128}):
+        problem = problem_of(p, dtype, B=2, N=N, H=3, **shape)
+        check(run(problem, "triton.pingpong"), problem)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "triton"])

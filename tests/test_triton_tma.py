@@ -44,6 +44,8 @@ REFUSED = {
     "none": (SkipPattern.single(2), {"N": 0, "T": 5}),
     "heads-first": (SkipPattern.single(2), {"N": 20, "T": 3, "H": 2, "layout": "heads_first"}),
     "expanded": (SkipPattern.single(2), {"B": 2, "N": 20, "T": 3, "layout": "expanded"}),
+    "no-batch": (SkipPattern.single(2), {"B": 0, "N": 20, "T": 3}),
+    "no-heads": (SkipPattern.single(2), {"N": 20, "T": 3, "H": 0}),
     "D40": (SkipPattern.single(2), {"N": 20, "T": 3, "D": 40}),
     "D8": (SkipPattern.single(2), {"N": 20, "T": 3, "D": 8}),
 }

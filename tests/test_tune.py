@@ -1,6 +1,7 @@
 """`auto` goes by what `skiparse tune` measured on a device, for problems like the measured ones."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,7 +73,23 @@ def test_who_refuses_is_passed_over_and_who_is_not_named_comes_last(orders, monk
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert first(inputs_of(SkipPattern.single(2))) == "reference"
     names = [row.name for row in registry.order(inputs_of(SkipPattern.single(2)), backward=False)]
-    assert names == ["triton", "reference", "sdpa", "npu_fusion", "ascendc"]
+    assert names == ["triton", "reference", "sdpa", "triton.pingpong", "npu_fusion", "ascendc"]
+
+
+def test_some_are_taken_only_where_a_rule_names_them(orders, monkeypatch):
+    rows = [
+        replace(row, auto=(), if_measured=("cpu",)) if row.name == "reference" else row
+        for row in registry.BACKENDS
+    ]
+    monkeypatch.setattr(registry, "BACKENDS", rows[::-1])  # the reference would be the first
+    given = inputs_of(SkipPattern.single(2))
+    assert first(given) == "sdpa"
+    orders(RULE | {"order": ["sdpa"]})
+    assert first(given) == "sdpa"
+    orders(RULE)
+    assert first(given) == "reference"
+    monkeypatch.setattr(registry, "BACKENDS", [replace(row, if_measured=()) for row in rows])
+    assert first(given) == "sdpa"
 
 
 def test_a_named_backend_is_not_touched(orders):

@@ -71,18 +71,23 @@ def program(blocks, n, H):
 
 @device_function
 def rows_of(block, video_blocks, s, sizes, WHOLE_RUNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Whether a block is video, its row numbers and which of them exist.
+    """Whether a block is video, its row numbers and which of them exist."""
+    return rows_at(block, tl.arange(0, BLOCK), video_blocks, s, sizes, WHOLE_RUNS, BLOCK)
+
+
+@device_function
+def rows_at(block, lane, video_blocks, s, sizes, WHOLE_RUNS: tl.constexpr, BLOCK: tl.constexpr):
+    """The same of some rows of a block only, those at ``lane`` in it.
 
     32-bit while tokens are counted, 64-bit before a stride is near.
     """
     L, T, n, w = sizes
     is_video = block < video_blocks
     first = tl.where(is_video, block, block - video_blocks) * BLOCK
-    lane = tl.arange(0, BLOCK)  # [BLOCK]
-    exists = lane < tl.where(is_video, L, T) - first  # [BLOCK]
+    exists = lane < tl.where(is_video, L, T) - first  # [lanes]
     # A block that lies inside one run needs one division, not one for each row.
     token = token_of(s, first, n, w) + lane if WHOLE_RUNS else token_of(s, first + lane, n, w)
-    row = tl.where(is_video, token, first + lane)  # [BLOCK]
+    row = tl.where(is_video, token, first + lane)  # [lanes]
     return is_video, row.to(tl.int64), exists
 
 

@@ -2,7 +2,7 @@
 
 One finds every row by a pointer and takes anything. The other has whole tiles of keys and values
 copied by the tensor memory accelerator of Hopper and later, which needs regular strides and lengths
-(:func:`tile_views`); it computes the same.
+(:func:`can_be_tiled`); it computes the same.
 
 Source: Dao et al. 2022, "FlashAttention", algorithm 1; Milakov and Gimelshein 2018, "Online
 normalizer calculation for softmax".
@@ -12,6 +12,9 @@ normalizer calculation for softmax".
 # mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator"
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -196,30 +199,43 @@ def skiparse_forward_tma(
     tl.store(pair_pointers(lse, is_video, b, s, row, h), row_lse, mask=exists)
 
 
-def tile_views(inputs: Inputs, block: int) -> tuple[TensorDescriptor, ...] | None:
-    """k, v, text_k and text_v as ``[B, runs, n, w, H*D]``, read ``block`` rows of a head at a time.
+def can_be_tiled(inputs: Inputs, block: int) -> bool:
+    """Whether every ``block`` rows of a head are a box of ``[B, runs, n, w, H*D]``.
 
-    None where a block of a sub-sequence is not a box of that: if the last period is not whole, a
-    block is neither whole runs nor a part of one, or heads are not side by side. Rows behind the
-    last run read as 0.
+    They are not if the last period is not whole, a block is neither whole runs nor a part of one,
+    or heads are not side by side.
     """
-    n, w = inputs.pattern.sparsity, inputs.pattern.run
-    _, N, H, D = inputs.q.shape
-    sources = [inputs.k, inputs.v, inputs.text_k, inputs.text_v]
-    segments = inputs.pattern.segments(N)
+    w = inputs.pattern.run
+    segments = inputs.pattern.segments(inputs.q.shape[1])
     regular = len(segments) == 1 and [box.shape[2] for box in segments[0].boxes] == [w]
     short, long = sorted((w, block))
-    if not regular or not pattern.tiles_runs(short, long) or not all(map(_can_be_tiled, sources)):
-        return None
+    sources = (inputs.k, inputs.v, inputs.text_k, inputs.text_v)
+    return regular and pattern.tiles_runs(short, long) and all(map(_has_tiles, sources))
+
+
+Box = list[int]
+Describe = Callable[[Tensor, list[int], list[int], Box], Any]  # tensor, shape, strides, box
+
+
+def tile_views(
+    inputs: Inputs, block: int, describe: Describe = TensorDescriptor
+) -> tuple[Any, ...]:
+    """k, v, text_k and text_v as ``[B, runs, n, w, H*D]``, read ``block`` rows of a head at a time.
+
+    For problems that can be tiled so. Rows behind the last run read as 0.
+    """
+    n, w = inputs.pattern.sparsity, inputs.pattern.run
+    H, D = inputs.q.shape[2:]
+    sources = [inputs.k, inputs.v, inputs.text_k, inputs.text_v]
     width = min(w, block)
     if inputs.text_q.shape[1] == 0:
         sources[2:] = sources[:2]  # never read, but there must be something
 
-    def view(x: Tensor, n: int, w: int, box: list[int]) -> TensorDescriptor:
+    def view(x: Tensor, n: int, w: int, box: Box) -> Any:
         B, rows = x.shape[:2]
         step = x.stride(1)
         shape = [B, rows // (n * w), n, w, H * D]
-        return TensorDescriptor(x, shape, [x.stride(0), n * w * step, w * step, step, 1], box)
+        return describe(x, shape, [x.stride(0), n * w * step, w * step, step, 1], box)
 
     video = [1, block // width, 1, width, D]
     k, v = (view(x, n, w, video) for x in sources[:2])
@@ -227,13 +243,14 @@ def tile_views(inputs: Inputs, block: int) -> tuple[TensorDescriptor, ...] | Non
     return k, v, text_k, text_v
 
 
-def _can_be_tiled(x: Tensor) -> bool:
+def _has_tiles(x: Tensor) -> bool:
     """Heads side by side; batch and rows apart by multiples of 16 bytes, and beginning at one."""
-    H, D = x.shape[2:]
+    B, _, H, D = x.shape
     steps = [x.stride(i) for i in range(2) if x.shape[i] > 1]
     begin = x.storage_offset()
     return (
-        D >= 16
+        B * H > 0
+        and D >= 16
         and triton.next_power_of_2(D) == D
         and (H == 1 or x.stride(2) == D)
         and 0 not in steps
@@ -245,22 +262,26 @@ def _tma(inputs: Inputs) -> tuple[Config, tuple[TensorDescriptor, ...]] | None:
     """How the kernel with tiles would run this, if it can."""
     q = inputs.q
     config = choose_if_any(TMA_CONFIGS, q)
-    if config is None or q.element_size() > 2:
+    if config is None or q.element_size() > 2 or not can_be_tiled(inputs, config.BLOCK_N):
         return None
-    tiles = tile_views(inputs, config.BLOCK_N)
-    return None if tiles is None else (config, tiles)
+    return config, tile_views(inputs, config.BLOCK_N)
 
 
-def forward(inputs: Inputs) -> Outputs:
-    """Allocate, and launch over the blocks of query rows."""
+def allocate(inputs: Inputs) -> Outputs:
+    """What a forward kernel writes."""
     q, n = inputs.q, inputs.pattern.sparsity
     (B, N, H, D), T = q.shape, inputs.text_q.shape[1]
-    outputs = Outputs(
+    return Outputs(
         out=q.new_empty(B, N, H, D),
         text_out=q.new_empty(B, n, T, H, D),
         lse=q.new_empty(B, H, N, dtype=torch.float32),
         text_lse=q.new_empty(B, H, n, T, dtype=torch.float32),
     )
+
+
+def forward(inputs: Inputs) -> Outputs:
+    """Allocate, and launch over the blocks of query rows."""
+    q, outputs = inputs.q, allocate(inputs)
     query = (shared(q), shared(inputs.text_q))
     results = (
         mask_pair(inputs),

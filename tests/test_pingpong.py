@@ -1,0 +1,378 @@
+"""The three roles of the ping-pong kernel never wait for ever, nor touch a slot that is in use.
+
+There is no GPU here, and Triton's interpreter knows no Gluon. So the very source of the roles runs
+as Python on a model of what they call: barriers with phases, copies that land at any time, products
+that end in the order of their warpgroup. What happens next is drawn, or one role is always late.
+What comes out must be attention; and the model must see what is wrong with wrong sources.
+"""
+
+import ast
+import importlib.metadata
+import inspect
+import math
+import random
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from skiparse import SkipPattern
+from skiparse.backends import Inputs
+from skiparse.backends.triton import pingpong
+from skiparse.backends.triton import pingpong_kernel as kernel
+
+ROWS, BLOCK, HEAD_DIM = 4, 8, 4  # query rows of a consumer, keys of a block
+ROLES = ("first", "second", "producer")
+CALLS = (
+    "mbarrier.wait", "mbarrier.expect", "mbarrier.arrive", "tma.async_copy_global_to_shared",
+    "warpgroup_mma", "warpgroup_mma_wait",
+)  # fmt: skip
+
+
+class Broken(Exception):
+    """The roles did what hardware does not forgive."""
+
+
+class Barrier:
+    """A phase ends when ``count`` have arrived and all expected bytes have; its parity is told."""
+
+    def __init__(self, count):
+        self.count = self.missing = count
+        self.bytes = self.phases = 0
+
+    def arrive(self, count=1, expected=0):
+        self.bytes += expected
+        self.missing -= count
+        self.settle()
+
+    def settle(self):
+        if self.missing < 0:
+            raise Broken("more arrivals than a phase has")
+        if self.missing == self.bytes == 0:
+            self.phases += 1
+            self.missing = self.count
+
+
+class Slot:
+    """A tile in shared memory; views share what is stored and who reads."""
+
+    dtype = torch.float64
+
+    def __init__(self, shape, store=None, view=lambda x: x):
+        self.shape = shape
+        self.store = store or SimpleNamespace(tile=None, readers=0)
+        self.view = view
+
+    def read(self):
+        if self.store.tile is None:
+            raise Broken("read before anything has landed")
+        return self.view(self.store.tile)
+
+    def reshape(self, shape):
+        return Slot(shape, self.store, lambda x: self.view(x).reshape(shape))
+
+    def permute(self, order):
+        shape = [self.shape[i] for i in order]
+        return Slot(shape, self.store, lambda x: self.view(x).permute(order))
+
+
+class Ring(list):
+    index = list.__getitem__
+
+
+class Product:
+    """``a @ b + acc``, known when it has ended; both are read until then."""
+
+    def __init__(self, a, b, acc, use_acc):
+        self.operands = [x for x in (a, b) if isinstance(x, Slot)]
+        self.a, self.b, self.acc, self.value = a, b, acc if use_acc else 0 * acc, None
+        for slot in self.operands:
+            slot.store.readers += 1
+
+    def end(self):
+        a, b = (x.read() if isinstance(x, Slot) else x for x in (self.a, self.b))
+        self.value = a @ b + self.acc
+        for slot in self.operands:
+            slot.store.readers -= 1
+
+
+class Machine:
+    """Lets one role go on, one copy land or one product end at a time, until the roles return."""
+
+    def __init__(self, roles, choose):
+        self.roles, self.choose = roles, choose
+        self.calls = {name: next(role) for name, role in roles.items()}
+        self.copies, self.products, self.results = [], {name: [] for name in roles}, {}
+
+    def run(self):
+        while moves := self.moves():
+            move, *what = self.choose(moves)
+            getattr(self, move)(*what)
+        if self.calls:
+            raise Broken(f"for ever: {self.calls}")
+        if any(self.products.values()):
+            raise Broken("products nobody waited for")
+        return self.results
+
+    def moves(self):
+        return [
+            *(("go_on", name) for name in self.calls if self.may_go_on(name)),
+            *(("land", i) for i in range(len(self.copies))),
+            *(("end", name) for name in self.products if self.products[name]),
+        ]
+
+    def may_go_on(self, name):
+        call, args = self.calls[name][:2]
+        if call == "mbarrier.wait":
+            return args[0].phases & 1 != args[1]
+        return call != "warpgroup_mma_wait" or len(self.products[name]) <= args[0]
+
+    def go_on(self, name):
+        call, args, options = self.calls.pop(name)
+        answer = None
+        if call == "mbarrier.expect":
+            args[0].arrive(expected=args[1])
+        elif call == "mbarrier.arrive":
+            args[0].arrive(**options)
+        elif call == "tma.async_copy_global_to_shared":
+            source, at, barrier, slot = args
+            self.copies.append((barrier, slot, source.read(at)))
+        elif call == "warpgroup_mma":
+            assert options.pop("is_async")
+            answer = Product(*args, options.get("use_acc", True))
+            self.products[name].append(answer)
+        elif call == "warpgroup_mma_wait":
+            answer = [x.value if isinstance(x, Product) else x for x in args[1]]
+            if any(x is None for x in answer):
+                raise Broken("a product is used before it has ended")
+            answer = answer if len(answer) > 1 else answer[0]
+        try:
+            self.calls[name] = self.roles[name].send(answer)
+        except StopIteration as end:
+            self.results[name] = end.value
+
+    def land(self, i):
+        barrier, slot, tile = self.copies.pop(i)
+        if slot.store.readers:
+            raise Broken("a copy lands in a slot that is read")
+        slot.store.tile = tile
+        barrier.bytes -= tile.nbytes
+        barrier.settle()
+
+    def end(self, name):
+        self.products[name].pop(0).end()
+
+
+class Steps(ast.NodeTransformer):
+    """Makes every call of ``CALLS`` a step: yielded with its arguments, it gets the answer."""
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        name = ast.unparse(node.func)
+        if name not in CALLS:
+            return node
+        step = ast.Call(
+            ast.Name("step", ast.Load()), [ast.Constant(name), *node.args], node.keywords
+        )
+        return ast.Yield(step)
+
+
+def source_of(name):
+    return textwrap.dedent(inspect.getsource(getattr(kernel, name).fn))
+
+
+def python_of(source, names):
+    """The function of that source, for Python; one that makes calls of ``CALLS`` is a generator."""
+    tree = ast.parse(source)
+    tree.body[0].decorator_list = []
+    exec(compile(ast.fix_missing_locations(Steps().visit(tree)), "role", "exec"), names)
+
+
+def nothing(*_):
+    return None
+
+
+GLUON = SimpleNamespace(
+    NVMMADistributedLayout=nothing,
+    SliceLayout=nothing,
+    DotOperandLayout=nothing,
+    float32=torch.float64,
+    constexpr=None,
+    convert_layout=lambda x, _: x,
+    arange=lambda start, end, layout: torch.arange(start, end),
+    full=lambda shape, value, dtype, _: torch.full(shape, value, dtype=dtype),
+    zeros=lambda shape, dtype, _: torch.zeros(shape, dtype=dtype),
+    where=lambda mask, x, y: torch.where(mask, x, torch.tensor(y, dtype=x.dtype)),
+    maximum=torch.maximum,
+    max=lambda x, dim: x.amax(dim),
+    sum=torch.sum,
+    exp2=torch.exp2,
+)
+
+
+class Tiles:
+    """A tensor map over ``[rows, HEAD_DIM]`` of one sub-sequence; rows behind the last are 0."""
+
+    def __init__(self, rows, shape, sub, width):
+        blocks = -(-len(rows) // BLOCK)
+        self.blocks = torch.zeros(blocks, BLOCK, HEAD_DIM, dtype=rows.dtype)
+        self.blocks.flatten(0, 1)[: len(rows)] = rows
+        self.block_type = SimpleNamespace(shape=shape, nbytes=BLOCK * HEAD_DIM * rows.itemsize)
+        self.sub, self.width = sub, width
+
+    def read(self, at):
+        b, run, sub, offset, column = at
+        assert (b, sub, column) == (3, self.sub, 2 * HEAD_DIM)
+        first = run * self.width + offset
+        assert first % BLOCK == 0
+        return self.blocks[first // BLOCK].reshape(self.block_type.shape)
+
+
+SCHEDULES = [f"late {who}" for who in (*ROLES, "land", "end")] + [f"drawn {i}" for i in range(20)]
+
+
+def chooser(schedule):
+    """Draws the next move; or what a role could do, or all that could land or end, comes last."""
+    kind, what = schedule.split()
+    if kind == "drawn":
+        return random.Random(int(what)).choice
+    return lambda moves: min(moves, key=lambda move: what in move)
+
+
+def play(schedule, video, text, *, width=2, stages=2, change=("", "")):
+    """Run the roles over so many keys; the answer of both consumers, and the right one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    k, v, text_k, text_v = (draw(rows, HEAD_DIM) for rows in (video, video, text, text))
+    queries = [draw(ROWS, HEAD_DIM) for _ in range(2)]
+    box = [1, BLOCK // min(width, BLOCK), 1, min(width, BLOCK), HEAD_DIM]
+    text_box = [1, BLOCK, 1, 1, HEAD_DIM]
+    tiles = (
+        *(Tiles(x, box, 1, width) for x in (k, v)),
+        *(Tiles(x, text_box, 0, 1) for x in (text_k, text_v)),
+    )
+    slots = tuple(Ring(Slot(box) for _ in range(stages)) for _ in "kv")
+    barriers = [Ring(Barrier(count) for _ in range(stages)) for count in (1, 1, 2, 2)]
+    barriers.append(Ring(Barrier(1) for _ in range(2)))
+    barriers[-1][0].arrive()
+    video_blocks = -(-video // BLOCK)
+    counts = video_blocks, video_blocks - (-text // BLOCK), video, text
+
+    names = {"ttgl": GLUON, "step": lambda name, *args, **options: (name, args, options)}
+    sources = [source_of(name) for name in ("attend", "produce", "softmax")]
+    if not any(change[0] in source for source in sources):
+        raise LookupError(f"the kernel has no {change[0]!r} any more")
+    for source in sources:
+        python_of(source.replace(*change) if change[0] else source, names)
+    consumers = {
+        name: names["attend"](
+            q_slot(query), slots, barriers, counts, 0.7, HEAD_DIM, BLOCK, stages, group
+        )
+        for group, (name, query) in enumerate(zip(ROLES, queries, strict=False))
+    }
+    producer = names["produce"](
+        tiles, slots, barriers, (3, 2, 1), counts, width, HEAD_DIM, BLOCK, stages
+    )
+    answers = Machine({**consumers, "producer": producer}, chooser(schedule)).run()
+    keys, values = torch.cat([k, text_k]), torch.cat([v, text_v])
+    for name, query in zip(ROLES, queries, strict=False):
+        acc, top, total = answers[name]
+        scores = query @ keys.T * 0.7 * math.log(2)  # the kernel's scale is for powers of two
+        torch.testing.assert_close(acc / total[:, None], scores.softmax(-1) @ values)
+        torch.testing.assert_close((top + total.log2()) * math.log(2), scores.logsumexp(-1))
+
+
+def q_slot(query):
+    return Slot(query.shape, SimpleNamespace(tile=query, readers=0))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("stages", [2, 3])
+def test_every_schedule_gives_attention(schedule, stages):
+    for video, text in ((8, 0), (0, 3), (16, 0), (40, 19), (30, 16), (5, 1), (64, 40)):
+        play(schedule, video, text, stages=stages)
+
+
+@pytest.mark.parametrize("width", [1, 4, 8, 16])
+def test_runs_of_any_width(width):
+    play("drawn 0", 64, 9, width=width)
+
+
+FIRST = "scores = warpgroup_mma_wait(0, [scores])"
+FREE_FIRST = "mbarrier.arrive(k_free.index(0), count=1)"
+WAIT_SCORES = "scores = warpgroup_mma_wait(1, [scores])"
+WAIT_ACC = "acc, weights = warpgroup_mma_wait(0, [acc, weights])"
+FREE_K = "mbarrier.arrive(k_free.index(slot), count=1)"
+FREE_V = "mbarrier.arrive(v_free.index(last), count=1)"
+WRONG = {
+    "keys freed before they are read": (f"{FIRST}\n    {FREE_FIRST}", f"{FREE_FIRST}; {FIRST}"),
+    "values freed before they are read": (f"{WAIT_ACC}\n        {FREE_V}", f"{FREE_V}; {WAIT_ACC}"),
+    "scores used too early": (WAIT_SCORES, WAIT_SCORES.replace("1", "2")),
+    "keys never freed": (FREE_K, "pass"),
+    "values never freed": (FREE_V, "pass"),
+    "keys freed twice": (FREE_K, f"{FREE_K}; {FREE_K}"),
+    "the first lap waits": ("lap ^ 1", "lap"),
+    "keys copied into a slot in use": ("mbarrier.wait(k_free.index(slot), lap ^ 1)", "pass"),
+    "values copied into a slot in use": ("mbarrier.wait(v_free.index(slot), lap ^ 1)", "pass"),
+    "values read before they are there": ("(i - 1) // STAGES & 1)", "1)"),
+    "keys read before they are there": (
+        "mbarrier.wait(k_ready.index(slot), i // STAGES & 1)",
+        "pass",
+    ),
+    "the turn is kept": ("turn.index(1 - GROUP)", "turn.index(GROUP)"),
+    "too few bytes": ("k.block_type.nbytes", "k.block_type.nbytes // 2"),
+}
+
+
+@pytest.mark.parametrize("slip", WRONG)
+def test_the_model_sees_what_is_wrong(slip):
+    def every_schedule():
+        for schedule in SCHEDULES:
+            play(schedule, 40, 19, change=WRONG[slip])
+
+    with pytest.raises((Broken, AssertionError)):
+        every_schedule()
+
+
+SINGLE = SkipPattern.single(4)
+
+
+def reason(p=SINGLE, *, shape=(2, 64, 3, 128), T=5, masked=False, dtype=torch.bfloat16, scale=0.1):
+    with FakeTensorMode():
+        video, text = (torch.empty(shape[0], n, *shape[2:], dtype=dtype, device="cuda")
+                       for n in (shape[1], T))  # fmt: skip
+        mask = torch.ones(shape[:2], dtype=torch.bool, device="cuda") if masked else None
+        return pingpong.why_not(Inputs(video, video, video, text, text, text, mask, None, p, scale))
+
+
+def test_reasons(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    assert pingpong.why_not() is None
+    for p in (SkipPattern.dense(), SkipPattern.single(4), SkipPattern.group(4)):
+        assert reason(p) is None
+    assert reason(T=0) is None
+    assert reason(dtype=torch.float16, shape=(2, 64, 3, 64)) is None
+    assert "no key masks" in reason(masked=True)
+    assert "fp16 and bf16, not torch.float32" in reason(dtype=torch.float32)
+    assert "(64, 128), not 32" in reason(shape=(2, 64, 3, 32))
+    assert "positive scale, not -0.1" in reason(scale=-0.1)
+    assert "positive scale, not 0.0" in reason(scale=0.0)
+    for odd in (SkipPattern(2, 3), SkipPattern(4, 24)):
+        assert "no boxes" in reason(odd, shape=(2, 96, 3, 128))
+    assert "no boxes" in reason(shape=(2, 63, 3, 128))
+    assert "no boxes" in reason(shape=(0, 64, 3, 128))
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
+    assert "capability 9.0" in pingpong.why_not()
+    assert "capability 9.0" in reason()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "does not run Gluon" in pingpong.why_not()
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "3.9.0")
+    assert "Triton 3.6 and 3.7, not 3.9.0" in pingpong.why_not()
