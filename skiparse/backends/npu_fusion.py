@@ -240,14 +240,14 @@ def _attend(
     batch, rows, heads, _ = query.shape
     if keys is None:
         out, largest, total, *_ = attention(query, key, value, heads, "BSND", scale=scale)
-        return out, (largest + total.log())[..., 0].transpose(1, 2)
+        return out, _log_sum_exp(largest, total).transpose(1, 2)
     kept = (x.flatten(0, 1)[keys.rows] for x in (key, value))
     out, largest, total, *_ = attention(
         query.flatten(0, 1), *kept, heads, "TND", scale=scale,
         actual_seq_qlen=_equal_ends(batch, rows), actual_seq_kvlen=keys.ends, softmax_layout="TND",
     )  # fmt: skip
-    lse = (largest + total.log())[..., 0]
-    return out.unflatten(0, (batch, rows)), lse.unflatten(0, (batch, rows))
+    lse = _log_sum_exp(largest, total).unflatten(0, (batch, rows))
+    return out.unflatten(0, (batch, rows)), lse
 
 
 def _attend_backward(
@@ -283,6 +283,10 @@ def _attend_backward(
     shape = (batch, rows)
     dk, dv = (torch.zeros_like(flat[1]).index_copy_(0, keys.rows, x) for x in (dk, dv))
     return dq.unflatten(0, shape), dk.unflatten(0, shape), dv.unflatten(0, shape)
+
+
+def _log_sum_exp(largest: Tensor, total: Tensor) -> Tensor:
+    return largest[..., 0] + total[..., 0].log()
 
 
 def _equal_ends(batch: int, rows: int) -> list[int]:
