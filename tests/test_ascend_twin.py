@@ -351,6 +351,42 @@ void rule() {
     }
 }
 
+// The same on the cube core.
+void cube_rule() {
+    if ASCEND_IS_AIV return;
+    TPipe pipe;
+    auto l1 = cut<TPosition::A1, half>(pipe, 1024), l0a = cut<TPosition::A2, half>(pipe, 1024);
+    auto l0b = cut<TPosition::B2, half>(pipe, 1024);
+    auto l0c = cut<TPosition::CO1, float>(pipe, 1024);
+    pipe.Destroy();
+    Nd2NzParams nd;
+    nd.ndNum = 1; nd.nValue = 16; nd.dValue = 16; nd.srcDValue = 16; nd.dstNzC0Stride = 16;
+    LoadData2DParams load;
+    load.repeatTimes = 1;
+    MmadParams mm;
+    mm.m = 16; mm.n = 16; mm.k = 16;
+    FixpipeParamsV220 fix;
+    fix.nSize = 16; fix.mSize = 16; fix.srcStride = 16; fix.dstStride = 16;
+    const auto c = global<float>(C);
+    switch (omitted) {
+        case 100: DataCopy(l0a, global<half>(A), nd); break;
+        case 101: DataCopy(l1, global<half>(A), 16); break;
+        case 102: LoadData(l1, l1, load); break;
+        case 103: LoadData(l0a, l0b, load); break;
+        case 104: Mmad(l0c, l0b, l0a, mm); break;
+        case 105: Mmad(l1.ReinterpretCast<float>(), l0a, l0b, mm); break;
+        case 106: Fixpipe<float, float, CFG_ROW_MAJOR>(c, l1.ReinterpretCast<float>(), fix); break;
+        case 107: Duplicate(l0c, 0.0f, 16); break;
+        case 108: l1.SetValue(0, twin::rounded<half>(0.0f)); break;
+        case 109: LoadData(l0a[16], l1, load); break;
+        case 110: load.repeatTimes = 256; break;
+        case 111: mm.m = 1; Mmad(l0c, l0a, l0b, mm); break;
+        case 112: fix.nSize = 8; Fixpipe<float, float, CFG_ROW_MAJOR>(c, l0c, fix); break;
+        case 113: nd.dstNzC0Stride = 16385; break;
+        case 114: { TBuf<TPosition::VECIN> ub; pipe.InitBuffer(ub, 32); } break;
+    }
+}
+
 void trap() {  // flag 0 of M_MTE1 is the pipe's until Destroy()
     TPipe pipe;
     if ASCEND_IS_AIC SetFlag<HardEvent::M_MTE1>(0);
@@ -383,6 +419,7 @@ extern "C" int run(const char* name, int omit, uint8_t* a, uint8_t* b, uint8_t* 
         {"accumulate", {accumulate, 1, true, A_BYTES, B_BYTES, C_BYTES}},
         {"exchange", {exchange, 1, true}},
         {"rule", {rule, 1, true}},
+        {"cube rule", {cube_rule, 1, true}},
         {"trap", {trap, 1, true}},
     };
     const Launch& launch = launches.at(name);
@@ -571,8 +608,8 @@ def test_missing_synchronisation(library, name, omit, line, fault):
 
 @pytest.mark.parametrize(
     ("omit", "fault"),
-    list(
-        enumerate(
+    [
+        *enumerate(
             [
                 "runs past the end of its buffer in UB by 4 bytes",
                 "UB has 188160 bytes, and the buffers need",
@@ -607,10 +644,30 @@ def test_missing_synchronisation(library, name, omit, line, fault):
                 "the twin adds out of L0C alone",
             ]
         ),
-    ),
+        *enumerate(
+            [
+                "a tensor in L0A, which this instruction cannot reach",
+                "a tensor in L1, which this instruction cannot reach",
+                "LoadData fills L0A or L0B, not L1",
+                "a tensor in L0B, which this instruction cannot reach",
+                "a tensor in L0B, which this instruction cannot reach",
+                "a tensor in L1, which this instruction cannot reach",
+                "a tensor in L1, which this instruction cannot reach",
+                "a tensor in L0C, which this instruction cannot reach",
+                "the scalar unit reaches UB alone",
+                "starts in L0A at byte 32, not a multiple of 512",
+                "256 does not fit a field of 0 to 255",
+                "m = 1 takes the operand as a vector",
+                "nSize must be a multiple of 16",
+                "16385 does not fit a field of 1 to 16384",
+                "this sub-core has no such memory",
+            ],
+            100,
+        ),
+    ],
 )
 def test_rules(library, omit, fault):
-    found = run(library, "rule", omit)
+    found = run(library, "rule" if omit < 100 else "cube rule", omit)
     assert found is not None
     assert fault in found
     line = int(line_of(f"case {omit}:").split(":")[1])
@@ -633,6 +690,7 @@ def test_rules(library, omit, fault):
         ("CrossCoreSetFlag<2, PIPE_S>(0);", "the flag must follow a pipe of data"),
         ("CrossCoreSetFlag<2, PIPE_ALL>(0);", "the flag must follow a pipe of data"),
         ("PipeBarrier<PIPE_S>();", "the scalar unit has no barrier"),
+        ("SetAtomicAdd<half>();", "the twin adds float alone"),
     ],
 )
 def test_types_reject_what_the_hardware_lacks(tmp_path, statement, message):
