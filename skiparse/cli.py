@@ -296,11 +296,13 @@ def _info(options: argparse.Namespace) -> None:
         print("cuda: none")
     reasons = skiparse.list_backends()
     print("\nbackends, in the order in which a call without a name tries them:")
+    width = max(len(row.name) for row in BACKENDS)
     for row in BACKENDS:
         reason = reasons[row.name]
-        print(f"  {row.name:10} {'can run' if reason is None else 'cannot run: ' + reason}")
-        print(f"  {'':10} {row.what}; by itself on {', '.join(row.chosen_on)}")
-        print(f"  {'':10} verified: {row.verified}")
+        chosen = f"by itself on {', '.join(row.chosen_on)}" if row.chosen_on else "by name alone"
+        print(f"  {row.name:{width}} {'can run' if reason is None else 'cannot run: ' + reason}")
+        print(f"  {'':{width}} {row.what}; {chosen}")
+        print(f"  {'':{width}} verified: {row.verified}")
 
 
 def _device_and_dtype(options: argparse.Namespace) -> tuple[str, torch.dtype]:
