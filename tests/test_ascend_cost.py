@@ -198,6 +198,36 @@ def test_extrapolation_agrees_with_the_whole(library, pattern, guess):
     assert few.l2 == pytest.approx(moved / l2, rel=0.03)
 
 
+def test_backward_projection_is_that_of_the_busiest_core(library):
+    shape = model.Shape(SkipPattern.group(2), N=1600, T=77, H=2, D=64)
+    last = model.project_backward(library, shape, cores=3)
+    whole = launch.backward_costs(library, shape.inputs(), shape.outputs(), cores=3)
+    seconds = sum(whole.cycles(i) for i in range(4)) / model.CLOCK
+    assert last.core == pytest.approx(seconds, rel=0.03)
+    moved = sum(buffer.moved for buffer in whole.buffers.values())
+    assert last.l2 == pytest.approx(moved / launch.device(library, "typical")[0], rel=0.05)
+    assert last.flops == 5 / 2 * shape.flops()
+
+
+def test_half_scores_move_fewer_bytes(library):
+    shape = model.Shape(SkipPattern.single(8))
+    exact, half = (model.project(library, shape, half_scores=x) for x in (False, True))
+    queries, keys = 8 * shape.keys(), shape.keys()
+    saved = shape.H * queries * keys * 2 * 2  # two bytes less, written and read
+    l2, _, _ = launch.device(library, "typical")
+    assert exact.l2 - half.l2 == pytest.approx(saved / l2, rel=0.01)
+
+
+def test_rearranging_copies_and_attends(library):
+    dense, sparse = (model.Shape(p) for p in (SkipPattern.dense(), SkipPattern.group(8)))
+    _, hbm, _ = launch.device(library, "typical")
+    attention = sparse.flops() / 150.8e12
+    copies = 24 * 128 * 2 * (8 * 36864 + 4 * 9 * 512) / hbm
+    assert model.rearranging(library, sparse) == pytest.approx(attention + copies)
+    text = 24 * 128 * 2 * 4 * 2 * 512 / hbm
+    assert model.rearranging(library, dense) == pytest.approx(dense.flops() / 150.8e12 + text)
+
+
 def test_projection_takes_the_slowest_resource():
     one = model.Projection(core=2.0, l2=1.0, hbm=0.5, busy={"a": 1.0, "b": 1.5}, flops=4 * 10**12)
     assert (one.seconds, one.limit, one.tflops) == (2.0, "b", 2.0)

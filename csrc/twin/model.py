@@ -1,13 +1,19 @@
 """What the kernels should take on an Atlas A2 by the cost model of the twin. Nothing is measured.
 
+The band is that of the uncertain figures of cost.h, all fast or all slow. Not in the model: how
+cores queue for the L2 (it is a floor), bank conflicts of UB, instruction fetches, the launch.
+
 ``python -m csrc.twin.model`` prints it for the headline shape.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +21,7 @@ import torch
 
 from csrc.twin import launch
 from skiparse import SkipPattern
-from skiparse.backends import Inputs
+from skiparse.backends import Inputs, Outputs
 from skiparse.pattern import attention_flops
 
 CLOCK = 1.8e9  # of the 910B2 and 910B3
@@ -23,6 +29,10 @@ CUBE_FLOPS = 8192  # a cycle of a cube core in 16 bits
 QUERY_ROWS = 256  # of a task; csrc/ascend/tiling.h
 SAMPLED_STACKS = 60  # of a core, of which the rest is extrapolated
 STACK_KEYS = 1024
+
+# Of the library's attention on a 910B2, published: torch_npu's at 32K tokens of one head, its
+# likeliest value here; the least and the most are of other shapes and of an A3.
+LIBRARY_TFLOPS: dict[launch.Guess, float] = {"slow": 135.0, "typical": 150.8, "fast": 176.0}
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,25 @@ class Shape:
         )
         scale = self.D**-0.5
         return Inputs(video, video, video, text, text, text, None, None, self.pattern, scale)
+
+    def outputs(self) -> Outputs:
+        """Of a forward pass, without data."""
+        B, N, T, H, D, n = self.B, self.N, self.T, self.H, self.D, self.pattern.sparsity
+        return Outputs(
+            torch.empty(B, N, H, D, dtype=self.dtype, device="meta"),
+            torch.empty(B, n, T, H, D, dtype=self.dtype, device="meta"),
+            torch.empty(B, H, N, device="meta"),
+            torch.empty(B, H, n, T, device="meta"),
+        )
+
+    def flops(self, backward: bool = False) -> int:
+        """Counted as skiparse.pattern does."""
+        sizes = (self.N, self.T, self.B, self.H, self.D)
+        return attention_flops(self.pattern, *sizes, backward=backward)
+
+    def keys(self) -> int:
+        """Of the longest sub-sequence."""
+        return max(self.pattern.lengths(self.N)) + self.T
 
     def tasks(self) -> int:
         """Tasks of the kernel, as csrc/ascend/tiling.h counts them."""
@@ -131,23 +160,77 @@ def project(
     workspace = more.buffers["workspace"].size / splits[1] * cores
     bias_rows = shape.B * shape.pattern.sparsity * shape.stacks()
     biases = less.cycles(0) / math.ceil(bias_rows / splits[0]) * math.ceil(bias_rows / cores)
-
-    l2, hbm, l2_bytes = launch.device(library, guess)
-    # The workspace stays in the L2; so do keys and values, if those of all cores fit beside it.
-    keys = max(shape.pattern.lengths(shape.N)) + shape.T
-    fits = workspace + cores * keys * 2 * shape.D * 2 <= l2_bytes
-    from_hbm = sum(
-        min(size, more.buffers[name].size) if fits else size
-        for name, size in moved.items()
-        if name not in ("workspace", "bias")
-    )
     return Projection(
         core=(biases + cycles) / clock,
-        l2=sum(moved.values()) / l2,
-        hbm=from_hbm / hbm,
+        l2=sum(moved.values()) / launch.device(library, guess)[0],
+        hbm=_from_hbm(library, shape, cores, guess, moved, more, workspace),
         busy=busy,
-        flops=attention_flops(shape.pattern, shape.N, shape.T, shape.B, shape.H, shape.D),
+        flops=shape.flops(),
     )
+
+
+def project_backward(
+    library: ctypes.CDLL,
+    shape: Shape,
+    *,
+    cores: int = 24,
+    clock: float = CLOCK,
+    guess: launch.Guess = "typical",
+) -> Projection:
+    """All kernels of the backward pass on the core that has the most of them, which is the last."""
+    costs = launch.backward_costs(
+        library, shape.inputs(), shape.outputs(), cores=cores, guess=guess, core=cores - 1
+    )
+    sequences = shape.B * shape.H * shape.pattern.sparsity
+    share = math.ceil(sequences / cores) / sequences  # of all, on that core
+    launches = {lane.launch for lane in costs.lanes}
+    busy: dict[str, float] = {}
+    for lane in costs.lanes:
+        for pipe, cycles in lane.busy.items() if lane.launch == 2 else ():
+            name = f"{'cube' if lane.lane == 'cube' else 'vector'} {pipe}"
+            busy[name] = max(busy.get(name, 0.0), cycles / clock)
+    moved = {name: buffer.moved / share for name, buffer in costs.buffers.items()}
+    workspace = costs.buffers["workspace"].size
+    return Projection(
+        core=sum(costs.cycles(i) for i in launches) / clock,
+        l2=sum(moved.values()) / launch.device(library, guess)[0],
+        hbm=_from_hbm(library, shape, cores, guess, moved, costs, workspace),
+        busy=busy,
+        flops=shape.flops(backward=True),
+    )
+
+
+def _from_hbm(
+    library: ctypes.CDLL,
+    shape: Shape,
+    cores: int,
+    guess: launch.Guess,
+    moved: dict[str, float],
+    costs: launch.Costs,
+    workspace: float,
+) -> float:
+    """Seconds. The workspace stays in the L2 if it fits, keys and values if they fit beside it."""
+    _, hbm, l2 = launch.device(library, guess)
+    all_fit = workspace + cores * shape.keys() * 2 * shape.D * 2 <= l2
+    moved = {
+        name: min(size, costs.buffers[name].size) if all_fit else size
+        for name, size in moved.items()
+        if name != "workspace" or workspace > l2
+    }
+    return sum(moved.values()) / hbm
+
+
+def rearranging(library: ctypes.CDLL, shape: Shape, guess: launch.Guess = "typical") -> float:
+    """Seconds of the other way: copies to and from contiguous sub-sequences with the text in each,
+    and the library's attention over them at its published rates.
+
+    Each copy reads and writes once, at the rate of the HBM. Dense attention needs none but of text.
+    """
+    _, hbm, _ = launch.device(library, guess)
+    row = shape.B * shape.H * shape.D * 2
+    n = shape.pattern.sparsity
+    copied = (0 if n == 1 else 4 * 2 * shape.N) + 4 * (n + 1) * shape.T  # q, k, v and the output
+    return copied * row / hbm + shape.flops() / LIBRARY_TFLOPS[guess] / 1e12
 
 
 def patterns() -> list[SkipPattern]:
@@ -162,36 +245,49 @@ def name_of(pattern: SkipPattern) -> str:
     return f"{'single' if pattern.run == 1 else 'group'} {pattern.sparsity}"
 
 
-def table(library: ctypes.CDLL, cores: int, variant: int = 0) -> list[str]:
-    """A line for each pattern of the headline shape."""
-    lines = []
-    for pattern in patterns():
-        shape = Shape(pattern)
-        fast, typical, slow = (
-            project(library, shape, cores=cores, guess=guess, variant=variant)
-            for guess in ("fast", "typical", "slow")
-        )
-        used = ", ".join(
-            f"{pipe} {busy / typical.seconds:.0%}" for pipe, busy in typical.busy.items() if busy
-        )
-        lines.append(
-            f"MODEL {name_of(pattern):8s} {cores} cores: {typical.tflops:.0f} TFLOP/s "
-            f"({slow.tflops:.0f} to {fast.tflops:.0f}), {typical.seconds * 1e3:.1f} ms "
-            f"({fast.seconds * 1e3:.1f} to {slow.seconds * 1e3:.1f}); limit: {typical.limit}; "
-            f"core {typical.core * 1e3:.1f}, L2 {typical.l2 * 1e3:.1f}, "
-            f"HBM {typical.hbm * 1e3:.1f} ms; busy: {used}"
-        )
-    return lines
+def line(pattern: SkipPattern, what: str, of: Callable[..., Projection], peak: float) -> str:
+    """One projection with its band."""
+    fast, typical, slow = (of(guess=guess) for guess in launch.GUESSES)
+    used = ", ".join(
+        f"{pipe} {busy / typical.seconds:.0%}" for pipe, busy in typical.busy.items() if busy
+    )
+    return (
+        f"MODEL {name_of(pattern):8s} {what}: {typical.tflops:.0f} TFLOP/s "
+        f"({slow.tflops:.0f} to {fast.tflops:.0f}), {typical.tflops * 1e12 / peak:.0%} of peak, "
+        f"{typical.seconds * 1e3:.1f} ms ({fast.seconds * 1e3:.1f} to {slow.seconds * 1e3:.1f}); "
+        f"limit: {typical.limit}; core {typical.core * 1e3:.1f}, L2 {typical.l2 * 1e3:.1f}, "
+        f"HBM {typical.hbm * 1e3:.1f} ms; busy: {used}"
+    )
+
+
+def break_even(library: ctypes.CDLL, pattern: SkipPattern) -> str:
+    """What the fused forward must reach to take as long as rearranging, and what it does."""
+    shape = Shape(pattern)
+    needed = shape.flops() / rearranging(library, shape) / 1e12
+    of_library = LIBRARY_TFLOPS["typical"]
+    fused = project(library, shape).tflops
+    return (
+        f"MODEL {name_of(pattern):8s} breaks even at {needed:.0f} TFLOP/s, "
+        f"{needed / of_library:.1%} of a library that reaches {of_library:.0f}; "
+        f"projected {fused:.0f}, "
+        f"{fused / needed - 1:+.1%}"
+    )
 
 
 def main() -> None:
-    print("MODEL, not measured: forward, 36,864 video and 512 text tokens, 24 heads of 128, bf16,")
-    print("MODEL at 1.8 GHz; in brackets, what the uncertain figures of csrc/twin/cost.h allow")
+    print("MODEL, not measured: 36,864 video and 512 text tokens, 24 heads of 128, bf16, 1.8 GHz;")
+    print("MODEL in brackets, what the uncertain figures of csrc/twin/cost.h allow")
     with tempfile.TemporaryDirectory() as folder:
         library = launch.build(Path(folder))
-        for cores in (24, 20):
-            for line in table(library, cores):
-                print(line, flush=True)
+        for cores, pattern in itertools.product((24, 20), patterns()):
+            shape, peak = Shape(pattern), cores * CUBE_FLOPS * CLOCK
+            forward = functools.partial(project, library, shape, cores=cores)
+            fast = functools.partial(forward, half_scores=True)
+            backward = functools.partial(project_backward, library, shape, cores=cores)
+            for what, of in (("forward", forward), ("half scores", fast), ("backward", backward)):
+                print(line(pattern, f"{cores} cores, {what}", of, peak), flush=True)
+        for pattern in patterns():
+            print(break_even(library, pattern), flush=True)
 
 
 if __name__ == "__main__":
