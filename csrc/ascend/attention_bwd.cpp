@@ -128,7 +128,7 @@ private:
     __aicore__ inline void Scores(const Steps& at, int64_t i) {
         const int64_t slot = at.key_count % 2 * BLOCK_ROWS * dim_;
         if (at.query == 0) LoadKeys(at);
-        for (int64_t half = 0; half < 2 && at.rows_of_half(at.query, half) > 0; ++half) {
+        for (int64_t half = 0; half < at.query_halves(); ++half) {
             const int64_t first = half * HALF_ROWS * BLOCK_ROWS;
             TimesKeys(at, half, Queries(at), key_[slot], ring_.Scores(i)[first]);
             TimesKeys(at, half, Upstream(at), value_[slot], ring_.WeightGradients(i)[first]);
@@ -174,14 +174,14 @@ private:
     // What the step adds to the gradients of v, k and q.
     __aicore__ inline void Gradients(const Steps& at, int64_t i) {
         CrossCoreWaitFlag(FACTORS_READY);
-        for (int64_t half = 0; half < 2 && at.rows_of_half(at.query, half) > 0; ++half) {
+        for (int64_t half = 0; half < at.query_halves(); ++half) {
             const int32_t slot = LoadWeights(at, half, ring_.template Weights<T>(i));
             TransposedTimes(at, half, weight_[slot * HALF_ROWS * BLOCK_ROWS], Upstream(at),
                             ring_.ValueGradients(at));
             SetFlag<HardEvent::MTE1_MTE2>(WEIGHTS + slot);
         }
         int32_t slots[2] = {0, 0};
-        for (int64_t half = 0; half < 2 && at.rows_of_half(at.query, half) > 0; ++half) {
+        for (int64_t half = 0; half < at.query_halves(); ++half) {
             slots[half] = LoadWeights(at, half, ring_.template ScoreGradients<T>(i));
             TransposedTimes(at, half, weight_[slots[half] * HALF_ROWS * BLOCK_ROWS], Queries(at),
                             ring_.KeyGradients(at));
@@ -196,7 +196,7 @@ private:
                                            const LocalTensor<T>& weights, const JointRows<T>& x,
                                            const GlobalTensor<float>& to) {
         const int64_t rows = PaddedRows(at, half);
-        const bool last = half == 1 || at.rows_of_half(at.query, 1) == 0;
+        const bool last = half + 1 == at.query_halves();
         const int32_t slot = LoadRows(at, half, x);
         products_.LoadRight(rows_[slot * HALF_ROWS * dim_], rows, dim_);
         SetFlag<HardEvent::MTE1_MTE2>(ROWS + slot);
@@ -215,7 +215,7 @@ private:
         const int64_t tiles = at.key_tiles();
         for (int64_t tile = 0; tile < tiles; ++tile) {
             products_.LoadRight(keys[tile * KEY_ROWS * dim_], KEY_ROWS, dim_);
-            for (int32_t half = 0; half < 2 && at.rows_of_half(at.query, half) > 0; ++half) {
+            for (int32_t half = 0; half < at.query_halves(); ++half) {
                 const int64_t rows = PaddedRows(at, half);
                 products_.LoadLeft(weight_[slots[half] * HALF_ROWS * BLOCK_ROWS], rows, 0, rows,
                                    tile * KEY_ROWS, KEY_ROWS);
@@ -231,7 +231,7 @@ private:
         }
     }
 
-    // to[rows, dim] += L0C[slot], or = if this is the first. Sums of one place come out of one slot,
+    // to[rows, dim] += L0C[slot], or = if this is the first. Sums of one place come from one slot,
     // whose next product waits until the last is copied; so they are made in order.
     __aicore__ inline void Accumulate(const GlobalTensor<float>& to, int32_t slot, int64_t rows,
                                       bool first) {

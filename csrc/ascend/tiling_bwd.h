@@ -6,7 +6,6 @@
 namespace skiparse {
 
 constexpr int64_t BLOCK_ROWS = 256;  // queries of a step, and keys
-constexpr int64_t BLOCK_TILES = BLOCK_ROWS / KEY_ROWS;
 constexpr int64_t STEP_RING = 2;  // steps whose matrices are in the workspace at a time
 
 // Plain data, as `Tiling`, and first, so that its address is that of a `Tiling` as well.
@@ -68,8 +67,11 @@ public:
         const int64_t left = rows - block * BLOCK_ROWS - half * HALF_ROWS;
         return left < 0 ? 0 : least(left, HALF_ROWS);
     }
+    SKIPARSE_DEVICE constexpr int64_t query_halves() const {
+        return rows_of_half(query, 1) > 0 ? 2 : 1;
+    }
     SKIPARSE_DEVICE constexpr int64_t key_tiles() const {
-        return rows_of_half(key, 1) > 0 ? BLOCK_TILES : 1;
+        return rows_of_half(key, 1) > 0 ? 2 : 1;
     }
     // Whether some place among the keys of the step must not be attended to.
     SKIPARSE_DEVICE constexpr bool hides_keys() const {
