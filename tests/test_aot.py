@@ -81,8 +81,10 @@ def test_every_kernel_is_there(compiled):
                 assert sorted(row["kernel"] for row in rows) == sorted(names)
 
 
-def test_nothing_spills(compiled):
-    assert [row for row in compiled if row["spills"]] == []
+def test_nothing_spills_but_what_is_named(compiled):
+    for row in compiled:
+        key = (RELEASE, row["arch"], row["kernel"], row["D"], row["masked"])
+        assert row["spills"] == NAMED.get(key, 0), row
 
 
 def test_shared_memory_fits(compiled):
