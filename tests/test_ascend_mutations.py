@@ -422,7 +422,7 @@ MUTATIONS = (
     Mutation(
         "overflown 16-bit stride between rows",
         "return stride >= 1 && stride <= MOST_STRIDE;",
-        "70000 does not fit a field of 1 to 65535",
+        "70000 does not fit a field of 0 to 65535",
         "p.srcDValue = stride;",
         new="return stride >= 1;",
         case="far rows",

@@ -153,6 +153,7 @@ void all() {
         auto x = cut<TPosition::A1, half>(pipe, 16);
         Nd2NzParams nd;
         nd.ndNum = 1; nd.nValue = 1; nd.dValue = 16; nd.srcDValue = 16;
+        nd.dstNzC0Stride = 1; nd.dstNzNStride = 1;
         DataCopy(x, global<half>(C), nd);
     }
 }
@@ -348,6 +349,7 @@ void rule() {
         case 28: { LocalTensor<half> z; Cast(z, x, RoundMode::CAST_NONE, N); } break;
         case 29: { MmadParams mm; mm.unitFlag = 4; } break;
         case 30: SetAtomicAdd<float>(); DataCopy(global<float>(C), y, 64); break;
+        case 31: Brcb(x, y, 256, BrcbRepeatParams(1, 8)); break;
     }
 }
 
@@ -361,6 +363,7 @@ void cube_rule() {
     pipe.Destroy();
     Nd2NzParams nd;
     nd.ndNum = 1; nd.nValue = 16; nd.dValue = 16; nd.srcDValue = 16; nd.dstNzC0Stride = 16;
+    nd.dstNzNStride = 1;
     LoadData2DParams load;
     load.repeatTimes = 1;
     MmadParams mm;
@@ -384,6 +387,7 @@ void cube_rule() {
         case 112: fix.nSize = 8; Fixpipe<float, float, CFG_ROW_MAJOR>(c, l0c, fix); break;
         case 113: nd.dstNzC0Stride = 16385; break;
         case 114: { TBuf<TPosition::VECIN> ub; pipe.InitBuffer(ub, 32); } break;
+        case 115: { Nd2NzParams unset; DataCopy(l1, global<half>(A), unset); } break;
     }
 }
 
@@ -626,7 +630,7 @@ def test_missing_synchronisation(library, name, omit, line, fault):
                 "reads C where nothing was written",
                 "writes A, an input",
                 "48 bytes are not whole blocks of 32",
-                "65536 does not fit a field of 1 to 65535",
+                "65536 does not fit a field of 0 to 65535",
                 "4096 does not fit a field of 0 to 4095",
                 "set more than 15 times ahead",
                 "cross-core flag 11: a kernel has 0 to 10",
@@ -642,6 +646,7 @@ def test_missing_synchronisation(library, name, omit, line, fault):
                 "Cast rounds with CAST_RINT, and widens with CAST_NONE",
                 "4 does not fit a field of 0 to 3",
                 "the twin adds out of L0C alone",
+                "Brcb: repeats 1 to 255 times",
             ]
         ),
         *enumerate(
@@ -659,8 +664,9 @@ def test_missing_synchronisation(library, name, omit, line, fault):
                 "256 does not fit a field of 0 to 255",
                 "m = 1 takes the operand as a vector",
                 "nSize must be a multiple of 16",
-                "16385 does not fit a field of 1 to 16384",
+                "16385 does not fit a field of 0 to 16384",
                 "this sub-core has no such memory",
+                "dstNzC0Stride and dstNzNStride are 1 at least, and 0 unless set",
             ],
             100,
         ),
@@ -691,6 +697,7 @@ def test_rules(library, omit, fault):
         ("CrossCoreSetFlag<2, PIPE_ALL>(0);", "the flag must follow a pipe of data"),
         ("PipeBarrier<PIPE_S>();", "the scalar unit has no barrier"),
         ("SetAtomicAdd<half>();", "the twin adds float alone"),
+        ("AscendC::QuantMode_t::F322F16;", "has not been declared"),
     ],
 )
 def test_types_reject_what_the_hardware_lacks(tmp_path, statement, message):

@@ -123,7 +123,7 @@ public:
         p.mSize = rows;
         p.srcStride = RoundUp(rows, 16);
         p.dstStride = row_stride;
-        if constexpr (sizeof(U) == sizeof(half)) p.quantPre = AscendC::QuantMode_t::F322F16;
+        if constexpr (sizeof(U) == sizeof(half)) p.quantPre = QuantMode_t::F322F16;
         AscendC::SetFlag<HardEvent::M_FIX>(slot);
         AscendC::WaitFlag<HardEvent::M_FIX>(slot);
         AscendC::Fixpipe<U, float, AscendC::CFG_ROW_MAJOR>(to, product_[slot * SLOT], p);

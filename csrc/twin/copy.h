@@ -35,10 +35,8 @@ struct DataCopyExtParams {
 struct Nd2NzParams {
     twin::Field<0, 4095> ndNum = 0;
     twin::Field<0, 16384> nValue = 0;
-    twin::Field<0, 65535> dValue = 0, srcNdMatrixStride = 0;
-    twin::Field<1, 65535> srcDValue = 1;
-    twin::Field<1, 16384> dstNzC0Stride = 1, dstNzNStride = 1;
-    twin::Field<0, 16384> dstNzMatrixStride = 0;
+    twin::Field<0, 65535> dValue = 0, srcNdMatrixStride = 0, srcDValue = 0;
+    twin::Field<0, 16384> dstNzC0Stride = 0, dstNzNStride = 0, dstNzMatrixStride = 0;
 };
 
 template <class T>
@@ -46,6 +44,8 @@ void DataCopy(const LocalTensor<T>& to, const GlobalTensor<T>& from, const Nd2Nz
               Where where = Where::here()) {
     static_assert(sizeof(T) == 2, "the twin converts 16-bit types alone");
     constexpr size_t C0 = twin::BLOCK / sizeof(T);
+    twin::require(p.srcDValue >= 1 && p.dstNzC0Stride >= 1 && p.dstNzNStride >= 1, where,
+                  "srcDValue, dstNzC0Stride and dstNzNStride are 1 at least, and 0 unless set");
     to.expect(twin::L1, twin::BLOCK, where);
     twin::Operation operation = twin::copy(twin::MTE2, "DataCopy", from.GetPhyAddr(),
                                            p.ndNum * p.nValue, p.dValue * sizeof(T), where);

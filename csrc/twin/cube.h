@@ -7,6 +7,10 @@
 
 #include "tensor.h"
 
+// How results are rounded on their way out: not at all, or to half. The compiler's, so outside of
+// the namespace.
+enum class QuantMode_t { NoQuant, F322F16 };
+
 namespace AscendC {
 
 constexpr uint64_t FRACTAL_SIDE = 16;
@@ -33,9 +37,6 @@ struct FixpipeConfig {
     CO2Layout format;
 };
 constexpr FixpipeConfig CFG_ROW_MAJOR{CO2Layout::ROW_MAJOR};
-
-// How results are rounded on their way out: not at all, or to half.
-enum class QuantMode_t { NoQuant, F322F16 };
 
 // `srcStride` between columns of fractals, in rows of 16; `dstStride` between rows, in elements.
 // `unitFlag` 3: every 512 bytes wait until they are ready.

@@ -255,6 +255,7 @@ template <class T>
 void Brcb(const LocalTensor<T>& to, const LocalTensor<T>& from, uint64_t repeats,
           const BrcbRepeatParams& p, Where where = Where::here()) {
     constexpr uint64_t PER_BLOCK = twin::BLOCK / sizeof(T), EACH = 8;
+    twin::require(repeats >= 1 && repeats <= 255, where, "Brcb: repeats 1 to 255 times");
     const twin::Cost cost = twin::machine->costs.vector(repeats, twin::figure::PLAIN);
     twin::Operation operation(twin::V, "Brcb", cost, where);
     to.expect(twin::UB, twin::BLOCK, where);
