@@ -75,6 +75,22 @@ def test_more_rows_than_a_block(library, T):
     check(library, make_problem(p, N=1100, T=T, H=1, D=64, dtype=torch.bfloat16), cores=3)
 
 
+@pytest.mark.parametrize("most_in_part", [1, 2, 3])
+def test_queries_in_parts(library, most_in_part):
+    """Bit for bit the same, for sums are made in the same order: of 3, 2 and 2 blocks."""
+    p = SkipPattern(3, 300)
+    problem = make_problem(p, N=1250, T=77, H=1, D=64, dtype=torch.bfloat16, masked=True)
+    inputs, n = inputs_of(problem), 3
+    given = (inputs, reference.forward(inputs), problem.grad_out)
+    of_each = problem.grad_text_out.unsqueeze(1).expand(-1, n, -1, -1, -1)
+    whole, parts = (
+        launch.backward(library, *given, of_each, cores=2, most_in_part=most)
+        for most in (launch.MOST_IN_PART, most_in_part)
+    )
+    for name, x, y in zip(NAMES, whole, parts, strict=True):
+        assert torch.equal(x, y), name
+
+
 def test_after_the_forward_kernel(library):
     p = SkipPattern.single(2)
     problem = make_problem(p, N=301, T=20, D=64, dtype=torch.bfloat16, masked=True)

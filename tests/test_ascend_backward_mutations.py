@@ -122,6 +122,22 @@ MUTATIONS = (
         new="(at.query_count + at.query) % (queries - 1);",
         case="sequences",
     ),
+    Mutation(
+        "keys loaded for the first part alone",
+        "if (at.first_of_part()) LoadKeys(at);",
+        "MTE1_MTE2 flag 1 is set again",
+        "if (at.last_of_part()) SetFlag<HardEvent::MTE1_MTE2>(KEYS + at.key_count % 2);",
+        new="if (at.query == 0) LoadKeys(at);",
+        case="parts",
+    ),
+    Mutation(
+        "one block for the sums of all keys",
+        "key_sums + 2 * at.key * ROWS_BYTES",
+        "DataCopy reads key sums, written by Fixpipe at products.h",
+        LOAD_BLOCK,
+        new="key_sums",
+        case="parts",
+    ),
     # Between the pipes of a core.
     Mutation(
         "dropped flag MTE2_MTE1",
@@ -137,7 +153,7 @@ MUTATIONS = (
     ),
     Mutation(
         "keys given back too early",
-        "if (at.last_query()) SetFlag<HardEvent::MTE1_MTE2>(KEYS + at.key_count % 2);",
+        "if (at.last_of_part()) SetFlag<HardEvent::MTE1_MTE2>(KEYS + at.key_count % 2);",
         "MTE1_MTE2 flag 0 is set again",
         new="SetFlag<HardEvent::MTE1_MTE2>(KEYS + at.key_count % 2);",
         case="blocks",
@@ -239,6 +255,7 @@ MUTATIONS = (
 CASES = {
     "tiles": (SkipPattern.dense(), {"N": 250}),  # two halves of queries, two tiles of keys
     "blocks": (SkipPattern.dense(), {"N": 300}),  # two of each
+    "parts": (SkipPattern.dense(), {"N": 520}),  # three of each, a block of queries at a time
     "sequences": (SkipPattern.single(4), {"N": 80}),  # four, of one block
     "text": (SkipPattern.single(2), {"N": 60, "T": 20}),
     "one row for all": (SkipPattern.single(2), {"N": 60}),
@@ -276,7 +293,9 @@ def backward(library, case, variant):
     n = p.pattern.sparsity
     of_each = (p.grad_text_out / n).unsqueeze(1).expand(-1, n, -1, -1, -1)
     outputs = reference.forward(inputs)
-    found = launch.backward(library, inputs, outputs, p.grad_out, of_each, cores=1, variant=variant)
+    most = 1 if case == "parts" else launch.MOST_IN_PART
+    given = (inputs, outputs, p.grad_out, of_each)
+    found = launch.backward(library, *given, cores=1, most_in_part=most, variant=variant)
     return {f"grad_{name}": x for name, x in found._asdict().items()}
 
 

@@ -7,7 +7,9 @@
 // q, k and v. They exchange all of it through the workspace of the core.
 //
 // One core owns a whole sequence and adds in program order, so the sums do not depend on how the
-// cores are timed, nor on how many there are. A block of 512 queries would need half the additions
+// cores are timed, nor on how many there are. Of a long sequence the queries are taken in parts, so
+// that the sums of their gradients stay in the L2; those of the keys are then kept from part to part,
+// which moves them seldom. A block of 512 queries would need half the additions
 // to the gradients of k and v, but its tiles do not fit in L1 beside two blocks of k and v.
 #include "kernel_operator.h"
 
@@ -41,11 +43,13 @@ struct BackwardArguments {
     GM_ADDR grad_v;
     GM_ADDR text_parts;  // for skiparse_text_gradients
     GM_ADDR workspace;
+    GM_ADDR key_sums;
 };
 
 // The workspace of this core: matrices of a step, and gradients.
 struct StepRing {
     GM_ADDR base;
+    GM_ADDR key_sums;
     int64_t queries;  // blocks of gradients of q
 
     __aicore__ inline GlobalTensor<float> Scores(int64_t i) const {
@@ -75,6 +79,7 @@ struct StepRing {
 
 private:
     __aicore__ inline GlobalTensor<float> KeyBlock(const Steps& at) const {
+        if (at.parts() > 1) return At<float>(key_sums + 2 * at.key * ROWS_BYTES, 0);
         const int64_t block = at.key_count % STEP_RING;
         return At<float>(base + block * STEP_BYTES + 2 * WIDE_BYTES + 2 * NARROW_BYTES, 0);
     }
@@ -102,7 +107,7 @@ public:
             SetFlag<HardEvent::MTE1_MTE2>(WEIGHTS + slot);
         }
         products_.Open();
-        Steps scores(t_, core, cores), gradients(t_, core, cores);
+        Steps scores(b_, core, cores), gradients(b_, core, cores);
         for (int64_t i = 0; !gradients.done; ++i) {
             if (!scores.done) {
                 Scores(scores, i);
@@ -127,7 +132,7 @@ private:
     // scores = q k^T, weight gradients = dout v^T
     __aicore__ inline void Scores(const Steps& at, int64_t i) {
         const int64_t slot = at.key_count % 2 * BLOCK_ROWS * dim_;
-        if (at.query == 0) LoadKeys(at);
+        if (at.first_of_part()) LoadKeys(at);
         for (int64_t half = 0; half < at.query_halves(); ++half) {
             const int64_t first = half * HALF_ROWS * BLOCK_ROWS;
             TimesKeys(at, half, Queries(at), key_[slot], ring_.Scores(i)[first]);
@@ -187,7 +192,7 @@ private:
                             ring_.KeyGradients(at));
         }
         AddQueryGradients(at, slots);
-        if (at.last_query()) SetFlag<HardEvent::MTE1_MTE2>(KEYS + at.key_count % 2);
+        if (at.last_of_part()) SetFlag<HardEvent::MTE1_MTE2>(KEYS + at.key_count % 2);
         if (at.last_query() || at.last_key()) CrossCoreSetFlag<2, PIPE_FIX>(GRADIENTS_READY);
     }
 
@@ -293,7 +298,7 @@ class BackwardVector {
 public:
     __aicore__ inline BackwardVector(const BackwardTiling& tiling,
                                      const BackwardArguments& arguments, StepRing ring)
-        : t_(tiling.forward), a_(arguments), ring_(ring), dim_(t_.head_dim),
+        : b_(tiling), t_(tiling.forward), a_(arguments), ring_(ring), dim_(t_.head_dim),
           half_(GetSubBlockIdx()) {
         TPipe pipe;
         wide_ = Cut<TPosition::VECCALC, float>(pipe, 2 * 2 * CHUNK);
@@ -313,7 +318,7 @@ public:
         }
         SetFlag<HardEvent::MTE3_V>(WEIGHTS);
         SetFlag<HardEvent::MTE3_V>(GRADIENTS);
-        Steps weights(t_, core, cores), gradients(t_, core, cores);
+        Steps weights(b_, core, cores), gradients(b_, core, cores);
         for (int64_t i = 0; !gradients.done; ++i) {
             if (!weights.done) {
                 Weights(weights, i);
@@ -481,6 +486,7 @@ private:
         WaitFlag<HardEvent::MTE3_V>(TEXT);
     }
 
+    const BackwardTiling& b_;
     const Tiling& t_;
     const BackwardArguments& a_;
     StepRing ring_;
@@ -498,9 +504,9 @@ template <class T>
 __aicore__ inline void Backward(const BackwardArguments& arguments, GM_ADDR tiling_address) {
     BackwardTiling tiling;
     ReadTiling(tiling, tiling_address);
-    const Tiling& t = tiling.forward;
     const int64_t cores = GetBlockNum(), core = GetBlockIdx() / GetTaskRation();
-    const StepRing ring{arguments.workspace + core * backward_workspace_bytes(t), query_ring(t)};
+    const StepRing ring{arguments.workspace + core * backward_workspace_bytes(tiling),
+                        arguments.key_sums + core * key_sums_bytes(tiling), query_ring(tiling)};
     if ASCEND_IS_AIC {
         BackwardCube<T>(tiling, arguments, ring).Run(core, cores);
     }
@@ -514,19 +520,21 @@ __aicore__ inline void Backward(const BackwardArguments& arguments, GM_ADDR tili
 extern "C" __global__ __aicore__ void skiparse_attention_bwd_fp16(
     GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR text_q, GM_ADDR text_k, GM_ADDR text_v,
     GM_ADDR grad_out, GM_ADDR grad_text_out, GM_ADDR bias, GM_ADDR values, GM_ADDR grad_q,
-    GM_ADDR grad_k, GM_ADDR grad_v, GM_ADDR text_parts, GM_ADDR workspace, GM_ADDR tiling) {
+    GM_ADDR grad_k, GM_ADDR grad_v, GM_ADDR text_parts, GM_ADDR workspace, GM_ADDR key_sums,
+    GM_ADDR tiling) {
     KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
     skiparse::Backward<half>({q, k, v, text_q, text_k, text_v, grad_out, grad_text_out, bias,
-                              values, grad_q, grad_k, grad_v, text_parts, workspace},
+                              values, grad_q, grad_k, grad_v, text_parts, workspace, key_sums},
                              tiling);
 }
 
 extern "C" __global__ __aicore__ void skiparse_attention_bwd_bf16(
     GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR text_q, GM_ADDR text_k, GM_ADDR text_v,
     GM_ADDR grad_out, GM_ADDR grad_text_out, GM_ADDR bias, GM_ADDR values, GM_ADDR grad_q,
-    GM_ADDR grad_k, GM_ADDR grad_v, GM_ADDR text_parts, GM_ADDR workspace, GM_ADDR tiling) {
+    GM_ADDR grad_k, GM_ADDR grad_v, GM_ADDR text_parts, GM_ADDR workspace, GM_ADDR key_sums,
+    GM_ADDR tiling) {
     KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
     skiparse::Backward<bfloat16_t>({q, k, v, text_q, text_k, text_v, grad_out, grad_text_out, bias,
-                                    values, grad_q, grad_k, grad_v, text_parts, workspace},
+                                    values, grad_q, grad_k, grad_v, text_parts, workspace, key_sums},
                                    tiling);
 }

@@ -8,11 +8,15 @@ namespace skiparse {
 constexpr int64_t BLOCK_ROWS = 256;  // queries of a step, and keys
 constexpr int64_t STEP_RING = 2;  // steps whose matrices are in the workspace at a time
 
+// Query blocks whose gradients are summed at a time: 5 MiB of them for each core stay in the L2.
+constexpr int64_t MOST_IN_PART = 40;
+
 // Plain data, as `Tiling`, and first, so that its address is that of a `Tiling` as well.
 struct BackwardTiling {
     Tiling forward;
     Strides grad_out, grad_text_out;
     int64_t grad_text_sub;  // from sub-sequence to sub-sequence of grad_text_out
+    int64_t most_in_part;   // query blocks; MOST_IN_PART unless a test wants less
 };
 static_assert(sizeof(BackwardTiling) % sizeof(uint64_t) == 0, "copied word by word");
 
@@ -38,27 +42,39 @@ SKIPARSE_DEVICE constexpr int64_t row_values(const Tiling& t) {
     return 2 * most_blocks(t) * BLOCK_ROWS;
 }
 
-// The steps of the sequences of one core: key block after key block, and for each of them all query
-// blocks. Empty sequences are passed over.
+// The steps of the sequences of one core: a part of the queries after the other; for each of them
+// key block after key block; and for each of these all query blocks of the part. Parts are equal but
+// for the last. Empty sequences are passed over.
 class Steps {
 public:
-    SKIPARSE_DEVICE constexpr Steps(const Tiling& tiling, int64_t core, int64_t cores)
-        : tiling_(tiling), next_(sequences(tiling) * core / cores),
-          end_(sequences(tiling) * (core + 1) / cores) {
+    SKIPARSE_DEVICE constexpr Steps(const BackwardTiling& tiling, int64_t core, int64_t cores)
+        : tiling_(tiling.forward), most_in_part_(tiling.most_in_part),
+          next_(sequences(tiling_) * core / cores), end_(sequences(tiling_) * (core + 1) / cores) {
         next_sequence();
     }
 
     SKIPARSE_DEVICE constexpr void step() {
-        if (++query < blocks()) return;
-        query = 0;
+        if (++query < part_end()) return;
         ++key_count;
-        if (++key < blocks()) return;
+        if (++key < blocks()) {
+            query = part_begin_;
+            return;
+        }
         key = 0;
+        part_begin_ = query;
+        if (query < blocks()) return;
+        query = part_begin_ = 0;
         query_count += blocks();
         next_sequence();
     }
 
     SKIPARSE_DEVICE constexpr int64_t blocks() const { return ceil_div(rows, BLOCK_ROWS); }
+    SKIPARSE_DEVICE constexpr int64_t parts() const { return ceil_div(blocks(), most_in_part_); }
+    SKIPARSE_DEVICE constexpr int64_t part_end() const {
+        return least(part_begin_ + ceil_div(blocks(), parts()), blocks());
+    }
+    SKIPARSE_DEVICE constexpr bool first_of_part() const { return query == part_begin_; }
+    SKIPARSE_DEVICE constexpr bool last_of_part() const { return query + 1 == part_end(); }
     SKIPARSE_DEVICE constexpr bool last_query() const { return query + 1 == blocks(); }
     SKIPARSE_DEVICE constexpr bool last_key() const { return key + 1 == blocks(); }
 
@@ -97,22 +113,32 @@ private:
     }
 
     const Tiling& tiling_;
+    int64_t most_in_part_;
     int64_t next_, end_;
+    int64_t part_begin_ = 0;
 };
 
 // The workspace of one core, in bytes. Matrices of a step: scores and gradients of the weights in
 // fp32, weights and gradients of the scores in 16 bits. Then gradients of keys and values of a
-// block, and those of the queries of a whole sequence, in fp32.
+// block, and those of the queries of a part, in fp32.
 constexpr int64_t WIDE_BYTES = BLOCK_ROWS * BLOCK_ROWS * 4;
 constexpr int64_t NARROW_BYTES = BLOCK_ROWS * BLOCK_ROWS * 2;
 constexpr int64_t ROWS_BYTES = BLOCK_ROWS * 128 * 4;
 constexpr int64_t STEP_BYTES = 2 * WIDE_BYTES + 2 * NARROW_BYTES + 2 * ROWS_BYTES;
 
-// One block more than a sequence has: the next sequence may begin while the vector cores still read
-// the last block of this one.
-SKIPARSE_DEVICE constexpr int64_t query_ring(const Tiling& t) { return most_blocks(t) + 1; }
-SKIPARSE_DEVICE constexpr int64_t backward_workspace_bytes(const Tiling& t) {
-    return STEP_RING * STEP_BYTES + query_ring(t) * ROWS_BYTES;
+// One block more than a part has: the next may begin while the vector cores still read the last
+// block of this one.
+SKIPARSE_DEVICE constexpr int64_t query_ring(const BackwardTiling& b) {
+    return least(most_blocks(b.forward), b.most_in_part) + 1;
+}
+SKIPARSE_DEVICE constexpr int64_t backward_workspace_bytes(const BackwardTiling& b) {
+    return STEP_RING * STEP_BYTES + query_ring(b) * ROWS_BYTES;
+}
+
+// Gradients of keys and values between the parts of a sequence, of one core, in bytes.
+SKIPARSE_DEVICE constexpr int64_t key_sums_bytes(const BackwardTiling& b) {
+    const int64_t blocks = most_blocks(b.forward);
+    return blocks > b.most_in_part ? 2 * blocks * ROWS_BYTES : 0;
 }
 
 }  // namespace skiparse

@@ -33,6 +33,7 @@ struct BackwardScratch {
     void* values;      // row_values_bytes
     void* text_parts;  // text_parts_bytes
     void* workspace;   // backward_workspace_bytes for each cube core
+    void* key_sums;    // key_sums_bytes for each cube core
 };
 
 constexpr int64_t FLOAT_BYTES = sizeof(float);

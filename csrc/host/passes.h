@@ -21,7 +21,7 @@ void run_backward(const Run& run, bool bf16, const BackwardPointers& p, const Ba
                    s.values, s.tiling);
     run.backward(bf16, p.q, p.k, p.v, p.text_q, p.text_k, p.text_v, p.grad_out, p.grad_text_out,
                  s.bias, s.values, p.grad_q, p.grad_k, p.grad_v, s.text_parts, s.workspace,
-                 s.tiling);
+                 s.key_sums, s.tiling);
     run.text_gradients(bf16, s.text_parts, p.grad_text_q, p.grad_text_k, p.grad_text_v, s.tiling);
 }
 

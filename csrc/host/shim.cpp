@@ -161,7 +161,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
         t,
         strides_of(grad_out),
         {grad_text_out.stride(0), grad_text_out.stride(2), grad_text_out.stride(3)},
-        grad_text_out.stride(1)};
+        grad_text_out.stride(1),
+        skiparse::MOST_IN_PART};
     const auto like = [](const Tensor& x) { return at::empty(x.sizes(), x.options()); };
     const Tensor grad_q = like(q), grad_k = like(q), grad_v = like(q);
     const Tensor grad_text_q = like(text_q), grad_text_k = like(text_q), grad_text_v = like(text_q);
@@ -171,7 +172,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor bias = bytes(q, skiparse::bias_bytes(t));
     const Tensor values = bytes(q, skiparse::row_values_bytes(t));
     const Tensor text_parts = bytes(q, skiparse::text_parts_bytes(t));
-    const Tensor workspace = bytes(q, cores.cube * skiparse::backward_workspace_bytes(t));
+    const Tensor workspace = bytes(q, cores.cube * skiparse::backward_workspace_bytes(b));
+    const Tensor key_sums = bytes(q, cores.cube * skiparse::key_sums_bytes(b));
     const skiparse::BackwardPointers pointers{
         pointer(q), pointer(k), pointer(v), pointer(text_q), pointer(text_k), pointer(text_v),
         pointer(mask), pointer(text_mask), pointer(out), pointer(text_out), pointer(lse),
@@ -179,7 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
         pointer(grad_k), pointer(grad_v), pointer(grad_text_q), pointer(grad_text_k),
         pointer(grad_text_v)};
     const skiparse::BackwardScratch scratch{pointer(tiling), pointer(bias), pointer(values),
-                                            pointer(text_parts), pointer(workspace)};
+                                            pointer(text_parts), pointer(workspace),
+                                            pointer(key_sums)};
     const bool bf16 = q.scalar_type() == at::kBFloat16;
     const c10_npu::NPUStream stream = c10_npu::getCurrentNPUStream();
     at_npu::native::OpCommand::RunOpApiV2("skiparse_attention_bwd", [=]() -> int {

@@ -56,7 +56,8 @@ extern "C" void skiparse_attention_bwd(void*, const SkiparseCores* cores,
     fill(scratch->bias, bias_bytes(t));
     fill(scratch->values, row_values_bytes(t));
     fill(scratch->text_parts, text_parts_bytes(t));
-    fill(scratch->workspace, cores->cube * backward_workspace_bytes(t));
+    fill(scratch->workspace, cores->cube * backward_workspace_bytes(*tiling));
+    fill(scratch->key_sums, cores->cube * key_sums_bytes(*tiling));
     static char report[1 << 16];
     if (skiparse_twin_backward(0, tiling, bf16, cores->cube, pointers, &EXECUTED, report,
                                sizeof(report)) != 0) {

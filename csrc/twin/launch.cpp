@@ -21,7 +21,7 @@ struct Kernels {
     decltype(row_values_fp16) row_values_bf16 = nullptr;
     void (*backward_fp16)(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR,
                           GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR,
-                          GM_ADDR) = nullptr;
+                          GM_ADDR, GM_ADDR) = nullptr;
     decltype(backward_fp16) backward_bf16 = nullptr;
     void (*text_gradients_fp16)(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR) = nullptr;
     decltype(text_gradients_fp16) text_gradients_bf16 = nullptr;
@@ -203,7 +203,8 @@ std::string backward(const Kernels& kernels, skiparse::BackwardTiling b, bool bf
     GM_ADDR bias = global.scratch("bias", bias_bytes(t));
     GM_ADDR values = global.scratch("row values", row_values_bytes(t));
     GM_ADDR parts = global.scratch("text parts", text_parts_bytes(t));
-    GM_ADDR workspace = global.scratch("workspace", cores * backward_workspace_bytes(t));
+    GM_ADDR workspace = global.scratch("workspace", cores * backward_workspace_bytes(b));
+    GM_ADDR key_sums = global.scratch("key sums", cores * key_sums_bytes(b));
     GM_ADDR grad_q = global.output("grad_q", p.grad_q, rows * row);
     GM_ADDR grad_k = global.output("grad_k", p.grad_k, rows * row);
     GM_ADDR grad_v = global.output("grad_v", p.grad_v, rows * row);
@@ -216,7 +217,7 @@ std::string backward(const Kernels& kernels, skiparse::BackwardTiling b, bool bf
         {q, k, v, text_q, text_k, text_v, p.mask ? mask : nullptr,
          p.text_mask ? text_mask_at : nullptr, out, text_out, lse, text_lse, grad_out,
          grad_text_out, grad_q, grad_k, grad_v, grad_text_q, grad_text_k, grad_text_v},
-        {&b, bias, values, parts, workspace});
+        {&b, bias, values, parts, workspace, key_sums});
     global.expect_outputs_written();
     return twin::report(machine);
 }

@@ -23,6 +23,7 @@ TWIN = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Werror=overflow", "-fPIC")
 REPORT_BYTES = 1 << 16
 HEAD_DIMS = (64, 128)
+MOST_IN_PART = 40  # of csrc/ascend/tiling_bwd.h
 INPUTS = ("q", "k", "v", "text_q", "text_k", "text_v")
 OUTPUTS = ("out", "text_out", "lse", "text_lse")
 
@@ -105,6 +106,7 @@ class _BackwardTiling(ctypes.Structure):
         ("grad_out", _Strides),
         ("grad_text_out", _Strides),
         ("grad_text_sub", ctypes.c_int64),
+        ("most_in_part", ctypes.c_int64),
     )
 
 
@@ -205,15 +207,18 @@ def backward(
     grad_text_out: Tensor,
     *,
     cores: int = 2,
+    most_in_part: int = MOST_IN_PART,
     variant: int = 0,
 ) -> Gradients:
     """Gradients as the kernels compute them: ``grad_text_out`` is ``[B, n, T, H, D]``.
+
+    ``most_in_part`` blocks of 256 queries are taken at a time.
 
     Raises:
         TwinFault: if a kernel breaks a rule of the hardware.
     """
     grads = (grad_out, grad_text_out)
-    return _backward(library, inputs, outputs, *grads, cores, variant, EXECUTED)[0]
+    return _backward(library, inputs, outputs, *grads, cores, most_in_part, variant, EXECUTED)[0]
 
 
 def backward_costs(
@@ -224,13 +229,15 @@ def backward_costs(
     cores: int,
     guess: Guess = "typical",
     core: int | None = None,
+    most_in_part: int = MOST_IN_PART,
     variant: int = 0,
 ) -> Costs:
     """Cycles of the key biases, the row values, the gradients and their sums over sub-sequences
     (launches 0 to 3), with upstream gradients as ``outputs`` are: a MODEL. See `forward_costs`.
     """
     model = _Model(GUESSES.index(guess), 1, -1 if core is None else core, 0, 0)
-    return _backward(library, inputs, outputs, *outputs[:2], cores, variant, model)[1]
+    grads = outputs[:2]
+    return _backward(library, inputs, outputs, *grads, cores, most_in_part, variant, model)[1]
 
 
 def _backward(
@@ -240,6 +247,7 @@ def _backward(
     grad_out: Tensor,
     grad_text_out: Tensor,
     cores: int,
+    most_in_part: int,
     variant: int,
     model: _Model,
 ) -> tuple[Gradients, Costs]:
@@ -255,6 +263,7 @@ def _backward(
         _Strides(*grad_out.stride()[:3]),
         _Strides(batch, token, head),
         sub,
+        most_in_part,
     )
     pointers = _BackwardPointers(
         *map(
