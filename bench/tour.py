@@ -2,8 +2,8 @@
 
 The parts are those of :mod:`~skiparse.bench.demo`, :mod:`~skiparse.bench.reconstruct` and
 :mod:`~skiparse.bench.generate`, one after the other, in one report, which is written anew after
-each. A demo that was interrupted takes over the figures, the autoencoder, the cached features and
-the training, as far as they got.
+each. A demo that was interrupted takes over the figures of attention and the autoencoder if they
+are whole, the cached features as far as they got, and the training from its last checkpoint.
 """
 
 from __future__ import annotations
