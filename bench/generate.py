@@ -79,13 +79,18 @@ def run(
 
     Returns:
         Every number, ready for JSON.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C or SIGTERM; called again, it goes on.
     """
     folder = Path(out)
     make_clips(folder / "clips", Path(clip))
     make_text(folder / "text")
     config = config_of(folder, steps)
     make_caches(folder, config)
-    train(config)
+    total = sum(stage.steps for stage in config.stages.values())
+    if train(config).name != f"step-{total:08d}":
+        raise KeyboardInterrupt  # which the trainer, having saved, keeps to itself
     model = folder / "model"
     if not is_of(model, folder / "run"):
         shutil.rmtree(model, ignore_errors=True)

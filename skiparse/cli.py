@@ -17,7 +17,7 @@ _BACKENDS, _AGAINST = "sdpa,triton", "dense,original,flex,natten"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse and run; returns the exit status, 2 for arguments that make no sense."""
+    """Parse and run; returns the status: 2 for arguments that make no sense, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="skiparse", description="Skiparse attention for video transformers."
     )
@@ -271,6 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (FloatingPointError, OSError) as error:  # what went wrong on the way
         print(f"skiparse: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("skiparse: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -39,6 +39,15 @@ def test_bad_arguments(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_an_interruption_is_no_error_of_the_program(capsys, monkeypatch):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("skiparse.cli._info", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "skiparse: interrupted\n"
+
+
 def test_unknown_commands_are_refused():
     with pytest.raises(SystemExit) as caught:
         main(["fly"])

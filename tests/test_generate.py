@@ -1,6 +1,8 @@
 """The way from a clip to a generated video: walked once, and gone on with after an interruption."""
 
 import os
+import shutil
+import signal
 
 import pytest
 import torch
@@ -46,6 +48,24 @@ def made(clip, tmp_path_factory):
         yield out, generate.run(out, clip, steps=0.001), patch
     finally:
         patch.undo()
+
+
+def test_an_interruption_ends_it_until_it_is_called_again(made, clip, tmp_path, monkeypatch):
+    """Nothing is made of a model that is not yet trained."""
+    shutil.copytree(made[0] / "vae", tmp_path / "vae")
+    calls, real = iter(range(100)), loop.loss_of
+
+    def interrupted(*arguments):
+        if next(calls) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "loss_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate.run(tmp_path, clip, steps=0.001)
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert not (tmp_path / "model").exists()
+    assert len(generate.run(tmp_path, clip, steps=0.001)["log"]) == 4
 
 
 def test_every_stage_is_trained(made):
