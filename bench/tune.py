@@ -43,8 +43,8 @@ def tune(
     Returns:
         The file written, ``skiparse/orders/<device>.json``; the next process goes by it.
     """
-    kind = torch.device(device).type
-    backends = [row.name for row in registry.BACKENDS if kind in row.auto + row.if_measured]
+    on = torch.device(device).type
+    backends = [row.name for row in registry.BACKENDS if on in row.auto + row.if_measured]
     rules = []
     for k in sparsity:
         for kind in PATTERNS:

@@ -35,12 +35,13 @@ SKIPARSE_DEVICE constexpr int64_t length_of(int64_t s, int64_t N, int64_t n, int
     return N / (n * w) * w + (rest < w ? rest : w);
 }
 
-// `runs` runs of `length` consecutive tokens; the first begins at `token`, each n * w tokens after
+// `runs` runs of `length` consecutive tokens; the first begins at `token`, each `apart` tokens after
 // the one before. What one strided copy can address.
 struct Runs {
     int64_t token;
     int64_t runs;
     int64_t length;
+    int64_t apart;
 };
 
 // The most positions from `j` on, and before `end`, of sub-sequence s that are equal runs: the rest
@@ -50,7 +51,7 @@ SKIPARSE_DEVICE constexpr Runs runs_at(int64_t s, int64_t j, int64_t end, int64_
     const int64_t left = end - j;
     const bool whole = left_in_run == w && left >= w;
     const int64_t part = left_in_run < left ? left_in_run : left;
-    return {token_of(s, j, n, w), whole ? left / w : 1, whole ? w : part};
+    return {token_of(s, j, n, w), whole ? left / w : 1, whole ? w : part, n * w};
 }
 
 }  // namespace skiparse

@@ -114,9 +114,8 @@ ORDERS = Path(__file__).with_name("orders")
 FURTHEST = 2.0  # times longer or shorter than measured a sub-sequence may be
 
 
-def order(inputs: Inputs, *, backward: bool) -> Sequence[Row]:
-    """The rows of ``BACKENDS`` in the order in which ``"auto"`` tries them for this problem."""
-    first = measured_order(inputs, backward=backward)
+def order(first: Sequence[str]) -> Sequence[Row]:
+    """The rows of ``BACKENDS`` as ``"auto"`` tries them: those named ``first``, then the others."""
     return sorted(BACKENDS, key=lambda row: first.index(row.name) if row.name in first else 99)
 
 
@@ -192,10 +191,10 @@ def select(name: str, inputs: Inputs, *, backward: bool = False) -> Backend:
             raise RuntimeError(f'backend "{name}" cannot run this: {reason}')
         return backend
     device = inputs.q.device.type
-    measured_names = measured_order(inputs, backward=backward)
+    first = measured_order(inputs, backward=backward)
     reasons = []
-    for row in order(inputs, backward=backward):
-        if device in row.auto or (device in row.if_measured and row.name in measured_names):
+    for row in order(first):
+        if device in row.auto or (device in row.if_measured and row.name in first):
             backend = load(row.name)
             reason = backend.why_not(inputs, backward=backward)
             if reason is None:

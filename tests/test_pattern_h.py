@@ -32,7 +32,7 @@ LARGEST = 24  # tokens, so that the last period is cut at every place
 
 
 class Runs(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("token", "runs", "length"))
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("token", "runs", "length", "apart"))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_runs_cover_any_positions_in_order_with_at_most_three_copies(compiled):
             tokens, copies, j = [], 0, first
             while j < end:
                 compiled.runs_at(s, j, end, n, w, runs)
-                starts = (runs.token + run * n * w for run in range(runs.runs))
+                starts = (runs.token + run * runs.apart for run in range(runs.runs))
                 tokens += [start + i for start in starts for i in range(runs.length)]
                 copies, j = copies + 1, j + runs.runs * runs.length
             assert tokens == [pattern.token_of(s, j, n, w) for j in range(first, end)]

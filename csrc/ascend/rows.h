@@ -105,7 +105,7 @@ template <class T>
 __aicore__ inline void CopyRuns(const AscendC::LocalTensor<T>& to, int64_t pitch,
                                 const Rows<T>& from, const Runs& runs, int64_t dim) {
     const AscendC::GlobalTensor<T> first = from.base[runs.token * from.stride];
-    const int64_t apart = from.n * from.w * from.stride;
+    const int64_t apart = runs.apart * from.stride;
     if (runs.length == 1) {
         CopyRows(to, pitch, first, runs.runs, apart, dim);
         return;
@@ -192,14 +192,14 @@ __aicore__ inline void CollectRows(const AscendC::LocalTensor<T>& to, const Rows
     for (int64_t j = first; j < end;) {
         const Runs runs = runs_at(from.s, j, end, from.n, from.w);
         const bool single = runs.length == 1;  // then all runs are rows equally far apart
-        const int64_t apart = (single ? from.n * from.w : 1) * from.stride;
+        const int64_t apart = (single ? runs.apart : 1) * from.stride;
         const int64_t gap = (apart - width) * static_cast<int64_t>(sizeof(T));
         const int64_t rows = single ? runs.runs : runs.length;
         const int64_t together = gap >= 0 && gap <= MOST_GAP ? rows : 1;
         p.blockCount = together;
         p.srcStride = together > 1 ? gap : 0;
         for (int64_t run = 0; run < (single ? 1 : runs.runs); ++run) {
-            const int64_t token = runs.token + run * from.n * from.w;
+            const int64_t token = runs.token + run * runs.apart;
             for (int64_t row = 0; row < rows; row += together) {
                 AscendC::DataCopyPad(to[(j - first + run * runs.length + row) * pitch],
                                      from.base[token * from.stride + row * apart], p,
@@ -234,9 +234,9 @@ __aicore__ inline void ScatterRows(const Rows<T>& to, const AscendC::LocalTensor
         p.blockCount = single ? runs.runs : runs.length;
         p.blockLen = width * sizeof(T);
         p.srcStride = 0;
-        p.dstStride = ((single ? to.n * to.w : 1) * to.stride - width) * sizeof(T);
+        p.dstStride = ((single ? runs.apart : 1) * to.stride - width) * sizeof(T);
         for (int64_t run = 0; run < (single ? 1 : runs.runs); ++run) {
-            const int64_t token = runs.token + run * to.n * to.w;
+            const int64_t token = runs.token + run * runs.apart;
             const int64_t row = j - first + run * runs.length;
             AscendC::DataCopyPad(to.base[token * to.stride], from[row * pitch], p);
         }
