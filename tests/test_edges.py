@@ -35,19 +35,27 @@ def joint(q=None, k=None, v=None, text_q=None, text_k=None, text_v=None, pattern
         ({"k": x(device="meta")}, "k is on meta but q is on cpu; move"),
         ({"text_k": x(N=4)}, r"text_k has shape \[1, 4, 2, 16\], expected \[1, 3, 2, 16\]"),
         ({"text_q": x(N=3, B=2)}, r"text_q has shape \[2, 3, 2, 16\], expected \[1, 3, 2, 16\]"),
-        ({"mask": torch.ones(1, 8)}, r"mask must be a bool tensor, True = attend, .*mask.bool\(\)"),
+        ({"mask": torch.ones(1, 8)}, r"mask must be bool, .* \(0 = keep\) pass mask == 0"),
+        ({"mask": torch.zeros(1, 8) - 1e4}, r"got torch.float32; of an additive mask \(0 = keep\)"),
+        ({"mask": torch.full((1, 8), 255).byte()}, "values from 255 to 255; .* pass mask > 0"),
+        ({"mask": -torch.ones(1, 8).long()}, "got values from -1 to -1"),
+        ({"mask": [True] * 8}, "mask must be bool, or integers"),
         ({"mask": torch.ones(1, 7).bool()}, r"mask has shape \[1, 7\], expected \[1, 8\]"),
         ({"text_mask": torch.ones(3).bool()}, r"text_mask has shape \[3\], expected \[1, 3\]"),
         ({"text_mask": torch.ones(1, 3, device="meta").bool()}, "text_mask is on meta"),
         ({"pattern": 4}, r"pattern must be a SkipPattern, got 4; try SkipPattern.single\(4\)"),
         ({"scale": math.nan}, "scale must be a finite number, got nan"),
+        ({"scale": 10**400}, "scale must be a finite number, got 1000"),
+        ({"q": x().to_sparse()}, "q must be a dense tensor, got a torch.sparse_coo one"),
+        ({"k": x().to_mkldnn()}, "k must be a dense tensor, got a torch._mkldnn one"),
+        ({"text_v": torch.nested.nested_tensor([x()[0], x()[0]])}, "text_v must be a dense tensor"),
         ({"scale": "1"}, "scale must be a finite number, got '1'"),
         ({"scale": True}, "scale must be a finite number, got True"),
         ({"backend": "fastest"}, r"backend must be one of \['auto', .*got 'fastest'"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named_before_any_work(arguments, message, monkeypatch):
-    monkeypatch.setattr("skiparse.ops.attention", lambda *_: pytest.fail("launched"))
+    monkeypatch.setattr("skiparse.ops.call", lambda *_: pytest.fail("launched"))
     with pytest.raises(ValueError, match=message):
         joint(**arguments)
 

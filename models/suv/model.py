@@ -16,6 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
+import skiparse
 from skiparse import SkipPattern
 from skiparse.models.strict import StrictModelMixin
 from skiparse.models.suv.blocks import AdaptiveLinear, Norm, SUVBlock
@@ -141,7 +142,8 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
             timestep: ``[B]``, 1000 * sigma, in [0, 1000].
             text: ``[B, L, text_channels]``.
             pooled: ``[B, pooled_channels]``.
-            text_mask: ``[B, L]``, True or 1 where there is text; all of it if None.
+            text_mask: ``[B, L]``, True or 1 where there is text, in bool or integers
+                (:func:`skiparse.key_mask`); all of it if None.
             video_mask: ``[B, t, h, w]``, True or 1 where there is video; a patch counts if any of
                 its pixels does; all of it if None.
             trim_text: drop what is padding in the whole batch. The velocity is the same, since
@@ -270,13 +272,14 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         """
         keys = text_keys = None
         if video_mask is not None:
-            valid = F.max_pool3d((video_mask == 1).float(), self.config.patch_size)
+            there = skiparse.key_mask(video_mask, "video_mask")
+            valid = F.max_pool3d(there.float(), self.config.patch_size)
             keys = _unless_all(valid.flatten(1) > 0)
         if text_mask is not None:
-            text_keys = text_mask == 1
+            text_keys = skiparse.key_mask(text_mask, "text_mask")
             if trim:
-                there = text_keys.any(0).nonzero()
-                length = int(there[-1]) + 1 if len(there) else 0
+                used = text_keys.any(0).nonzero()
+                length = int(used[-1]) + 1 if len(used) else 0
                 text, text_keys = text[:, :length], text_keys[:, :length]
             text_keys = _unless_all(text_keys)
         return keys, text, text_keys

@@ -1,6 +1,6 @@
 """The backward kernels: one owns a block of keys (dk, dv), one a block of queries (dq).
 
-With ``p = exp(scores - lse)`` and ``delta = rowsum(do * out)``: ``dv = p^T do``,
+With ``p = exp(scores - lse)`` and ``delta = rowsum(do * out) - dlse``: ``dv = p^T do``,
 ``ds = p * (do v^T - delta)``, ``dq = scale ds k``, ``dk = scale ds^T q``. Each result is summed by
 one program in a fixed order, so there are no atomics and every run gives the same bits. The text
 takes part in every sub-sequence; its gradients are kept apart in fp32 and summed at the end.
@@ -68,6 +68,7 @@ def load_row(pair, is_video, b, s, row, h, exists, other):
 def skiparse_delta(
     out,
     grad,
+    grad_lse,
     delta,
     N,
     T,
@@ -80,7 +81,7 @@ def skiparse_delta(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """``rowsum(grad * out)`` of one block of query rows."""
+    """``rowsum(grad * out)``, less the gradient of the log-sum-exp, of one block of query rows."""
     video_blocks = tl.cdiv(longest, BLOCK_M)
     b, h, s, block = program(video_blocks + tl.cdiv(T, BLOCK_M), n, H)
     L = length_of(s, N, n, w)
@@ -89,6 +90,8 @@ def skiparse_delta(
     out_tile = load_tile(out, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     grad_tile = load_tile(grad, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     row_delta = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)  # [M]
+    if grad_lse is not None:
+        row_delta -= load_row(grad_lse, is_video, b, s, row, h, exists, 0.0)
     tl.store(pair_pointers(delta, is_video, b, s, row, h), row_delta, mask=exists)
 
 
@@ -210,7 +213,12 @@ def skiparse_dq(
 
 
 def backward(
-    inputs: Inputs, outputs: Outputs, grad_out: Tensor, grad_text_out: Tensor
+    inputs: Inputs,
+    outputs: Outputs,
+    grad_out: Tensor,
+    grad_text_out: Tensor,
+    grad_lse: Tensor | None = None,
+    grad_text_lse: Tensor | None = None,
 ) -> Gradients:
     """Launch delta, then dk and dv, then dq; sum the text gradients over sub-sequences."""
     q, n = inputs.q, inputs.pattern.sparsity
@@ -219,6 +227,9 @@ def backward(
     text = [q.new_empty(B, n, T, H, D, dtype=torch.float32) for _ in range(3)]
     dq, dk, dv = ((shared(x), own(y)) for x, y in zip(video, text, strict=True))
     grad = (shared(grad_out), own(grad_text_out))
+    grad_of_lse = None
+    if grad_lse is not None and grad_text_lse is not None:
+        grad_of_lse = lse_pair(grad_lse, grad_text_lse)
     delta = lse_pair(torch.empty_like(outputs.lse), torch.empty_like(outputs.text_lse))
     operands = (
         (shared(q), shared(inputs.text_q)),
@@ -235,6 +246,7 @@ def backward(
         DELTA_ROWS,
         (shared(outputs.out), own(outputs.text_out)),
         grad,
+        grad_of_lse,
         delta,
         BLOCK_M=DELTA_ROWS,
     )
