@@ -148,10 +148,10 @@ def _call(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = 1 if pattern.sparsity == 1 else pattern.run  # one sub-sequence: runs mean nothing
     return ops.call(
-        q, k, v, text_q, text_k, text_v, mask, text_mask, pattern.sparsity, run, scale, backend
-    )
+        q, k, v, text_q, text_k, text_v, mask, text_mask, pattern.sparsity, pattern.run, scale,
+        backend,
+    )  # fmt: skip
 
 
 def _check(

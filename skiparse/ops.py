@@ -134,7 +134,7 @@ def _inputs(
     scale: float,
 ) -> Inputs:
     q, k, v, text_q, text_k, text_v = (_unit(x) for x in (q, k, v, text_q, text_k, text_v))
-    pattern = SkipPattern(sparsity, run)
+    pattern = SkipPattern(sparsity, 1 if sparsity == 1 else run)  # runs of the only one: nothing
     return Inputs(q, k, v, text_q, text_k, text_v, mask, text_mask, pattern, scale)
 
 
