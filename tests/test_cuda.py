@@ -106,7 +106,7 @@ def test_rows_may_begin_anywhere(library, ran):
     """No multiple of 16 bytes from the beginning, or from each other."""
     for p in PATTERNS[1:4]:
         problem = problem_of(p, B=2)
-        wide = torch.zeros(*problem.k.shape[:3], 68, dtype=problem.k.dtype, device="cuda")
+        wide = problem.k.new_zeros(*problem.k.shape[:3], 68)
         for odd in (wide.flatten()[4 : 4 + problem.k.numel()].view_as(problem.k), wide[..., 4:]):
             moved = dataclasses.replace(problem, k=odd.copy_(problem.k))
             with only(library) as backend:
