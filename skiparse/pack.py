@@ -243,7 +243,9 @@ def _kernels(name: str, q: Tensor, text_q: Tensor, sparsity: int, run: int) -> A
             (B, N, H, D), T = q.shape, text_q.shape[1]
             buffer = q.new_empty(1).expand(B, N + sparsity * T, H, D)  # whose rows are counted too
             packed = SkipPattern(sparsity, run).packed(N, T)
-            inputs = Inputs(buffer, buffer, buffer, *[text_q] * 3, None, None, packed, 1.0)
+            inputs = Inputs(
+                buffer, buffer, buffer, text_q, text_q, text_q, None, None, packed, 1.0
+            )  # fmt: skip
             reason = registry.load(row.name).why_not(inputs)
             if reason is None:
                 assert row.pack_kernels is not None

@@ -388,8 +388,8 @@ def _attend_backward(
     scale: float,
 ) -> Three:
     library = _chosen((query, key, value), True)
-    rows = (library.readable(x) for x in (grad, query, key, value, out))
-    return library.backward(_Sources(*rows, lse.contiguous()), bias, scale)
+    rows = map(library.readable, (grad, query, key, value, out))
+    return library.backward(_Sources._make((*rows, lse.contiguous())), bias, scale)
 
 
 def _chosen(operands: Three, backward: bool) -> Library:
