@@ -112,6 +112,26 @@ def test_the_same_bits(library, ran, monkeypatch):
     test_cuda.test_thirty_runs_give_the_same_bits(SkipPattern.single(4), library, ran)
 
 
+@pytest.mark.parametrize("library", test_cuda.LIBRARIES)
+def test_more_heads_or_batch_entries_than_a_grid_has_room_for(library, ran, monkeypatch):
+    """A grid of 7, and 8 sub-sequences of 3 tokens."""
+    monkeypatch.setattr(sdpa, "GRID", 7)
+    monkeypatch.setattr(
+        test_cuda, "problem_of", lambda p, **shape: make_problem(p, **{**shape, "N": 24})
+    )
+    for p, B in ((SkipPattern.single(8), 1), (SkipPattern.block(8, 24), 2)):
+        test_cuda.test_more_heads_or_batch_entries_than_a_grid_has_room_for(p, B, library, ran)
+
+
+@pytest.mark.parametrize("library", test_cuda.LIBRARIES)
+def test_headline_shape(library, ran, monkeypatch):
+    monkeypatch.setattr(
+        test_cuda, "problem_of", lambda p, **_: make_problem(p, N=256, T=16, dtype=torch.bfloat16)
+    )
+    for kind in ("single", "group"):
+        test_cuda.test_headline_shape(kind, library, ran)
+
+
 # The tests can fail.
 
 
