@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -20,7 +22,6 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -326,10 +327,8 @@ def versions() -> dict[str, str | None]:
     """Of what the figures depend on."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in ("skiparse", "torch", "triton"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
+        there = importlib.util.find_spec(name) is not None
+        found[name] = importlib.import_module(name).__version__ if there else None
     return found
 
 

@@ -5,7 +5,6 @@ memory and what their main loops are made of, by release of Triton. After a chan
 for another release, ``python tests/aot_compile.py all --write tests/data/aot.json`` writes it anew.
 """
 
-import importlib.metadata
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import triton
 
 from skiparse import registry
 
@@ -31,7 +31,7 @@ ARCHITECTURES = ("sm_90", "sm_80", "gfx942")  # those with configurations of the
 KERNELS = {"skiparse_forward", "skiparse_delta", "skiparse_dkdv", "skiparse_dq"}
 PINGPONG = "skiparse_forward_pingpong"
 TABLE = json.loads((Path(__file__).parent / "data/aot.json").read_text())
-RELEASE = importlib.metadata.version("triton")
+RELEASE = triton.__version__
 NAMED = {  # the kernels that spill: (release, architecture, kernel, D, masked) -> bytes
     ("3.6.0", "sm_80", "skiparse_forward", 128, True): 8,
     ("3.7.1", "sm_89", "skiparse_dq", 128, True): 8,

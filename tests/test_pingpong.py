@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton as module
 from torch._subclasses import FakeTensorMode
 
 from skiparse import SkipPattern
@@ -374,5 +375,19 @@ def test_reasons(monkeypatch):
     assert "capability 9.0" in reason()
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "does not run Gluon" in pingpong.why_not()
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: "3.9.0")
+    monkeypatch.setattr(module, "__version__", "3.9.0")
     assert "Triton 3.6 and 3.7, not 3.9.0" in pingpong.why_not()
+
+
+def test_a_nightly_of_triton_says_its_release_itself(monkeypatch):
+    """Its distribution is not called triton."""
+
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(module, "__version__", "3.6.0+git9844da95")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert pingpong.why_not() is None

@@ -6,7 +6,6 @@ name only, or where a table measured on the device puts it first.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 
 import torch
@@ -25,7 +24,9 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
     reason = triton.why_not(inputs, backward=backward)
     if reason is not None:
         return reason
-    release = importlib.metadata.version("triton")
+    import triton as module  # whose distribution may have another name: a nightly's has
+
+    release = module.__version__
     if not release.startswith(tuple(f"{known}." for known in RELEASES)):
         return f"the kernel is written for Triton {' and '.join(RELEASES)}, not {release}"
     if os.environ.get("TRITON_INTERPRET") == "1":
