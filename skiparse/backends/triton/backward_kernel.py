@@ -13,8 +13,6 @@ Source: Dao et al. 2022, "FlashAttention", appendix B; Dao 2023, "FlashAttention
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -45,7 +43,12 @@ from skiparse.backends.triton.device import (
     shared,
     store_tile,
 )
-from skiparse.backends.triton.tiles import text_tile, video_tile
+from skiparse.backends.triton.tiles import (
+    store_text_tile,
+    store_video_tile,
+    text_tile,
+    video_tile,
+)
 
 # Chosen to compile without spills; tests/test_aot.py has the registers and shared memory.
 DELTA_ROWS = 32
@@ -85,13 +88,6 @@ def stats_at(stats, b, h, s, H, n, longest, T, ROWS: tl.constexpr):
     text = tl.cdiv(longest, ROWS) * ROWS
     first = ((b * H + h) * n + s) * (text + tl.cdiv(T, ROWS) * ROWS)
     return (log2_lse + first, delta + first), text
-
-
-@device_function
-def load_stats(stats, first, BLOCK: tl.constexpr):
-    """Those of a block of rows that begins at ``first``, twice ``[BLOCK]``."""
-    place = first + tl.arange(0, BLOCK)
-    return tl.load(stats[0] + place), tl.load(stats[1] + place)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -135,14 +131,15 @@ def skiparse_delta(
 
 
 @device_function
-def add_queries(q_tile, grad_tile, row_lse, row_delta, k_tile, v_tile, dk_acc, dv_acc, log2_scale):
+def add_queries(q_tile, grad_tile, stats, row, k_tile, v_tile, dk_acc, dv_acc, log2_scale):
     """dk and dv with what a block of queries adds to them; its scores are keys by queries."""
+    log2_lse, delta = stats
     scores = tl.dot(k_tile, q_tile.T, input_precision="ieee")  # [N, M]
-    p = tl.exp2(scores * log2_scale - row_lse[None, :])  # [N, M]
-    dv_acc = tl.dot(p.to(grad_tile.dtype), grad_tile, dv_acc, input_precision="ieee")
+    p = tl.exp2(scores * log2_scale - tl.load(log2_lse + row)[None, :])  # [N, M]
     dp = tl.dot(v_tile, grad_tile.T, input_precision="ieee")  # [N, M]
-    ds = p * (dp - row_delta[None, :])  # [N, M]
+    ds = p * (dp - tl.load(delta + row)[None, :])  # [N, M]
     dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
+    dv_acc = tl.dot(p.to(grad_tile.dtype), grad_tile, dv_acc, input_precision="ieee")
     return dk_acc, dv_acc
 
 
@@ -207,9 +204,9 @@ def skiparse_dkdv(
         q_tile = load_tile(q, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
         grad_tile = load_tile(grad, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
         first = tl.where(is_video, block * BLOCK_M, text + (block - video_blocks) * BLOCK_M)
-        row_lse, row_delta = load_stats(stats, first, BLOCK_M)
+        row = first + tl.arange(0, BLOCK_M)
         dk_acc, dv_acc = add_queries(
-            q_tile, grad_tile, row_lse, row_delta, k_tile, v_tile, dk_acc, dv_acc, log2_scale
+            q_tile, grad_tile, stats, row, k_tile, v_tile, dk_acc, dv_acc, log2_scale
         )
 
     attend = attended(mask, key_is_video, b, s, key, h, key_exists)[:, None]  # [N, 1]
@@ -225,12 +222,14 @@ def skiparse_dkdv_tma(
     grad,
     text_q,
     text_grad,
+    dk,
+    dv,
+    text_dk,
+    text_dv,
     k,
     v,
     mask,
     stats,
-    dk,
-    dv,
     scale,
     N,
     T,
@@ -265,26 +264,36 @@ def skiparse_dkdv_tma(
     for block in range(tl.cdiv(L, BLOCK_M)):
         q_tile = video_tile(q, batch, block, s, w, head, BLOCK_M, HEAD_DIM)  # [M, D]
         grad_tile = video_tile(grad, batch, block, s, w, head, BLOCK_M, HEAD_DIM)  # [M, D]
-        row_lse, row_delta = load_stats(stats, block * BLOCK_M, BLOCK_M)
+        row = block * BLOCK_M + tl.arange(0, BLOCK_M)
         dk_acc, dv_acc = add_queries(
-            q_tile, grad_tile, row_lse, row_delta, k_tile, v_tile, dk_acc, dv_acc, log2_scale
+            q_tile, grad_tile, stats, row, k_tile, v_tile, dk_acc, dv_acc, log2_scale
         )
     for block in range(tl.cdiv(T, BLOCK_M)):
         q_tile = text_tile(text_q, batch, block, 0, head, BLOCK_M, HEAD_DIM)  # [M, D]
         grad_tile = text_tile(text_grad, batch, block, s % TEXT_GRADS, head, BLOCK_M, HEAD_DIM)
-        row_lse, row_delta = load_stats(stats, text + block * BLOCK_M, BLOCK_M)
+        row = text + block * BLOCK_M + tl.arange(0, BLOCK_M)
         dk_acc, dv_acc = add_queries(
-            q_tile, grad_tile, row_lse, row_delta, k_tile, v_tile, dk_acc, dv_acc, log2_scale
+            q_tile, grad_tile, stats, row, k_tile, v_tile, dk_acc, dv_acc, log2_scale
         )
 
-    key_is_video, key, key_exists = rows_of(
-        key_block, video_key_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
-    )
-    attend = attended(mask, key_is_video, b, s, key, h, key_exists)[:, None]  # [N, 1]
-    dk_acc = tl.where(attend, dk_acc * scale, 0.0)
-    dv_acc = tl.where(attend, dv_acc, 0.0)
-    store_tile(dk, key_is_video, b, s, key, h, key_exists, dk_acc, HEAD_DIM, BLOCK_D)
-    store_tile(dv, key_is_video, b, s, key, h, key_exists, dv_acc, HEAD_DIM, BLOCK_D)
+    if mask is not None:
+        key_is_video, key, key_exists = rows_of(
+            key_block, video_key_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
+        )
+        attend = attended(mask, key_is_video, b, s, key, h, key_exists)[:, None]  # [N, 1]
+        dk_acc = tl.where(attend, dk_acc, 0.0)
+        dv_acc = tl.where(attend, dv_acc, 0.0)
+    dk_acc *= scale
+    if key_block < video_key_blocks:
+        store_video_tile(dk, batch, key_block, s, w, head, dk_acc, BLOCK_N, HEAD_DIM)
+        store_video_tile(dv, batch, key_block, s, w, head, dv_acc, BLOCK_N, HEAD_DIM)
+    else:
+        store_text_tile(
+            text_dk, batch, key_block - video_key_blocks, s, head, dk_acc, BLOCK_N, HEAD_DIM
+        )
+        store_text_tile(
+            text_dv, batch, key_block - video_key_blocks, s, head, dv_acc, BLOCK_N, HEAD_DIM
+        )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -320,7 +329,8 @@ def skiparse_dq(
     grad_tile = load_tile(grad, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     stats, text = stats_at(stats, b, h, s, H, n, longest, T, ROWS)
     first = tl.where(is_video, block * BLOCK_M, text + (block - video_blocks) * BLOCK_M)
-    row_lse, row_delta = load_stats(stats, first, BLOCK_M)
+    place = first + tl.arange(0, BLOCK_M)
+    row_lse, row_delta = tl.load(stats[0] + place), tl.load(stats[1] + place)  # [M]
     log2_scale = scale * LOG2E
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [M, D]
@@ -377,7 +387,8 @@ def skiparse_dq_tma(
     grad_tile = load_tile(grad, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     stats, text = stats_at(stats, b, h, s, H, n, longest, T, ROWS)
     first = tl.where(is_video, block * BLOCK_M, text + (block - video_blocks) * BLOCK_M)
-    row_lse, row_delta = load_stats(stats, first, BLOCK_M)
+    place = first + tl.arange(0, BLOCK_M)
+    row_lse, row_delta = tl.load(stats[0] + place), tl.load(stats[1] + place)  # [M]
     log2_scale = scale * LOG2E
     batch, head = b.to(tl.int32), h.to(tl.int32)
 
@@ -412,126 +423,97 @@ def skiparse_dq_tma(
     store_tile(dq, is_video, b, s, row, h, exists, acc * scale, HEAD_DIM, BLOCK_D)
 
 
-def _tma(
-    configs: Configs, inputs: Inputs, rows: str, video: Sequence[Tensor], text: Sequence[Tensor]
-) -> tuple[Config, list[TensorDescriptor]] | None:
-    """How a kernel with tiles of those tensors, of ``rows`` each, would run this, if it can."""
-    q = inputs.q
-    config = choose_if_any(configs, q)
-    if config is None or q.element_size() > 2:
+def _tiles(configs: Configs, q: Tensor) -> Config | None:
+    """How a kernel with tiles would run on the device of ``q``, if it can."""
+    return choose_if_any(configs, q) if q.element_size() == 2 else None
+
+
+Views = tuple[Config, list[TensorDescriptor]]
+
+
+def _dkdv_tiles(
+    inputs: Inputs, grads: tuple[Tensor, Tensor], video: list[Tensor], text: list[Tensor]
+) -> Views | None:
+    """The configuration of :func:`skiparse_dkdv_tma` and its tensors, if it can run this.
+
+    ``grads`` are of the output, ``video`` and ``text`` what dk and dv are written to.
+    """
+    config = _tiles(DKDV_TMA_CONFIGS, inputs.q)
+    if config is None:
         return None
-    block = getattr(config, rows)
-    if not tiles.can_be_tiled(inputs, block, (*video, *text)):
+    read = (inputs.q, grads[0]), (inputs.text_q, grads[1])
+    if not (
+        tiles.can_be_tiled(inputs, config.BLOCK_M, (*read[0], *read[1]))
+        and tiles.can_be_tiled(inputs, config.BLOCK_N, (*video, *text))
+    ):
         return None
-    views = [tiles.video_view(inputs, x, block) for x in video]
-    if inputs.text_q.shape[1] == 0:
-        return config, views + views  # the text is never read, but there must be something
-    return config, views + [tiles.text_view(x, block) for x in text]
+    views = tiles.tile_views(inputs, config.BLOCK_M, *read)
+    return config, views + tiles.tile_views(inputs, config.BLOCK_N, video, text)
+
+
+def _dq_tiles(inputs: Inputs) -> Views | None:
+    """The same of :func:`skiparse_dq_tma`."""
+    config = _tiles(DQ_TMA_CONFIGS, inputs.q)
+    video, text = (inputs.k, inputs.v), (inputs.text_k, inputs.text_v)
+    if config is None or not tiles.can_be_tiled(inputs, config.BLOCK_N, (*video, *text)):
+        return None
+    return config, tiles.tile_views(inputs, config.BLOCK_N, video, text)
 
 
 def backward(
     inputs: Inputs, outputs: Outputs, grad_out: Tensor, grad_text_out: Tensor
 ) -> Gradients:
-    """Launch delta, then dk and dv, then dq; sum the text gradients over sub-sequences."""
+    """Launch delta, then dk and dv, then dq; sum the text gradients over sub-sequences.
+
+    The two with tiles are chosen each by itself: a gradient with odd strides leaves dq its tiles.
+    """
     q, n = inputs.q, inputs.pattern.sparsity
     (B, N, H, D), T = q.shape, inputs.text_q.shape[1]
     video = [q.new_empty(B, N, H, D) for _ in range(3)]
     text = [q.new_empty(B, n, T, H, D, dtype=torch.float32) for _ in range(3)]
-    dq, dk, dv = ((shared(x), own(y)) for x, y in zip(video, text, strict=True))
     query = (shared(q), shared(inputs.text_q))
-    key = (shared(inputs.k), shared(inputs.text_k))
-    value = (shared(inputs.v), shared(inputs.text_v))
+    keys = ((shared(inputs.k), shared(inputs.text_k)), (shared(inputs.v), shared(inputs.text_v)))
     mask = mask_pair(inputs)
     grad = (shared(grad_out), own(grad_text_out))
-    if grad_text_out.stride(1) == 0:
-        grad_text_out = grad_text_out[:, :1]  # that of a mean: all sub-sequences share it
+    dq, dk, dv = ((shared(x), own(y)) for x, y in zip(video, text, strict=True))
 
-    dkdv_tma = _tma(
-        DKDV_TMA_CONFIGS, inputs, "BLOCK_M", (q, grad_out), (inputs.text_q, grad_text_out)
-    )
-    dkdv = choose(DKDV_CONFIGS, q) if dkdv_tma is None else dkdv_tma[0]
-    dq_tma = _tma(
-        DQ_TMA_CONFIGS, inputs, "BLOCK_N", (inputs.k, inputs.v), (inputs.text_k, inputs.text_v)
-    )
-    dq_ = choose(DQ_CONFIGS, q) if dq_tma is None else dq_tma[0]
-    ROWS = max(DELTA_ROWS, dkdv.BLOCK_M, dq_.BLOCK_M)
+    if grad_text_out.stride(1) == 0:
+        grad_text_out = grad_text_out[:, :1]  # that of a mean, the same for every sub-sequence
+    dkdv_tiles = _dkdv_tiles(inputs, (grad_out, grad_text_out), video[1:], text[1:])
+    dkdv_config, dkdv_views = dkdv_tiles or (choose(DKDV_CONFIGS, q), None)
+    dq_config, dq_views = _dq_tiles(inputs) or (choose(DQ_CONFIGS, q), None)
+    padded = max(DELTA_ROWS, dkdv_config.BLOCK_M, dq_config.BLOCK_M)
     longest = pattern.length_of(0, N, n, inputs.pattern.run)
-    rows = (triton.cdiv(longest, ROWS) + triton.cdiv(T, ROWS)) * ROWS
-    stats = tuple(q.new_empty(B, H, n, rows, dtype=torch.float32) for _ in range(2))
+    rows = (triton.cdiv(longest, padded) + triton.cdiv(T, padded)) * padded
+    stats = tuple(q.new_empty(2, B, H, n, rows, dtype=torch.float32))
+
     launch(
-        skiparse_delta,
-        inputs,
-        ROWS,
-        (shared(outputs.out), own(outputs.text_out)),
-        grad,
-        lse_pair(outputs.lse, outputs.text_lse),
-        stats,
-        BLOCK_M=DELTA_ROWS,
-        ROWS=ROWS,
-    )
-    if dkdv_tma is not None:
+        skiparse_delta, inputs, padded,
+        (shared(outputs.out), own(outputs.text_out)), grad,
+        lse_pair(outputs.lse, outputs.text_lse), stats,
+        BLOCK_M=DELTA_ROWS, ROWS=padded,
+    )  # fmt: skip
+    options = {**dkdv_config._asdict(), "ROWS": padded}
+    if dkdv_views is None:
         launch(
-            skiparse_dkdv_tma,
-            inputs,
-            dkdv.BLOCK_N,
-            *dkdv_tma[1],
-            key,
-            value,
-            mask,
-            stats,
-            dk,
-            dv,
-            inputs.scale,
-            **dkdv._asdict(),
-            ROWS=ROWS,
-            TEXT_GRADS=grad_text_out.shape[1],
-        )
+            skiparse_dkdv, inputs, dkdv_config.BLOCK_N,
+            query, *keys, mask, grad, stats, dk, dv, inputs.scale, **options,
+        )  # fmt: skip
     else:
         launch(
-            skiparse_dkdv,
-            inputs,
-            dkdv.BLOCK_N,
-            query,
-            key,
-            value,
-            mask,
-            grad,
-            stats,
-            dk,
-            dv,
-            inputs.scale,
-            **dkdv._asdict(),
-            ROWS=ROWS,
-        )
-    if dq_tma is not None:
+            skiparse_dkdv_tma, inputs, dkdv_config.BLOCK_N,
+            *dkdv_views, *keys, mask, stats, inputs.scale,
+            **options, TEXT_GRADS=grad_text_out.shape[1],
+        )  # fmt: skip
+    options = {**dq_config._asdict(), "ROWS": padded}
+    if dq_views is None:
         launch(
-            skiparse_dq_tma,
-            inputs,
-            dq_.BLOCK_M,
-            query,
-            *dq_tma[1],
-            mask,
-            grad,
-            stats,
-            dq,
-            inputs.scale,
-            **dq_._asdict(),
-            ROWS=ROWS,
-        )
+            skiparse_dq, inputs, dq_config.BLOCK_M,
+            query, *keys, mask, grad, stats, dq, inputs.scale, **options,
+        )  # fmt: skip
     else:
         launch(
-            skiparse_dq,
-            inputs,
-            dq_.BLOCK_M,
-            query,
-            key,
-            value,
-            mask,
-            grad,
-            stats,
-            dq,
-            inputs.scale,
-            **dq_._asdict(),
-            ROWS=ROWS,
-        )
+            skiparse_dq_tma, inputs, dq_config.BLOCK_M,
+            query, *dq_views, mask, grad, stats, dq, inputs.scale, **options,
+        )  # fmt: skip
     return Gradients(*video, *(x.sum(1).to(q.dtype) for x in text))

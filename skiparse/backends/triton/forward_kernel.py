@@ -198,10 +198,8 @@ def tile_views(
     inputs: Inputs, block: int, describe: Describe = TensorDescriptor
 ) -> tuple[Any, ...]:
     """k, v, text_k and text_v, read ``block`` rows of a head at a time, if they can be tiled so."""
-    video = [tiles.video_view(inputs, x, block, describe) for x in (inputs.k, inputs.v)]
-    if inputs.text_q.shape[1] == 0:
-        return *video, *video  # never read, but there must be something
-    return *video, *(tiles.text_view(x, block, describe) for x in (inputs.text_k, inputs.text_v))
+    video, text = (inputs.k, inputs.v), (inputs.text_k, inputs.text_v)
+    return tuple(tiles.tile_views(inputs, block, video, text, describe))
 
 
 def _tma(inputs: Inputs) -> tuple[Config, tuple[TensorDescriptor, ...]] | None:

@@ -3,7 +3,8 @@
 A tensor of rows is seen as ``[B, runs, n, w, H*D]``: the video ``[B, N, H, D]`` as it is dealt out,
 text ``[B, T, H, D]`` as one run of ``T`` rows, and text that each sub-sequence has of its own
 (``[B, n, T, H, D]``) as ``n`` such runs. A block of rows of one head is a box of it; rows behind
-the last one read as 0. That needs regular strides and lengths: :func:`can_be_tiled`.
+the last one read as 0, and are not written. That needs regular strides and lengths:
+:func:`can_be_tiled`.
 """
 
 # Triton has no type stubs, and device functions no Python types:
@@ -46,6 +47,21 @@ def text_tile(tiles, b, block, s, h, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr
     return tile_at(tiles, b, 0, s, block * BLOCK, h, BLOCK, HEAD_DIM)
 
 
+@device_function
+def store_video_tile(tiles, b, block, s, w, h, tile, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Write ``[BLOCK, HEAD_DIM]`` where :func:`video_tile` reads, in the dtype of ``tiles``."""
+    run = block * BLOCK // w
+    at = [b, run, s, block * BLOCK - run * w, h * HEAD_DIM]
+    tiles.store(at, tile.to(tiles.dtype).reshape(tiles.block_shape))
+
+
+@device_function
+def store_text_tile(tiles, b, block, s, h, tile, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The same for the text, where :func:`text_tile` reads."""
+    at = [b, 0, s, block * BLOCK, h * HEAD_DIM]
+    tiles.store(at, tile.to(tiles.dtype).reshape(tiles.block_shape))
+
+
 def can_be_tiled(inputs: Inputs, block: int, sources: Sequence[Tensor]) -> bool:
     """Whether every ``block`` rows of a head of the ``sources``, video and text, are a box.
 
@@ -79,8 +95,21 @@ def _steps(x: Tensor) -> list[int]:
     return [x.stride(i) if x.shape[i] > 1 else H * D for i in range(x.ndim - 2)]
 
 
-def video_view(inputs: Inputs, x: Tensor, block: int, describe: Describe = TensorDescriptor) -> Any:
-    """``[B, N, H, D]``, read ``block`` rows of a sub-sequence at a time, if it can be tiled so."""
+def tile_views(
+    inputs: Inputs,
+    block: int,
+    video: Sequence[Tensor],
+    text: Sequence[Tensor],
+    describe: Describe = TensorDescriptor,
+) -> list[Any]:
+    """Each of ``video``, then of ``text``, ``block`` rows of a head at a time, if tiled so."""
+    views = [_video_view(inputs, x, block, describe) for x in video]
+    if inputs.text_q.shape[1] == 0:
+        return views + views  # the text is never touched, but there must be something
+    return views + [_text_view(x, block, describe) for x in text]
+
+
+def _video_view(inputs: Inputs, x: Tensor, block: int, describe: Describe) -> Any:
     n, w = inputs.pattern.sparsity, inputs.pattern.run
     (B, N, H, D), (batch, step), width = x.shape, _steps(x), min(w, block)
     return describe(
@@ -91,8 +120,7 @@ def video_view(inputs: Inputs, x: Tensor, block: int, describe: Describe = Tenso
     )
 
 
-def text_view(x: Tensor, block: int, describe: Describe = TensorDescriptor) -> Any:
-    """``[B, T, H, D]``, or ``[B, n, T, H, D]``, read ``block`` rows at a time; T is not 0."""
+def _text_view(x: Tensor, block: int, describe: Describe) -> Any:
     own = x if x.ndim == 5 else x.unsqueeze(1)
     (B, n, T, H, D), (batch, sub, step) = own.shape, _steps(own)
     return describe(x, [B, 1, n, T, H * D], [batch, batch, sub, step, 1], [1, 1, 1, block, D])
