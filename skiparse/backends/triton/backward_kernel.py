@@ -69,11 +69,9 @@ DQ_CONFIGS: Configs = {
 # The devices with a tensor memory accelerator; for 16-bit types. Not yet run on a GPU.
 DKDV_TMA_CONFIGS: Configs = {
     "sm_90": {64: Config(64, 128, 8, 2), 128: Config(64, 128, 8, 2)},
-    "sm_100": {64: Config(64, 128, 8, 2), 128: Config(64, 128, 8, 2)},
 }
 DQ_TMA_CONFIGS: Configs = {
     "sm_90": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2)},
-    "sm_100": {64: Config(128, 64, 8, 2), 128: Config(128, 64, 8, 2)},
 }
 
 
@@ -255,6 +253,7 @@ def skiparse_dkdv_tma(
     )
     k_tile = load_tile(k, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
     v_tile = load_tile(v, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
+    attend = attended(mask, key_is_video, b, s, key, h, key_exists)  # [N]
     log2_scale = scale * LOG2E
     batch, head = b.to(tl.int32), h.to(tl.int32)
 
@@ -277,12 +276,8 @@ def skiparse_dkdv_tma(
         )
 
     if mask is not None:
-        key_is_video, key, key_exists = rows_of(
-            key_block, video_key_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
-        )
-        attend = attended(mask, key_is_video, b, s, key, h, key_exists)[:, None]  # [N, 1]
-        dk_acc = tl.where(attend, dk_acc, 0.0)
-        dv_acc = tl.where(attend, dv_acc, 0.0)
+        dk_acc = tl.where(attend[:, None], dk_acc, 0.0)
+        dv_acc = tl.where(attend[:, None], dv_acc, 0.0)
     dk_acc *= scale
     if key_block < video_key_blocks:
         store_video_tile(dk, batch, key_block, s, w, head, dk_acc, BLOCK_N, HEAD_DIM)
