@@ -17,7 +17,7 @@ from skiparse.backends import Inputs, Outputs
 from skiparse.backends import triton as backend
 from skiparse.backends.triton import backward_kernel
 from skiparse.backends.triton.device import Config
-from skiparse.testing import Answer, check, make_problem, run
+from skiparse.testing import Answer, check, make_problem
 
 HAS_GPU = torch.cuda.is_available()
 if HAS_GPU and torch.cuda.get_device_capability() not in ((9, 0), (10, 0)):
@@ -108,3 +108,108 @@ def test_gradients(case, dtype, launched):
     problem = problem_of(*CASES[case], dtype)
     check(gradients(problem), problem)
     assert launched == ["skiparse_delta", *TILES]
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_others_are_left_to_the_other_kernels(case, launched):
+    problem = problem_of(*REFUSED[case])
+    check(gradients(problem), problem)
+    names = [name for name in launched if name != "skiparse_delta"]
+    assert names == list(POINTERS)
+
+
+def test_wide_types_are_left_to_them_too(launched):
+    problem = problem_of(*CASES["dense"], torch.float32)
+    check(gradients(problem), problem)
+    assert launched[1:] == list(POINTERS)
+
+
+def test_gradients_in_odd_strides_leave_the_tiles_to_dq(launched):
+    """That of a sum, stride 0 everywhere; and rows that do not begin at 16 bytes."""
+    p = problem_of(SkipPattern.group(2), {"B": 2, "N": 24, "T": 3, "H": 2})
+    summed = p.grad_out[:, :1, :1].expand(-1, 24, 2, -1)
+    moved = torch.zeros(p.grad_out.numel() + 4, dtype=p.grad_out.dtype, device=DEVICE)[4:]
+    for grad_out in (summed, moved.view(p.grad_out.shape).copy_(p.grad_out)):
+        bent = replace(p, grad_out=grad_out)
+        check(gradients(bent), bent)
+        assert launched[-2:] == ["skiparse_dkdv", "skiparse_dq_tma"]
+
+
+def test_runs_that_only_the_blocks_of_dq_fit(launched):
+    """Runs of 48: blocks of 16 lie inside one, blocks of 32 do not."""
+    problem = problem_of(SkipPattern(2, 48), {"N": 96, "T": 5})
+    check(gradients(problem), problem)
+    assert launched[-2:] == (["skiparse_dkdv", "skiparse_dq_tma"] if not HAS_GPU else POINTERS)
+
+
+def test_each_sub_sequence_its_own_gradient_of_the_text(launched):
+    """Not that of a mean; the pointers' kernels are held to the oracle, these to them."""
+    p = problem_of(SkipPattern.group(4), {"B": 2, "N": 32, "T": 21, "H": 2})
+    inputs = inputs_of(p)
+    outputs = backend.forward(inputs)
+    own = torch.randn(2, 4, 21, 2, 16, generator=torch.Generator().manual_seed(5))
+    own = own.to(DEVICE, p.q.dtype)
+    found = backward_kernel.backward(inputs, outputs, p.grad_out, own)
+    assert launched[-2:] == list(TILES)
+    wide = Inputs(*(x.float() for x in p.inputs), None, None, p.pattern, inputs.scale)
+    outputs = backend.forward(wide)
+    right = backward_kernel.backward(wide, outputs, p.grad_out.float(), own.float())
+    assert launched[-2:] == list(POINTERS)
+    for x, y in zip(found, right, strict=True):
+        assert (x - y).abs().max() < 2**-8 * y.abs().max()
+
+
+def test_rows_without_a_key_take_no_gradient(launched):
+    """Sub-sequence 1 of the first batch entry has no key left, the second entry none at all."""
+    problem = problem_of(SkipPattern(2, 2), {"B": 2, "N": 20, "T": 3, "masked": True})
+    problem.mask[0].view(-1, 2)[1::2] = False
+    problem.text_mask[0] = False
+    problem.mask[1] = False
+    problem.text_mask[1] = False
+    answer = gradients(problem)
+    assert launched[-2:] == list(TILES)
+    assert all((x[1] == 0).all() for x in answer[4:])
+    check(answer, problem)
+
+
+def test_weights_that_overflow_are_dropped_with_their_keys(launched):
+    """Keys behind the end score 0, and 2**-lse of very low scores is inf."""
+    problem = problem_of(SkipPattern.single(2), {"N": 20, "T": 3, "scale": -8.0})
+    low = replace(problem, q=problem.q.abs() + 1, k=problem.k.abs() + 1)
+    low = replace(low, text_q=low.text_q.abs() + 1, text_k=low.text_k.abs() + 1)
+    answer = gradients(low)
+    assert launched[-2:] == list(TILES)
+    assert answer.lse.max() < -128
+    check(answer, low)
+
+
+def test_every_run_gives_the_same_bits(launched):
+    torch.use_deterministic_algorithms(False)  # by itself, without torch's help
+    arguments = {"N": 4096, "T": 77, "H": 8, "D": 64} if HAS_GPU else {"N": 16, "T": 3}
+    problem = problem_of(SkipPattern.single(4), arguments)
+    first = gradients(problem)
+    for _ in range(29 if HAS_GPU else 4):
+        assert all(map(torch.equal, gradients(problem), first))
+    assert launched[-2:] == list(TILES)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", ["contiguous", "packed"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_many(layout, masked, launched):
+    patterns = (
+        SkipPattern.dense(),
+        SkipPattern.single(4),
+        SkipPattern.group(4),
+        SkipPattern(2, 32),
+        SkipPattern(3, 2),
+        SkipPattern.group(8),
+    )
+    for p in patterns:
+        period = p.sparsity * p.run
+        for N, T in ((period, 0), (3 * period, 1), (2 * period, 33), (4 * period, 70)):
+            for D in (16, 32, 64):
+                arguments = {"B": 2, "N": N, "T": T, "H": 2, "D": D, "layout": layout}
+                problem = problem_of(p, arguments | {"masked": masked})
+                check(gradients(problem), problem)
+                assert launched[-2:] == list(TILES)

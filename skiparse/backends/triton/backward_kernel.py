@@ -115,7 +115,8 @@ def skiparse_delta(
     b, h, s, chunk = program(video_chunks + tl.cdiv(T, ROWS), n, H)
     L = length_of(s, N, n, w)
     sizes = (L, T, n, w)
-    (log2_lse, delta), _ = stats_at(stats, b, h, s, H, n, longest, T, ROWS)
+    stats, _ = stats_at(stats, b, h, s, H, n, longest, T, ROWS)
+    log2_lse, delta = stats
     for block in range(chunk * parts, (chunk + 1) * parts):
         is_video, row, exists = rows_of(block, video_chunks * parts, s, sizes, WHOLE_RUNS, BLOCK_M)
         out_tile = load_tile(out, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]

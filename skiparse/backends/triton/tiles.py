@@ -90,9 +90,13 @@ def _has_tiles(x: Tensor) -> bool:
 
 
 def _steps(x: Tensor) -> list[int]:
-    """The strides of all but heads; nobody goes along a dimension of 1, so its own may be odd."""
+    """The strides of all but heads; a dimension of 1, whose own may be anything, as if dense."""
     H, D = x.shape[-2:]
-    return [x.stride(i) if x.shape[i] > 1 else H * D for i in range(x.ndim - 2)]
+    steps, dense = [], H * D
+    for i in reversed(range(x.ndim - 2)):
+        steps.append(x.stride(i) if x.shape[i] > 1 else dense)
+        dense = steps[-1] * max(x.shape[i], 1)
+    return steps[::-1]
 
 
 def tile_views(
