@@ -192,6 +192,7 @@ def skiparse_dkdv(
     )
     k_tile = load_tile(k, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
     v_tile = load_tile(v, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
+    attend = attended(mask, key_is_video, b, s, key, h, key_exists)  # [N]
     log2_scale = scale * LOG2E
 
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [N, D]
@@ -208,9 +209,10 @@ def skiparse_dkdv(
             q_tile, grad_tile, stats, row, k_tile, v_tile, dk_acc, dv_acc, log2_scale
         )
 
-    attend = attended(mask, key_is_video, b, s, key, h, key_exists)[:, None]  # [N, 1]
-    dk_acc = tl.where(attend, dk_acc * scale, 0.0)
-    dv_acc = tl.where(attend, dv_acc, 0.0)
+    if mask is not None:
+        dk_acc = tl.where(attend[:, None], dk_acc, 0.0)
+        dv_acc = tl.where(attend[:, None], dv_acc, 0.0)
+    dk_acc *= scale
     store_tile(dk, key_is_video, b, s, key, h, key_exists, dk_acc, HEAD_DIM, BLOCK_D)
     store_tile(dv, key_is_video, b, s, key, h, key_exists, dv_acc, HEAD_DIM, BLOCK_D)
 
