@@ -5,6 +5,11 @@ With ``p = exp(scores - lse)`` and ``delta = rowsum(do * out)``: ``dv = p^T do``
 one program in a fixed order, so there are no atomics and every run gives the same bits. The text
 takes part in every sub-sequence; its gradients are kept apart in fp32 and summed at the end.
 
+Both exist twice: one finds every row by a pointer and takes anything; the other has whole tiles
+copied by the tensor memory accelerator of Hopper, queries and their gradients for dk and dv, keys
+and values for dq, where strides and lengths are regular (:mod:`skiparse.backends.triton.tiles`).
+They compute the same.
+
 Source: Dao et al. 2022, "FlashAttention", appendix B; Dao 2023, "FlashAttention-2", algorithm 2.
 """
 
@@ -244,9 +249,12 @@ def skiparse_dkdv_tma(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
-    TEXT_GRADS: tl.constexpr,
+    SHARED_GRADS: tl.constexpr,
 ):
-    """The same, queries and their gradients as tiles; ``TEXT_GRADS`` is 1 if all share them."""
+    """The same, queries and their gradients as tiles, and what they give keys and values too.
+
+    ``SHARED_GRADS``: all sub-sequences have the same gradients of their text rows, as of a mean.
+    """
     video_key_blocks = tl.cdiv(longest, BLOCK_N)
     b, h, s, key_block = program(video_key_blocks + tl.cdiv(T, BLOCK_N), n, H)
     L = length_of(s, N, n, w)
@@ -263,6 +271,7 @@ def skiparse_dkdv_tma(
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [N, D]
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [N, D]
     stats, text = stats_at(stats, b, h, s, H, n, longest, T, ROWS)
+    text_s = 0 if SHARED_GRADS else s
     for block in range(tl.cdiv(L, BLOCK_M)):
         q_tile = video_tile(q, batch, block, s, w, head, BLOCK_M, HEAD_DIM)  # [M, D]
         grad_tile = video_tile(grad, batch, block, s, w, head, BLOCK_M, HEAD_DIM)  # [M, D]
@@ -272,7 +281,7 @@ def skiparse_dkdv_tma(
         )
     for block in range(tl.cdiv(T, BLOCK_M)):
         q_tile = text_tile(text_q, batch, block, 0, head, BLOCK_M, HEAD_DIM)  # [M, D]
-        grad_tile = text_tile(text_grad, batch, block, s % TEXT_GRADS, head, BLOCK_M, HEAD_DIM)
+        grad_tile = text_tile(text_grad, batch, block, text_s, head, BLOCK_M, HEAD_DIM)
         row = text + block * BLOCK_M + tl.arange(0, BLOCK_M)
         dk_acc, dv_acc = add_queries(
             q_tile, grad_tile, stats, row, k_tile, v_tile, dk_acc, dv_acc, log2_scale
@@ -501,7 +510,7 @@ def backward(
         launch(
             skiparse_dkdv_tma, inputs, dkdv_config.BLOCK_N,
             *dkdv_views, *keys, mask, stats, inputs.scale,
-            **options, TEXT_GRADS=grad_text_out.shape[1],
+            **options, SHARED_GRADS=grad_text_out.shape[1] == 1,
         )  # fmt: skip
     options = {**dq_config._asdict(), "ROWS": padded}
     if dq_views is None:
