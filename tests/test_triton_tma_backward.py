@@ -135,6 +135,18 @@ def test_gradients_in_odd_strides_leave_the_tiles_to_dq(launched):
         assert launched[-2:] == ["skiparse_dkdv", "skiparse_dq_tma"]
 
 
+def test_a_dimension_of_one_may_have_any_stride(launched):
+    """A batch of one, and one row of text."""
+    problem = problem_of(SkipPattern.single(2), {"N": 20, "T": 1})
+    odd = {name: getattr(problem, name) for name in ("q", "k", "v", "text_q", "text_k", "text_v")}
+    for name, x in odd.items():
+        row = 5 if name.startswith("text") else x.stride(1)
+        odd[name] = x.as_strided(x.shape, (7, row, *x.stride()[2:]))
+    problem = replace(problem, **odd)
+    check(gradients(problem), problem)
+    assert launched[-2:] == list(TILES)
+
+
 def test_runs_that_only_the_blocks_of_dq_fit(launched):
     """Runs of 48: blocks of 16 lie inside one, blocks of 32 do not."""
     problem = problem_of(SkipPattern(2, 48), {"N": 96, "T": 5})
