@@ -35,6 +35,8 @@ TABLE = json.loads((Path(__file__).parent / "data/aot.json").read_text())
 RELEASE = importlib.metadata.version("triton")
 NAMED = {  # the kernels that spill: (release, architecture, kernel, D, masked) -> bytes
     ("3.6.0", "sm_80", "skiparse_forward", 128, True): 8,
+    ("3.6.0", "sm_89", "skiparse_dq", 128, True): 8,
+    ("3.6.0", "sm_90", "skiparse_dkdv", 256, True): 8,
     ("3.7.1", "sm_89", "skiparse_dq", 128, True): 8,
     ("3.7.1", "sm_100", "skiparse_delta", 256, False): 8,
     ("3.7.1", "sm_100", "skiparse_delta", 256, True): 8,
