@@ -2,7 +2,7 @@
 
 One finds every row by a pointer and takes anything. The other has whole tiles of keys and values
 copied by the tensor memory accelerator of Hopper and later, which needs regular strides and lengths
-(:func:`can_be_tiled`); it computes the same.
+(:mod:`skiparse.backends.triton.tiles`); it computes the same.
 
 Source: Dao et al. 2022, "FlashAttention", algorithm 1; Milakov and Gimelshein 2018, "Online
 normalizer calculation for softmax".
@@ -13,17 +13,15 @@ normalizer calculation for softmax".
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from skiparse import pattern
 from skiparse.backends import Inputs, Outputs
+from skiparse.backends.triton import tiles
 from skiparse.backends.triton.device import (
     LOG2E,
     SIZES,
@@ -45,6 +43,7 @@ from skiparse.backends.triton.device import (
     shared,
     store_tile,
 )
+from skiparse.backends.triton.tiles import Describe, text_tile, video_tile
 
 # Chosen to compile without spills; tests/test_aot.py has the registers and shared memory.
 CONFIGS: Configs = {
@@ -125,12 +124,6 @@ def skiparse_forward(
     tl.store(pair_pointers(lse, is_video, b, s, row, h), row_lse, mask=exists)
 
 
-@device_function
-def tile_at(tiles, b, run, s, offset, h, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """The block of rows ``[BLOCK_N, HEAD_DIM]`` that begins ``offset`` rows into a run."""
-    return tiles.load([b, run, s, offset, h * HEAD_DIM]).reshape(BLOCK_N, HEAD_DIM)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def skiparse_forward_tma(
     q,
@@ -174,23 +167,20 @@ def skiparse_forward_tma(
             key_block, video_key_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
         )
         attend = attended(mask, key_is_video, b, s, key, h, key_exists)  # [N]
-        run = key_block * BLOCK_N // w
-        offset = key_block * BLOCK_N - run * w
-        k_tile = tile_at(k, batch, run, s, offset, head, BLOCK_N, HEAD_DIM)  # [N, D]
+        k_tile = video_tile(k, batch, key_block, s, w, head, BLOCK_N, HEAD_DIM)  # [N, D]
         p, top, decay = online_softmax(q_tile, k_tile, attend, log2_scale, top)
         total = total * decay + tl.sum(p, 1)
-        v_tile = tile_at(v, batch, run, s, offset, head, BLOCK_N, HEAD_DIM)  # [N, D]
+        v_tile = video_tile(v, batch, key_block, s, w, head, BLOCK_N, HEAD_DIM)  # [N, D]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
     for key_block in range(tl.cdiv(T, BLOCK_N)):
         key_is_video, key, key_exists = rows_of(
             video_key_blocks + key_block, video_key_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
         )
         attend = attended(mask, key_is_video, b, s, key, h, key_exists)  # [N]
-        first = key_block * BLOCK_N
-        k_tile = tile_at(text_k, batch, first, 0, 0, head, BLOCK_N, HEAD_DIM)  # [N, D]
+        k_tile = text_tile(text_k, batch, key_block, 0, head, BLOCK_N, HEAD_DIM)  # [N, D]
         p, top, decay = online_softmax(q_tile, k_tile, attend, log2_scale, top)
         total = total * decay + tl.sum(p, 1)
-        v_tile = tile_at(text_v, batch, first, 0, 0, head, BLOCK_N, HEAD_DIM)  # [N, D]
+        v_tile = text_tile(text_v, batch, key_block, 0, head, BLOCK_N, HEAD_DIM)  # [N, D]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
 
     total = tl.where(total == 0.0, 1.0, total)  # [M]; without a key acc is 0 and top -inf
@@ -200,62 +190,16 @@ def skiparse_forward_tma(
 
 
 def can_be_tiled(inputs: Inputs, block: int) -> bool:
-    """Whether every ``block`` rows of a head are a box of ``[B, runs, n, w, H*D]``.
-
-    They are not if the last period is not whole, a block is neither whole runs nor a part of one,
-    or heads are not side by side.
-    """
-    w = inputs.pattern.run
-    segments = inputs.pattern.segments(inputs.q.shape[1])
-    regular = len(segments) == 1 and [box.shape[2] for box in segments[0].boxes] == [w]
-    short, long = sorted((w, block))
-    sources = (inputs.k, inputs.v, inputs.text_k, inputs.text_v)
-    return regular and pattern.tiles_runs(short, long) and all(map(_has_tiles, sources))
-
-
-Box = list[int]
-Describe = Callable[[Tensor, list[int], list[int], Box], Any]  # tensor, shape, strides, box
+    """Whether every ``block`` rows of the keys and values of a head are a box."""
+    return tiles.can_be_tiled(inputs, block, (inputs.k, inputs.v, inputs.text_k, inputs.text_v))
 
 
 def tile_views(
     inputs: Inputs, block: int, describe: Describe = TensorDescriptor
 ) -> tuple[Any, ...]:
-    """k, v, text_k and text_v as ``[B, runs, n, w, H*D]``, read ``block`` rows of a head at a time.
-
-    For problems that can be tiled so. Rows behind the last run read as 0.
-    """
-    n, w = inputs.pattern.sparsity, inputs.pattern.run
-    H, D = inputs.q.shape[2:]
-    sources = [inputs.k, inputs.v, inputs.text_k, inputs.text_v]
-    width = min(w, block)
-    if inputs.text_q.shape[1] == 0:
-        sources[2:] = sources[:2]  # never read, but there must be something
-
-    def view(x: Tensor, n: int, w: int, box: Box) -> Any:
-        B, rows = x.shape[:2]
-        step = x.stride(1)
-        shape = [B, rows // (n * w), n, w, H * D]
-        return describe(x, shape, [x.stride(0), n * w * step, w * step, step, 1], box)
-
-    video = [1, block // width, 1, width, D]
-    k, v = (view(x, n, w, video) for x in sources[:2])
-    text_k, text_v = (view(x, 1, 1, [1, block, 1, 1, D]) for x in sources[2:])
-    return k, v, text_k, text_v
-
-
-def _has_tiles(x: Tensor) -> bool:
-    """Heads side by side; batch and rows apart by multiples of 16 bytes, and beginning at one."""
-    B, _, H, D = x.shape
-    steps = [x.stride(i) for i in range(2) if x.shape[i] > 1]
-    begin = x.storage_offset()
-    return (
-        B * H > 0
-        and D >= 16
-        and triton.next_power_of_2(D) == D
-        and (H == 1 or x.stride(2) == D)
-        and 0 not in steps
-        and all(elements * x.element_size() % 16 == 0 for elements in (*steps, begin))
-    )
+    """k, v, text_k and text_v, read ``block`` rows of a head at a time, if they can be tiled so."""
+    video, text = (inputs.k, inputs.v), (inputs.text_k, inputs.text_v)
+    return tuple(tiles.tile_views(inputs, block, video, text, describe))
 
 
 def _tma(inputs: Inputs) -> tuple[Config, tuple[TensorDescriptor, ...]] | None:
@@ -291,9 +235,9 @@ def forward(inputs: Inputs) -> Outputs:
     )
     tma = _tma(inputs)
     if tma is not None:
-        config, tiles = tma
+        config, views = tma
         launch(
-            skiparse_forward_tma, inputs, config.BLOCK_M, query, *tiles, *results,
+            skiparse_forward_tma, inputs, config.BLOCK_M, query, *views, *results,
             **config._asdict(),
         )  # fmt: skip
         return outputs

@@ -43,7 +43,8 @@ from skiparse.backends.triton.device import (
     rows_at,
     shared,
 )
-from skiparse.backends.triton.forward_kernel import Box, allocate, tile_views
+from skiparse.backends.triton.forward_kernel import allocate, tile_views
+from skiparse.backends.triton.tiles import Box
 
 # Chosen to compile without spills; tests/test_aot.py has the registers and shared memory.
 TILES = {"BLOCK_M": 128, "BLOCK_N": 128, "STAGES": 2}
@@ -82,7 +83,7 @@ def produce(
             mbarrier.expect(v_ready.index(slot), v.block_type.nbytes)
             tma.async_copy_global_to_shared(v, at, v_ready.index(slot), v_slots.index(slot))
         else:
-            at = [b, (i - video_blocks) * BLOCK_N, 0, 0, h * HEAD_DIM]
+            at = [b, 0, 0, (i - video_blocks) * BLOCK_N, h * HEAD_DIM]
             k_slot = k_slots.index(slot).reshape(text_shape)
             v_slot = v_slots.index(slot).reshape(text_shape)
             mbarrier.wait(k_free.index(slot), lap ^ 1)
