@@ -13,6 +13,9 @@ Source: Dao et al. 2022, "FlashAttention", appendix B; Dao 2023, "FlashAttention
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +30,7 @@ from skiparse.backends.triton.device import (
     attended,
     choose,
     device_function,
+    inputs_of,
     launch,
     length_of,
     load_tile,
@@ -38,7 +42,10 @@ from skiparse.backends.triton.device import (
     rows_of,
     shared,
     store_tile,
+    tensors_of,
 )
+from skiparse.backends.triton.plans import planned
+from skiparse.pattern import SkipPattern
 
 # Chosen to compile without spills; tests/test_aot.py has the registers and shared memory.
 DELTA_ROWS = 32
@@ -213,13 +220,31 @@ def backward(
     inputs: Inputs, outputs: Outputs, grad_out: Tensor, grad_text_out: Tensor
 ) -> Gradients:
     """Launch delta, then dk and dv, then dq; sum the text gradients over sub-sequences."""
-    q, n = inputs.q, inputs.pattern.sparsity
+    q = inputs.q
+    tensors = (*tensors_of(inputs), *outputs, grad_out, grad_text_out)
+    configs = choose(DKDV_CONFIGS, q), choose(DQ_CONFIGS, q)
+    results = planned(_launches, tensors, inputs.pattern, inputs.scale, *configs)
+    return Gradients(*results[:3], *(x.sum(1).to(q.dtype) for x in results[3:]))
+
+
+def _launches(
+    tensors: Sequence[Any],
+    pattern: SkipPattern,
+    scale: float,
+    dkdv_config: Config,
+    dq_config: Config,
+) -> Sequence[Tensor]:
+    """dq, dk and dv of the video, and of the text by sub-sequence, fp32."""
+    inputs = inputs_of(tensors[:8], pattern, scale)
+    outputs = Outputs(*tensors[8:12])
+    grad_out, grad_text_out = tensors[12:]
+    q, n = inputs.q, pattern.sparsity
     (B, N, H, D), T = q.shape, inputs.text_q.shape[1]
     video = [q.new_empty(B, N, H, D) for _ in range(3)]
     text = [q.new_empty(B, n, T, H, D, dtype=torch.float32) for _ in range(3)]
     dq, dk, dv = ((shared(x), own(y)) for x, y in zip(video, text, strict=True))
     grad = (shared(grad_out), own(grad_text_out))
-    delta = lse_pair(torch.empty_like(outputs.lse), torch.empty_like(outputs.text_lse))
+    delta = lse_pair(*(q.new_empty(*x.shape, dtype=x.dtype) for x in outputs[2:]))
     operands = (
         (shared(q), shared(inputs.text_q)),
         (shared(inputs.k), shared(inputs.text_k)),
@@ -238,17 +263,15 @@ def backward(
         delta,
         BLOCK_M=DELTA_ROWS,
     )
-    config = choose(DKDV_CONFIGS, q)
     launch(
         skiparse_dkdv,
         inputs,
-        config.BLOCK_N,
+        dkdv_config.BLOCK_N,
         *operands,
         dk,
         dv,
-        inputs.scale,
-        **config._asdict(),
+        scale,
+        **dkdv_config._asdict(),
     )
-    config = choose(DQ_CONFIGS, q)
-    launch(skiparse_dq, inputs, config.BLOCK_M, *operands, dq, inputs.scale, **config._asdict())
-    return Gradients(*video, *(x.sum(1).to(q.dtype) for x in text))
+    launch(skiparse_dq, inputs, dq_config.BLOCK_M, *operands, dq, scale, **dq_config._asdict())
+    return *video, *text
