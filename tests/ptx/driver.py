@@ -9,7 +9,7 @@ import hashlib
 import struct
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
@@ -64,17 +64,18 @@ def without_ptxas(*given):
 
 @dataclass
 class Kernel:
+    """What Triton compiled; ``schedules`` are the programs that were made of it, by PTX."""
+
     name: str
     ptx: str
-    program: object = None
+    schedules: dict = field(default_factory=dict)
 
-    def schedule(self, edit=None):
-        """The program ready to run; ``edit`` changes its PTX."""
-        if edit is not None:
-            return Schedule(parse(edit(self.ptx)))
-        if self.program is None:
-            self.program = Schedule(parse(self.ptx))
-        return self.program
+    def schedule(self, ptx=None):
+        """The program ready to run, of its own PTX or of one that was edited."""
+        ptx = self.ptx if ptx is None else ptx
+        if ptx not in self.schedules:
+            self.schedules[ptx] = Schedule(parse(ptx))
+        return self.schedules[ptx]
 
 
 class Recorder:

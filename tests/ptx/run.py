@@ -44,6 +44,7 @@ class Machine:
         device.exact_architecture = lambda q: arch
         torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
         self.counts = Counter()  # of the last run
+        self.edited = set()  # the kernels that ran with other PTX than their own, in the last run
         self.seconds = Counter()  # by kernel, of all runs
 
     def run(self, function, tensors, *, mode="late", seed=0, edit=None):
@@ -52,7 +53,7 @@ class Machine:
         ``tensors`` are those that kernels may touch besides what ``function`` makes;
         ``edit`` is a function of kernel name and PTX that gives the PTX to execute.
         """
-        self.counts = Counter()
+        self.counts, self.edited = Counter(), set()
         known = Tensors()
         known.seen += tensors
 
@@ -61,7 +62,10 @@ class Machine:
             for x in known.seen:
                 storage = x.untyped_storage()
                 memory.add(storage.data_ptr(), storage.nbytes(), f"{x.dtype} {tuple(x.shape)}")
-            schedule = kernel.schedule(edit and (lambda ptx: edit(kernel.name, ptx)))
+            text = kernel.ptx if edit is None else edit(kernel.name, kernel.ptx)
+            if text != kernel.ptx:
+                self.edited.add(kernel.name)
+            schedule = kernel.schedule(text)
             parameters = schedule.program.parameters
             raw = np.zeros(max(p.offset + p.size for p in parameters), np.uint8)
             for parameter, value in zip(parameters, values, strict=True):
@@ -98,19 +102,25 @@ def inputs_of(problem):
     return Inputs(*p.inputs, p.mask, p.text_mask, p.pattern, scale)
 
 
-def attention(machine, problem, *, kernel=forward_kernel, backward=True, **how):
+def tensors_of(problem):
+    """What a forward may read."""
+    return [x for x in (*problem.inputs, problem.mask, problem.text_mask) if x is not None]
+
+
+def attention(machine, problem, *, kernel=forward_kernel, backward=True, outputs=None, **how):
     """Outputs and gradients of a problem (a ``skiparse.testing.Answer``), all executed.
 
-    Without ``backward`` the gradients are the exact ones.
+    Without ``backward`` the gradients are the exact ones; ``outputs`` are those of a forward that
+    was executed before.
     """
     n, inputs = problem.pattern.sparsity, inputs_of(problem)
-    tensors = [x for x in (*problem.inputs, problem.mask, problem.text_mask) if x is not None]
-    outputs = machine.run(lambda: kernel.forward(inputs), tensors, **how)
+    if outputs is None:
+        outputs = machine.run(lambda: kernel.forward(inputs), tensors_of(problem), **how)
     if backward:
         text = (problem.grad_text_out / n)[:, None].expand(-1, n, -1, -1, -1)
         grads = machine.run(
             lambda: backward_kernel.backward(inputs, outputs, problem.grad_out, text),
-            [*tensors, *outputs, problem.grad_out, text],
+            [*tensors_of(problem), *outputs, problem.grad_out, text],
             **how,
         )
     else:

@@ -6,6 +6,7 @@ as one *batch*: their registers are gathered into ``[rows, 32]``. Loads and stor
 among each other, and everything keeps its order with what synchronises.
 """
 
+import itertools
 from collections import defaultdict
 
 import numpy as np
@@ -25,7 +26,7 @@ def index_of(rows):
     """Rows as a slice if they are evenly spaced, which numpy reads without a copy."""
     if len(rows) == 1:
         return slice(rows[0], rows[0] + 1)
-    steps = {b - a for a, b in zip(rows, rows[1:], strict=False)}
+    steps = {b - a for a, b in itertools.pairwise(rows)}
     if len(steps) == 1 and (step := steps.pop()) > 0:
         return slice(rows[0], rows[-1] + 1, step)
     return np.array(rows)

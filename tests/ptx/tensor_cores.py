@@ -82,17 +82,15 @@ def descriptor_tile(block, descriptor, rows, mn_major, kind, fenced):
         )
     hidden = shared.unfenced(granules, fenced)
     if len(hidden):
-        stored = hidden[hidden < COPY]
-        if len(stored):
-            raise Fault(f"it reads what warp {stored[0]} stored, with no fence.proxy.async since")
-        block.counts["cp.async without fence"] += 1
+        how = "stored" if hidden[0] < COPY else "had copied by cp.async"
+        raise Fault(f"it reads what warp {hidden[0] % COPY} {how}, with no fence.proxy.async since")
     return WIDEN[kind](shared.views[U16][addresses >> 1]).astype(F64)
 
 
 def wgmma(operands, instruction, match):
     """The step of one wgmma: queued, or done at once, as the block's asynchrony decides."""
     columns, kind = int(match[1]), match[2]
-    outs, first, second, scale, *rest = instruction.operands
+    outs, first, _, scale, *rest = instruction.operands
     a_rows = operands.rows(first) if first.startswith("{") else None
     a_descriptor = None if a_rows else operands.read(1, np.uint64)
     b_descriptor, add = operands.read(2, np.uint64), operands.read(3, np.bool_)
