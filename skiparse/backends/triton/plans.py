@@ -52,9 +52,12 @@ class Trace:
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Operand:
         self.allocated.append((shape, dtype))
-        strides = torch.empty(shape, device="meta").stride()
+        slot = self.given + len(self.allocated) - 1
+        strides = [1]
+        for size in reversed(shape[1:]):
+            strides.insert(0, strides[0] * max(size, 1))
         # Fresh memory is aligned: by 64 bytes on a CPU, by 256 and more on a GPU.
-        return Operand(self, self.given + len(self.allocated) - 1, shape, strides, dtype, 0, device)
+        return Operand(self, slot, shape, tuple(strides), dtype, 0, device)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -116,7 +119,7 @@ class Step:
 
     def __call__(self, filled: Sequence[Any]) -> None:
         args = [filled[place] for place in self.places]
-        if self.run is not None and not _hooked(self.kernel):
+        if self.run is not None and not self.kernel.pre_run_hooks:
             self.run(*args, *self.rest)
             return
         compiled = self.kernel[self.grid](*args, **self.options)
@@ -124,12 +127,6 @@ class Step:
             names = self.kernel.arg_names[len(args) :]
             self.rest = tuple(self.options[name] for name in names)
             self.run = compiled[self.grid]
-
-
-def _hooked(kernel: Any) -> bool:
-    """Whether somebody wants to see or change each launch before its kernel is chosen."""
-    hook = getattr(triton.knobs.runtime, "add_stages_inspection_hook", None)  # since Triton 3.7
-    return bool(kernel.pre_run_hooks) or hook is not None
 
 
 def _fill(arg: Any) -> Fill:
@@ -213,7 +210,10 @@ def _key(x: Tensor) -> Key:
 
 def _compilation() -> tuple[Hashable, ...]:
     """Triton's settings that are part of its own key of a kernel."""
-    return triton.knobs.runtime.debug, triton.knobs.compilation.instrumentation_mode
+    runtime = triton.knobs.runtime
+    inspection = getattr(runtime, "add_stages_inspection_hook", None)  # since Triton 3.7
+    inspected = None if inspection is None else inspection()
+    return runtime.debug, triton.knobs.compilation.instrumentation_mode, inspected
 
 
 @functools.lru_cache(PLANS)
