@@ -167,7 +167,7 @@ def calls():
 
 
 def check(watch):
-    """The calls whose launches are not those of Triton's own path; also without parts of the key."""
+    """The calls whose launches are not those of Triton's own path; so without parts of the key."""
     modules = (forward_kernel, backward_kernel, pingpong_kernel, pack_kernel)
     made, planned = calls(), plans.planned
     own = {}

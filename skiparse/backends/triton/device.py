@@ -14,6 +14,7 @@ Which of the two a block reads is a scalar selection, so one loop runs over both
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -231,7 +232,13 @@ def architecture(q: Tensor) -> str:
         return "interpreter"
     if torch.version.hip is not None:
         return "gfx942"
-    return "sm_90" if torch.cuda.get_device_capability(q.device)[0] in (9, 10) else "sm_80"
+    return "sm_90" if _capability(q.device)[0] in (9, 10) else "sm_80"
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Asked of the driver once; every launch needs it."""
+    return torch.cuda.get_device_capability(device)
 
 
 def choose(configs: Configs, q: Tensor) -> Config:
@@ -246,7 +253,7 @@ def exact_architecture(q: Tensor) -> str:
     """The device of ``q`` itself, not its family: for tables that hold for some devices only."""
     if q.device.type == "cpu" or torch.version.hip is not None:
         return architecture(q)
-    major, minor = torch.cuda.get_device_capability(q.device)
+    major, minor = _capability(q.device)
     return f"sm_{major}{minor}"
 
 
