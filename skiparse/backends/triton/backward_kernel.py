@@ -18,13 +18,14 @@ Source: Dao et al. 2022, "FlashAttention", appendix B; Dao 2023, "FlashAttention
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from skiparse import pattern
 from skiparse.backends import Gradients, Inputs, Outputs
 from skiparse.backends.triton import tiles
 from skiparse.backends.triton.device import (
@@ -36,6 +37,7 @@ from skiparse.backends.triton.device import (
     choose,
     choose_if_any,
     device_function,
+    inputs_of,
     launch,
     length_of,
     load_tile,
@@ -47,13 +49,16 @@ from skiparse.backends.triton.device import (
     rows_of,
     shared,
     store_tile,
+    tensors_of,
 )
+from skiparse.backends.triton.plans import planned
 from skiparse.backends.triton.tiles import (
     store_text_tile,
     store_video_tile,
     text_tile,
     video_tile,
 )
+from skiparse.pattern import SkipPattern
 
 # Chosen to compile without spills; tests/test_aot.py has the registers and shared memory.
 DELTA_ROWS = 32
@@ -435,17 +440,17 @@ def _tiles(configs: Configs, q: Tensor) -> Config | None:
     return choose_if_any(configs, q) if q.element_size() == 2 else None
 
 
-Views = tuple[Config, list[TensorDescriptor]]
-
-
 def _dkdv_tiles(
-    inputs: Inputs, grads: tuple[Tensor, Tensor], video: list[Tensor], text: list[Tensor]
-) -> Views | None:
-    """The configuration of :func:`skiparse_dkdv_tma` and its tensors, if it can run this.
+    inputs: Inputs,
+    config: Config | None,
+    grads: tuple[Any, Any],
+    video: list[Any],
+    text: list[Any],
+) -> list[Any] | None:
+    """The tensors of :func:`skiparse_dkdv_tma` as it takes them, if it can.
 
     ``grads`` are of the output, ``video`` and ``text`` what dk and dv are written to.
     """
-    config = _tiles(DKDV_TMA_CONFIGS, inputs.q)
     if config is None:
         return None
     read = (inputs.q, grads[0]), (inputs.text_q, grads[1])
@@ -455,16 +460,15 @@ def _dkdv_tiles(
     ):
         return None
     views = tiles.tile_views(inputs, config.BLOCK_M, *read)
-    return config, views + tiles.tile_views(inputs, config.BLOCK_N, video, text)
+    return views + tiles.tile_views(inputs, config.BLOCK_N, video, text)
 
 
-def _dq_tiles(inputs: Inputs) -> Views | None:
+def _dq_tiles(inputs: Inputs, config: Config | None) -> list[Any] | None:
     """The same of :func:`skiparse_dq_tma`."""
-    config = _tiles(DQ_TMA_CONFIGS, inputs.q)
     video, text = (inputs.k, inputs.v), (inputs.text_k, inputs.text_v)
     if config is None or not tiles.can_be_tiled(inputs, config.BLOCK_N, (*video, *text)):
         return None
-    return config, tiles.tile_views(inputs, config.BLOCK_N, video, text)
+    return tiles.tile_views(inputs, config.BLOCK_N, video, text)
 
 
 def backward(
@@ -474,7 +478,30 @@ def backward(
 
     The two with tiles are chosen each by itself: a gradient with odd strides leaves dq its tiles.
     """
-    q, n = inputs.q, inputs.pattern.sparsity
+    q = inputs.q
+    tensors = (*tensors_of(inputs), *outputs, grad_out, grad_text_out)
+    configs = (
+        _tiles(DKDV_TMA_CONFIGS, q), choose(DKDV_CONFIGS, q),
+        _tiles(DQ_TMA_CONFIGS, q), choose(DQ_CONFIGS, q),
+    )  # fmt: skip
+    results = planned(_launches, tensors, inputs.pattern, inputs.scale, *configs)
+    return Gradients(*results[:3], *(x.sum(1).to(q.dtype) for x in results[3:]))
+
+
+def _launches(
+    tensors: Sequence[Any],
+    pattern: SkipPattern,
+    scale: float,
+    dkdv_tma: Config | None,
+    dkdv: Config,
+    dq_tma: Config | None,
+    dq: Config,
+) -> Sequence[Tensor]:
+    """dq, dk and dv of the video, and of the text by sub-sequence, fp32."""
+    inputs = inputs_of(tensors[:8], pattern, scale)
+    outputs = Outputs(*tensors[8:12])
+    grad_out, grad_text_out = tensors[12:]
+    q, n = inputs.q, pattern.sparsity
     (B, N, H, D), T = q.shape, inputs.text_q.shape[1]
     video = [q.new_empty(B, N, H, D) for _ in range(3)]
     text = [q.new_empty(B, n, T, H, D, dtype=torch.float32) for _ in range(3)]
@@ -482,17 +509,22 @@ def backward(
     keys = ((shared(inputs.k), shared(inputs.text_k)), (shared(inputs.v), shared(inputs.text_v)))
     mask = mask_pair(inputs)
     grad = (shared(grad_out), own(grad_text_out))
-    dq, dk, dv = ((shared(x), own(y)) for x, y in zip(video, text, strict=True))
+    into_q, into_k, into_v = ((shared(x), own(y)) for x, y in zip(video, text, strict=True))
 
-    if grad_text_out.stride(1) == 0:
-        grad_text_out = grad_text_out[:, :1]  # that of a mean, the same for every sub-sequence
-    dkdv_tiles = _dkdv_tiles(inputs, (grad_out, grad_text_out), video[1:], text[1:])
-    dkdv_config, dkdv_views = dkdv_tiles or (choose(DKDV_CONFIGS, q), None)
-    dq_config, dq_views = _dq_tiles(inputs) or (choose(DQ_CONFIGS, q), None)
-    padded = max(DELTA_ROWS, dkdv_config.BLOCK_M, dq_config.BLOCK_M)
-    longest = pattern.length_of(0, N, n, inputs.pattern.run)
+    same_grads = grad_text_out.stride(1) == 0  # those of a mean, for every sub-sequence
+    if same_grads:
+        strides = [grad_text_out.stride(i) for i in range(5)]
+        grad_text_out = grad_text_out.as_strided((B, 1, T, H, D), strides)
+    dkdv_views = _dkdv_tiles(inputs, dkdv_tma, (grad_out, grad_text_out), video[1:], text[1:])
+    dq_views = _dq_tiles(inputs, dq_tma)
+    if dkdv_tma is not None and dkdv_views is not None:
+        dkdv = dkdv_tma
+    if dq_tma is not None and dq_views is not None:
+        dq = dq_tma
+    padded = max(DELTA_ROWS, dkdv.BLOCK_M, dq.BLOCK_M)
+    longest = pattern.lengths(N)[0]
     rows = (triton.cdiv(longest, padded) + triton.cdiv(T, padded)) * padded
-    stats = tuple(q.new_empty(2, B, H, n, rows, dtype=torch.float32))
+    stats = tuple(q.new_empty(B, H, n, rows, dtype=torch.float32) for _ in range(2))
 
     launch(
         skiparse_delta, inputs, padded,
@@ -500,27 +532,26 @@ def backward(
         lse_pair(outputs.lse, outputs.text_lse), stats,
         BLOCK_M=DELTA_ROWS, ROWS=padded,
     )  # fmt: skip
-    options = {**dkdv_config._asdict(), "ROWS": padded}
+    options = {**dkdv._asdict(), "ROWS": padded}
     if dkdv_views is None:
         launch(
-            skiparse_dkdv, inputs, dkdv_config.BLOCK_N,
-            query, *keys, mask, grad, stats, dk, dv, inputs.scale, **options,
+            skiparse_dkdv, inputs, dkdv.BLOCK_N,
+            query, *keys, mask, grad, stats, into_k, into_v, scale, **options,
         )  # fmt: skip
     else:
         launch(
-            skiparse_dkdv_tma, inputs, dkdv_config.BLOCK_N,
-            *dkdv_views, *keys, mask, stats, inputs.scale,
-            **options, SHARED_GRADS=grad_text_out.shape[1] == 1,
+            skiparse_dkdv_tma, inputs, dkdv.BLOCK_N,
+            *dkdv_views, *keys, mask, stats, scale, **options, SHARED_GRADS=same_grads,
         )  # fmt: skip
-    options = {**dq_config._asdict(), "ROWS": padded}
+    options = {**dq._asdict(), "ROWS": padded}
     if dq_views is None:
         launch(
-            skiparse_dq, inputs, dq_config.BLOCK_M,
-            query, *keys, mask, grad, stats, dq, inputs.scale, **options,
+            skiparse_dq, inputs, dq.BLOCK_M,
+            query, *keys, mask, grad, stats, into_q, scale, **options,
         )  # fmt: skip
     else:
         launch(
-            skiparse_dq_tma, inputs, dq_config.BLOCK_M,
-            query, *dq_views, mask, grad, stats, dq, inputs.scale, **options,
+            skiparse_dq_tma, inputs, dq.BLOCK_M,
+            query, *dq_views, mask, grad, stats, into_q, scale, **options,
         )  # fmt: skip
-    return Gradients(*video, *(x.sum(1).to(q.dtype) for x in text))
+    return *video, *text

@@ -13,6 +13,7 @@ normalizer calculation for softmax".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from skiparse.backends.triton.device import (
     choose,
     choose_if_any,
     device_function,
+    inputs_of,
     launch,
     length_of,
     load_tile,
@@ -42,8 +44,11 @@ from skiparse.backends.triton.device import (
     rows_of,
     shared,
     store_tile,
+    tensors_of,
 )
+from skiparse.backends.triton.plans import planned
 from skiparse.backends.triton.tiles import Describe, text_tile, video_tile
+from skiparse.pattern import SkipPattern
 
 # Chosen to compile without spills; tests/test_aot.py has the registers and shared memory.
 CONFIGS: Configs = {
@@ -202,13 +207,14 @@ def tile_views(
     return tuple(tiles.tile_views(inputs, block, video, text, describe))
 
 
-def _tma(inputs: Inputs) -> tuple[Config, tuple[TensorDescriptor, ...]] | None:
+def _tma(inputs: Inputs) -> Config | None:
     """How the kernel with tiles would run this, if it can."""
-    q = inputs.q
-    config = choose_if_any(TMA_CONFIGS, q)
-    if config is None or q.element_size() > 2 or not can_be_tiled(inputs, config.BLOCK_N):
-        return None
-    return config, tile_views(inputs, config.BLOCK_N)
+    config = choose_if_any(TMA_CONFIGS, inputs.q)
+    return config if config is not None and _takes(inputs, config) else None
+
+
+def _takes(inputs: Inputs, config: Config) -> bool:
+    return inputs.q.element_size() <= 2 and can_be_tiled(inputs, config.BLOCK_N)
 
 
 def allocate(inputs: Inputs) -> Outputs:
@@ -225,23 +231,29 @@ def allocate(inputs: Inputs) -> Outputs:
 
 def forward(inputs: Inputs) -> Outputs:
     """Allocate, and launch over the blocks of query rows."""
+    q = inputs.q
+    configs = choose_if_any(TMA_CONFIGS, q), choose(CONFIGS, q)
+    return Outputs(*planned(_launches, tensors_of(inputs), inputs.pattern, inputs.scale, *configs))
+
+
+def _launches(
+    tensors: Sequence[Any], pattern: SkipPattern, scale: float, tma: Config | None, config: Config
+) -> Outputs:
+    inputs = inputs_of(tensors, pattern, scale)
     q, outputs = inputs.q, allocate(inputs)
     query = (shared(q), shared(inputs.text_q))
     results = (
         mask_pair(inputs),
         (shared(outputs.out), own(outputs.text_out)),
         lse_pair(outputs.lse, outputs.text_lse),
-        inputs.scale,
+        scale,
     )
-    tma = _tma(inputs)
-    if tma is not None:
-        config, views = tma
+    if tma is not None and _takes(inputs, tma):
         launch(
-            skiparse_forward_tma, inputs, config.BLOCK_M, query, *views, *results,
-            **config._asdict(),
+            skiparse_forward_tma, inputs, tma.BLOCK_M,
+            query, *tile_views(inputs, tma.BLOCK_N), *results, **tma._asdict(),
         )  # fmt: skip
         return outputs
-    config = choose(CONFIGS, q)
     keys = (shared(inputs.k), shared(inputs.text_k))
     values = (shared(inputs.v), shared(inputs.text_v))
     launch(

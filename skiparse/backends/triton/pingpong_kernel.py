@@ -18,6 +18,9 @@ Source: Shah et al. 2024, "FlashAttention-3", algorithms 1 and 2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as ttgl
@@ -34,6 +37,7 @@ from skiparse.backends import Inputs, Outputs
 from skiparse.backends.triton.device import (
     LOG2E,
     SIZES,
+    inputs_of,
     launch,
     length_of,
     lse_pair,
@@ -42,9 +46,12 @@ from skiparse.backends.triton.device import (
     program,
     rows_at,
     shared,
+    tensors_of,
 )
 from skiparse.backends.triton.forward_kernel import allocate, tile_views
+from skiparse.backends.triton.plans import planned
 from skiparse.backends.triton.tiles import Box
+from skiparse.pattern import SkipPattern
 
 # Chosen to compile without spills; tests/test_aot.py has the registers and shared memory.
 TILES = {"BLOCK_M": 128, "BLOCK_N": 128, "STAGES": 2}
@@ -301,6 +308,11 @@ def _described(x: Tensor, shape: list[int], strides: list[int], box: Box) -> Ten
 
 def forward(inputs: Inputs) -> Outputs:
     """Allocate, and launch over the blocks of query rows."""
+    return Outputs(*planned(_launches, tensors_of(inputs), inputs.pattern, inputs.scale))
+
+
+def _launches(tensors: Sequence[Any], pattern: SkipPattern, scale: float) -> Outputs:
+    inputs = inputs_of(tensors, pattern, scale)
     outputs = allocate(inputs)
     launch(
         skiparse_forward_pingpong,
@@ -310,7 +322,7 @@ def forward(inputs: Inputs) -> Outputs:
         *tile_views(inputs, TILES["BLOCK_N"], _described),
         (shared(outputs.out), own(outputs.text_out)),
         lse_pair(outputs.lse, outputs.text_lse),
-        inputs.scale,
+        scale,
         num_warps=4,
         **TILES,
     )

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -82,7 +81,7 @@ def _has_tiles(x: Tensor) -> bool:
     return (
         x.shape[0] * H > 0
         and D >= 16
-        and triton.next_power_of_2(D) == D
+        and D & (D - 1) == 0
         and (H == 1 or x.stride(-2) == D)
         and 0 not in steps
         and all(elements * x.element_size() % 16 == 0 for elements in (*steps, x.storage_offset()))
@@ -125,6 +124,6 @@ def _video_view(inputs: Inputs, x: Tensor, block: int, describe: Describe) -> An
 
 
 def _text_view(x: Tensor, block: int, describe: Describe) -> Any:
-    own = x if x.ndim == 5 else x.unsqueeze(1)
-    (B, n, T, H, D), (batch, sub, step) = own.shape, _steps(own)
-    return describe(x, [B, 1, n, T, H * D], [batch, batch, sub, step, 1], [1, 1, 1, block, D])
+    (B, *own, T, H, D), (batch, *sub, step) = x.shape, _steps(x)
+    n, sub_step = (own[0], sub[0]) if own else (1, T * step)
+    return describe(x, [B, 1, n, T, H * D], [batch, batch, sub_step, step, 1], [1, 1, 1, block, D])
