@@ -364,6 +364,7 @@ def test_reasons(monkeypatch):
     assert "(64, 128), not 32" in reason(shape=(2, 64, 3, 32))
     assert "positive scale, not -0.1" in reason(scale=-0.1)
     assert "positive scale, not 0.0" in reason(scale=0.0)
+    assert "positive scale, not 1e-50" in reason(scale=1e-50)  # 0 in fp32
     for odd in (SkipPattern(2, 3), SkipPattern(4, 24)):
         assert "no boxes" in reason(odd, shape=(2, 96, 3, 128))
     assert "no boxes" in reason(shape=(2, 63, 3, 128))
