@@ -144,11 +144,13 @@ def attend(
     mbarrier.arrive(k_free.index(0), count=1)
     p, top, _ = softmax(scores, 0, counts, log2_scale, top, BLOCK_N, layout)
     total = ttgl.sum(p, 1)  # [M]
-    weights = ttgl.convert_layout(p.to(dtype), p_layout)
 
     for i in range(1, blocks):
         slot = i % STAGES
         last = (i - 1) % STAGES
+        # Rounded here, not where they are computed: there they would need registers beside those
+        # that the products under way still read, and copies from these to those.
+        weights = ttgl.convert_layout(p.to(dtype), p_layout)
         mbarrier.wait(k_ready.index(slot), i // STAGES & 1)
         mbarrier.wait(turn.index(GROUP), (i - 1) & 1)
         k_tile = k_slots.index(slot).reshape([BLOCK_N, HEAD_DIM])
@@ -162,15 +164,15 @@ def attend(
         mbarrier.arrive(k_free.index(slot), count=1)
         p, top, decay = softmax(scores, i, counts, log2_scale, top, BLOCK_N, layout)
         total = total * decay + ttgl.sum(p, 1)
-        weights = ttgl.convert_layout(p.to(dtype), p_layout)
         # A wait that is over at once, and a dependence: without them the compilers move the end of
         # the products up before the exponentials.
         mbarrier.wait(v_ready.index(last), (i - 1) // STAGES & 1)
-        acc, weights = warpgroup_mma_wait(0, [acc, weights])
+        acc, p = warpgroup_mma_wait(0, [acc, p])
         mbarrier.arrive(v_free.index(last), count=1)
         acc = acc * ttgl.convert_layout(decay, row_layout)[:, None]
 
     last = (blocks - 1) % STAGES
+    weights = ttgl.convert_layout(p.to(dtype), p_layout)
     mbarrier.wait(v_ready.index(last), (blocks - 1) // STAGES & 1)
     v_tile = v_slots.index(last).reshape([BLOCK_N, HEAD_DIM])
     acc = warpgroup_mma(weights, v_tile, acc, is_async=True)
