@@ -283,7 +283,7 @@ def can_be_tiled(inputs: Inputs, block: int) -> bool:
     regular = len(segments) == 1 and [box.shape[2] for box in segments[0].boxes] == [w]
     short, long = sorted((w, block))
     sources = (inputs.k, inputs.v, inputs.text_k, inputs.text_v)
-    return regular and pattern.tiles_runs(short, long) and all(map(_has_tiles, sources))
+    return regular and pattern.tiles_runs(short, long) and all(map(has_tiles, sources))
 
 
 Box = list[int]
@@ -297,26 +297,38 @@ def tile_views(
 
     For problems that can be tiled so. Rows behind the last run read as 0.
     """
-    n, w = inputs.pattern.sparsity, inputs.pattern.run
-    H, D = inputs.q.shape[2:]
-    sources = [inputs.k, inputs.v, inputs.text_k, inputs.text_v]
+    k, text_k = tile_pair(inputs.k, inputs.text_k, inputs.pattern, block, describe)
+    v, text_v = tile_pair(inputs.v, inputs.text_v, inputs.pattern, block, describe)
+    return k, v, text_k, text_v
+
+
+def tile_pair(
+    video: Tensor,
+    text: Tensor,
+    p: pattern.SkipPattern,
+    block: int,
+    describe: Describe = TensorDescriptor,
+) -> tuple[Any, Any]:
+    """The same of one tensor for the video and the text."""
+    n, w = p.sparsity, p.run
     width = min(w, block)
-    if inputs.text_q.shape[1] == 0:
-        sources[2:] = sources[:2]  # never read, but there must be something
+    if text.shape[1] == 0:
+        text = video  # never read, but there must be something
 
     def view(x: Tensor, n: int, w: int, box: Box) -> Any:
-        B, rows = x.shape[:2]
+        B, rows, H, D = x.shape
         step = x.stride(1)
         shape = [B, rows // (n * w), n, w, H * D]
         return describe(x, shape, [x.stride(0), n * w * step, w * step, step, 1], box)
 
-    video = [1, block // width, 1, width, D]
-    k, v = (view(x, n, w, video) for x in sources[:2])
-    text_k, text_v = (view(x, 1, 1, [1, block, 1, 1, D]) for x in sources[2:])
-    return k, v, text_k, text_v
+    D = video.shape[-1]
+    return (
+        view(video, n, w, [1, block // width, 1, width, D]),
+        view(text, 1, 1, [1, block, 1, 1, D]),
+    )
 
 
-def _has_tiles(x: Tensor) -> bool:
+def has_tiles(x: Tensor) -> bool:
     """Heads side by side; batch and rows apart by multiples of 16 bytes, and beginning at one."""
     B, _, H, D = x.shape
     steps = [x.stride(i) for i in range(2) if x.shape[i] > 1]

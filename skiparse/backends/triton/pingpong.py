@@ -37,7 +37,7 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
 
 
 def _takes(inputs: Inputs) -> str | None:
-    from skiparse.backends.triton.forward_kernel import can_be_tiled, positive
+    from skiparse.backends.triton.forward_kernel import can_be_tiled, has_tiles, positive
     from skiparse.backends.triton.pingpong_kernel import HEAD_DIMS, TILES
 
     q = inputs.q
@@ -51,6 +51,8 @@ def _takes(inputs: Inputs) -> str | None:
         return f"the kernel takes a positive scale, not {inputs.scale}"
     if not can_be_tiled(inputs, TILES["BLOCK_N"]):
         return "blocks of keys are no boxes in these strides, or this length and pattern"
+    if not (has_tiles(q) and has_tiles(inputs.text_q)):
+        return "blocks of queries are no boxes in these strides"
     return None
 
 

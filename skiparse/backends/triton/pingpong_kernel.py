@@ -43,7 +43,7 @@ from skiparse.backends.triton.device import (
     rows_at,
     shared,
 )
-from skiparse.backends.triton.forward_kernel import Box, allocate, tile_views
+from skiparse.backends.triton.forward_kernel import Box, allocate, tile_pair, tile_views
 
 # Chosen to compile without spills; tests/test_aot.py has the registers and shared memory.
 TILES = {"BLOCK_M": 128, "BLOCK_N": 128, "STAGES": 2}
@@ -52,23 +52,41 @@ HEAD_DIMS = (64, 128)
 
 @gluon.jit
 def produce(
+    queries,
     tiles,
+    q_slots,
     slots,
     barriers,
-    place,
+    where,
     counts,
     w,
     HEAD_DIM: ttgl.constexpr,
+    BLOCK_M: ttgl.constexpr,
     BLOCK_N: ttgl.constexpr,
     STAGES: ttgl.constexpr,
 ):
     """Have the blocks of the video copied, then those of the text, each when its slot is free."""
+    q, text_q = queries
     k, v, text_k, text_v = tiles
     k_slots, v_slots = slots
-    k_ready, v_ready, k_free, v_free, _ = barriers
-    b, h, s = place
+    k_ready, v_ready, k_free, v_free, q_ready, _ = barriers
+    b, h, s, block, query_blocks = where
     video_blocks, blocks, _, _ = counts
     text_shape: ttgl.constexpr = text_k.block_type.shape
+    text_q_shape: ttgl.constexpr = text_q.block_type.shape
+    b, h = b.to(ttgl.int32), h.to(ttgl.int32)
+    for group in ttgl.static_range(2):
+        mbarrier.expect(q_ready.index(group), q.block_type.nbytes)
+        if block < query_blocks:
+            first = block * BLOCK_M + group * (BLOCK_M // 2)
+            run = first // w
+            at = [b, run, s, first - run * w, h * HEAD_DIM]
+            tma.async_copy_global_to_shared(q, at, q_ready.index(group), q_slots.index(group))
+        else:
+            first = (block - query_blocks) * BLOCK_M + group * (BLOCK_M // 2)
+            at = [b, first, 0, 0, h * HEAD_DIM]
+            q_slot = q_slots.index(group).reshape(text_q_shape)
+            tma.async_copy_global_to_shared(text_q, at, q_ready.index(group), q_slot)
     for i in range(blocks):
         slot = i % STAGES
         lap = i // STAGES & 1
@@ -109,7 +127,7 @@ def softmax(scores, i, counts, log2_scale, top, BLOCK_N: ttgl.constexpr, LAYOUT:
 
 @gluon.jit
 def attend(
-    q_tile,
+    q_slots,
     slots,
     barriers,
     counts,
@@ -124,10 +142,10 @@ def attend(
     There is at least one block, and a key in each.
     """
     k_slots, v_slots = slots
-    k_ready, v_ready, k_free, v_free, turn = barriers
+    k_ready, v_ready, k_free, v_free, q_ready, turn = barriers
     _, blocks, _, _ = counts
-    rows: ttgl.constexpr = q_tile.shape[0]
-    dtype: ttgl.constexpr = q_tile.dtype
+    rows: ttgl.constexpr = q_slots.shape[1] * q_slots.shape[2] * q_slots.shape[4]
+    dtype: ttgl.constexpr = q_slots.dtype
     layout: ttgl.constexpr = ttgl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     out_layout: ttgl.constexpr = ttgl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     row_layout: ttgl.constexpr = ttgl.SliceLayout(1, out_layout)
@@ -137,6 +155,8 @@ def attend(
     none = ttgl.zeros([rows, BLOCK_N], ttgl.float32, layout)
     acc = ttgl.zeros([rows, HEAD_DIM], ttgl.float32, out_layout)
 
+    q_tile = q_slots.index(GROUP).reshape([rows, HEAD_DIM])
+    mbarrier.wait(q_ready.index(GROUP), 0)
     mbarrier.wait(k_ready.index(0), 0)
     k_tile = k_slots.index(0).reshape([BLOCK_N, HEAD_DIM])
     scores = warpgroup_mma(q_tile, k_tile.permute([1, 0]), none, use_acc=False, is_async=True)
@@ -182,7 +202,6 @@ def attend(
 
 @gluon.jit
 def consume(
-    q,
     out,
     lse,
     q_slots,
@@ -199,7 +218,10 @@ def consume(
     STAGES: ttgl.constexpr,
     GROUP: ttgl.constexpr,
 ):
-    """Its half of the query rows: loaded by pointers, attending, written by pointers."""
+    """Its half of the query rows: attending, and written by pointers."""
+    acc, top, total = attend(
+        q_slots, slots, barriers, counts, log2_scale, HEAD_DIM, BLOCK_N, STAGES, GROUP
+    )
     b, h, s, block, query_blocks = where
     rows: ttgl.constexpr = BLOCK_M // 2
     wide: ttgl.constexpr = ttgl.BlockedLayout(
@@ -208,15 +230,7 @@ def consume(
     lane = GROUP * rows + ttgl.arange(0, rows, layout=ttgl.SliceLayout(1, wide))  # [M]
     d = ttgl.arange(0, HEAD_DIM, layout=ttgl.SliceLayout(0, wide)).to(ttgl.int64)  # [D]
     is_video, row, exists = rows_at(block, lane, query_blocks, s, sizes, WHOLE_RUNS, BLOCK_M)
-    pointers = pair_pointers(q, is_video, b, s, row, h)[:, None] + d[None, :]  # [M, D]
-    q_tile = q_slots.index(GROUP)
-    q_tile.store(ttgl.load(pointers, mask=exists[:, None], other=0.0))
-    fence_async_shared()
-
-    acc, top, total = attend(
-        q_tile, slots, barriers, counts, log2_scale, HEAD_DIM, BLOCK_N, STAGES, GROUP
-    )
-    tile = ttgl.convert_layout((acc / total[:, None]).to(q_tile.dtype), wide)
+    tile = ttgl.convert_layout((acc / total[:, None]).to(q_slots.dtype), wide)
     pointers = pair_pointers(out, is_video, b, s, row, h)[:, None] + d[None, :]  # [M, D]
     ttgl.store(pointers, tile, mask=exists[:, None])
     row_lse = ttgl.convert_layout((top + ttgl.log2(total)) / LOG2E, ttgl.SliceLayout(1, wide))
@@ -226,6 +240,7 @@ def consume(
 @gluon.jit(do_not_specialize=SIZES)
 def skiparse_forward_pingpong(
     q,
+    text_q,
     k,
     v,
     text_k,
@@ -253,16 +268,17 @@ def skiparse_forward_pingpong(
     video_blocks = ttgl.cdiv(L, BLOCK_N)
     counts = (video_blocks, video_blocks + ttgl.cdiv(T, BLOCK_N), L, T)
 
-    q_layout: ttgl.constexpr = ttgl.NVMMASharedLayout.get_default_for([BLOCK_N, HEAD_DIM], k.dtype)
-    q_slots = ttgl.allocate_shared_memory(k.dtype, [2, BLOCK_M // 2, HEAD_DIM], q_layout)
+    q_shape: ttgl.constexpr = [2] + q.block_type.shape  # noqa: RUF005  # not in Gluon
     k_shape: ttgl.constexpr = [STAGES] + k.block_type.shape  # noqa: RUF005  # not in Gluon
     v_shape: ttgl.constexpr = [STAGES] + v.block_type.shape  # noqa: RUF005  # not in Gluon
+    q_slots = ttgl.allocate_shared_memory(q.dtype, q_shape, q.layout)
     k_slots = ttgl.allocate_shared_memory(k.dtype, k_shape, k.layout)
     v_slots = ttgl.allocate_shared_memory(v.dtype, v_shape, v.layout)
     k_ready = ttgl.allocate_shared_memory(ttgl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = ttgl.allocate_shared_memory(ttgl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = ttgl.allocate_shared_memory(ttgl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_free = ttgl.allocate_shared_memory(ttgl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    q_ready = ttgl.allocate_shared_memory(ttgl.int64, [2, 1], mbarrier.MBarrierLayout())
     turn = ttgl.allocate_shared_memory(ttgl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in ttgl.static_range(STAGES):
         mbarrier.init(k_ready.index(i), count=1)
@@ -270,24 +286,25 @@ def skiparse_forward_pingpong(
         mbarrier.init(k_free.index(i), count=2)
         mbarrier.init(v_free.index(i), count=2)
     for i in ttgl.static_range(2):
+        mbarrier.init(q_ready.index(i), count=1)
         mbarrier.init(turn.index(i), count=1)
     mbarrier.arrive(turn.index(0), count=1)  # the first consumer goes first
     fence_async_shared()
 
-    place = (b.to(ttgl.int32), h.to(ttgl.int32), s)
     where = (b, h, s, block, query_blocks)
     sizes = (L, T, n, w)
     slots = (k_slots, v_slots)
-    barriers = (k_ready, v_ready, k_free, v_free, turn)
-    tiles = (k, v, text_k, text_v)
+    barriers = (k_ready, v_ready, k_free, v_free, q_ready, turn)
+    queries, tiles = (q, text_q), (k, v, text_k, text_v)
     log2_scale = scale * LOG2E
     ttgl.warp_specialize(
         [
-            (consume, (q, out, lse, q_slots, slots, barriers, where, sizes, counts, log2_scale,
+            (consume, (out, lse, q_slots, slots, barriers, where, sizes, counts, log2_scale,
                        WHOLE_RUNS, HEAD_DIM, BLOCK_M, BLOCK_N, STAGES, 0)),
-            (consume, (q, out, lse, q_slots, slots, barriers, where, sizes, counts, log2_scale,
+            (consume, (out, lse, q_slots, slots, barriers, where, sizes, counts, log2_scale,
                        WHOLE_RUNS, HEAD_DIM, BLOCK_M, BLOCK_N, STAGES, 1)),
-            (produce, (tiles, slots, barriers, place, counts, w, HEAD_DIM, BLOCK_N, STAGES)),
+            (produce, (queries, tiles, q_slots, slots, barriers, where, counts, w,
+                       HEAD_DIM, BLOCK_M, BLOCK_N, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -307,7 +324,7 @@ def forward(inputs: Inputs) -> Outputs:
         skiparse_forward_pingpong,
         inputs,
         TILES["BLOCK_M"],
-        (shared(inputs.q), shared(inputs.text_q)),
+        *tile_pair(inputs.q, inputs.text_q, inputs.pattern, TILES["BLOCK_M"] // 2, _described),
         *tile_views(inputs, TILES["BLOCK_N"], _described),
         (shared(outputs.out), own(outputs.text_out)),
         lse_pair(outputs.lse, outputs.text_lse),
