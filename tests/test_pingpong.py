@@ -366,7 +366,7 @@ WRONG = {
 def test_the_model_sees_what_is_wrong(slip):
     def every_schedule():
         for schedule in SCHEDULES:
-            play(schedule, 40, 19, change=WRONG[slip])
+            play(schedule, 40, 9, change=WRONG[slip])  # 7 blocks: tasks begin at either slot
 
     with pytest.raises((Broken, AssertionError)):
         every_schedule()
