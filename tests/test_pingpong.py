@@ -366,7 +366,8 @@ WRONG = {
 def test_the_model_sees_what_is_wrong(slip):
     def every_schedule():
         for schedule in SCHEDULES:
-            play(schedule, 40, 9, change=WRONG[slip])  # 7 blocks: tasks begin at either slot
+            for text in (9, 19):  # 7 blocks and 8: tasks begin at either slot, or in either phase
+                play(schedule, 40, text, change=WRONG[slip])
 
     with pytest.raises((Broken, AssertionError)):
         every_schedule()
