@@ -354,7 +354,6 @@ WRONG = {
     ),
     "queries never freed": ("mbarrier.arrive(q_free.index(GROUP), count=1)", "pass"),
     "every task begins at the first slot": ("before = done * blocks", "before = 0"),
-    "turns of the tasks before are not counted": ("(before - done + i - 1) & 1", "(i - 1) & 1"),
     "the last values of a task never freed": (
         "acc = warpgroup_mma_wait(0, [acc])\n    mbarrier.arrive(v_free.index(last), count=1)",
         "acc = warpgroup_mma_wait(0, [acc])",
