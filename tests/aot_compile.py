@@ -85,6 +85,7 @@ def launches(arch, pattern, N, D, dtype, masked):
     )
     device.architecture = lambda q: CONFIG_ROWS.get(arch, arch)
     device.exact_architecture = lambda q: arch
+    device.multiprocessors = lambda q: 132
     forward(inputs)
     tiles = forward_kernel.TMA_CONFIGS
     if arch in tiles and recorded[0][0] is forward_kernel.skiparse_forward_tma:

@@ -4,6 +4,7 @@ In Triton's interpreter, or on a GPU that has the tensor memory accelerator.
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ CASES = {
     "group-alone": (SkipPattern.group(2), {"N": 72, "T": 0}),
     "block": (SkipPattern.block(2, 64), {"N": 64, "T": 19}),
     "long-runs": (SkipPattern(2, 32), {"N": 128, "T": 3}),  # several blocks in a run, two runs
+    "whole-blocks": (SkipPattern.single(2), {"N": 64, "T": 32}),
     "dense": (SkipPattern.dense(), {"N": 41, "T": 3}),
     "masked": (SkipPattern.group(2), {"N": 44, "T": 20, "masked": True}),
     "packed": (SkipPattern.group(2), {"B": 2, "N": 24, "T": 3, "H": 2, "layout": "packed"}),
@@ -66,7 +68,8 @@ def problem_of(p, arguments, dtype=torch.float16):
 
 def inputs_of(problem):
     p = problem
-    return Inputs(*p.inputs, p.mask, p.text_mask, p.pattern, p.q.shape[-1] ** -0.5)
+    scale = p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
+    return Inputs(*p.inputs, p.mask, p.text_mask, p.pattern, scale)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -81,6 +84,21 @@ def test_outputs(case, dtype):
     right = run(problem, "reference")
     answer = Answer(outputs.out, outputs.text_out.mean(1), *outputs[2:], *right[4:])
     check(answer, problem)
+
+
+@pytest.mark.parametrize("case", ["single", "masked", "not-divided"])
+@pytest.mark.parametrize("scale", [2.0, -0.3, 0.0])
+def test_any_scale(case, scale):
+    problem = problem_of(*(CASES | REFUSED)[case])
+    problem = replace(problem, scale=scale)
+    assert (forward_kernel._tma(inputs_of(problem)) is None) == (case in REFUSED)
+    outputs = forward_kernel.forward(inputs_of(problem))
+    right = run(problem, "reference")
+    check(Answer(outputs.out, outputs.text_out.mean(1), *outputs[2:], *right[4:]), problem)
+
+
+def test_a_positive_scale_is_so_in_fp32():
+    assert [forward_kernel.positive(x) for x in (0.1, 1e-50, 0.0, -0.1)] == [True] + 3 * [False]
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -1,6 +1,7 @@
 """The project's own launches, executed: forward, backward, ping-pong and packing on a CPU.
 
-In a process without ``TRITON_INTERPRET``: ``Machine("sm_90").run(lambda: forward(inputs), tensors)``.
+In a process without ``TRITON_INTERPRET``:
+``Machine("sm_90").run(lambda: forward(inputs), tensors)``.
 """
 
 import statistics

@@ -61,11 +61,16 @@ length_of = _formula(pattern.length_of)
 
 @device_function
 def program(blocks, n, H):
-    """Batch, head, sub-sequence and block of this program; blocks of one sub-sequence adjoin.
+    """Batch, head, sub-sequence and block of this program.
 
     Everything is on grid axis 0: CUDA ends the other two at 65535.
     """
-    i = tl.program_id(0)
+    return task_at(tl.program_id(0), blocks, n, H)
+
+
+@device_function
+def task_at(i, blocks, n, H):
+    """Batch, head, sub-sequence and block of a task; those of one sub-sequence adjoin."""
     block = i % blocks
     s = i // blocks % n
     head = i // (blocks * n)
@@ -263,9 +268,17 @@ def choose_if_any(configs: Configs, q: Tensor) -> Config | None:
     return next((config for D, config in row.items() if q.shape[-1] <= D), None)
 
 
-def launch(kernel: Any, inputs: Inputs, rows: int, *args: Any, **options: Any) -> None:
+def multiprocessors(q: Tensor) -> int:
+    """How many the device of ``q`` has."""
+    return int(torch.cuda.get_device_properties(q.device).multi_processor_count)
+
+
+def launch(
+    kernel: Any, inputs: Inputs, rows: int, *args: Any, persistent: bool = False, **options: Any
+) -> None:
     """One program for each ``rows`` rows of each sub-sequence, head and batch entry.
 
+    Or, ``persistent``, at most one for each multiprocessor; these share the tasks.
     ``args`` are the kernel's own, ``options`` its block sizes and how to compile it; the sizes of
     the problem, which every kernel takes, are put between them.
     """
@@ -275,6 +288,8 @@ def launch(kernel: Any, inputs: Inputs, rows: int, *args: Any, **options: Any) -
     programs = (triton.cdiv(longest, rows) + triton.cdiv(T, rows)) * n * H * B
     if programs == 0:
         return
+    if persistent:
+        programs = min(programs, multiprocessors(inputs.q))
     largest = max(size for name, size in options.items() if name.startswith("BLOCK"))
     sizes = {
         "N": N,

@@ -66,13 +66,22 @@ TMA_CONFIGS: Configs = {
 
 
 @device_function
-def online_softmax(q_tile, k_tile, attend, log2_scale, top):
-    """Weights of one more block of keys, the new ``top``, and by what the old sums decay."""
-    scores = tl.dot(q_tile, k_tile.T, input_precision="ieee") * log2_scale  # [M, N]
-    scores = tl.where(attend[None, :], scores, -float("inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))  # [M]
-    shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # no key yet: inf - inf is NaN
-    p = tl.exp2(scores - shift[:, None])  # [M, N]
+def online_softmax(scores, attend, log2_scale, top, POSITIVE: tl.constexpr):
+    """Weights of one more block of keys, the new ``top``, and by what the old sums decay.
+
+    ``attend`` is None where every key is attended to. A scale that is :func:`positive` leaves the
+    largest score the largest, so it can wait for the exponents: one instruction with their shift.
+    """
+    if not POSITIVE:
+        scores = scores * log2_scale  # [M, N]
+        log2_scale = 1.0
+    if attend is not None:
+        scores = tl.where(attend[None, :], scores, -float("inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * log2_scale)  # [M]
+    shift = new_top
+    if attend is not None:
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # no key yet: inf - inf is NaN
+    p = tl.exp2(scores * log2_scale - shift[:, None])  # [M, N]
     decay = tl.exp2(top - shift)  # [M]
     return p, new_top, decay
 
@@ -92,6 +101,7 @@ def skiparse_forward(
     longest,
     n,
     w,
+    POSITIVE: tl.constexpr,
     WHOLE_RUNS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -118,7 +128,8 @@ def skiparse_forward(
         )
         attend = attended(mask, key_is_video, b, s, key, h, key_exists)  # [N]
         k_tile = load_tile(k, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
-        p, top, decay = online_softmax(q_tile, k_tile, attend, log2_scale, top)
+        scores = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [M, N]
+        p, top, decay = online_softmax(scores, attend, log2_scale, top, POSITIVE)
         total = total * decay + tl.sum(p, 1)
         v_tile = load_tile(v, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
@@ -127,6 +138,90 @@ def skiparse_forward(
     store_tile(out, is_video, b, s, row, h, exists, acc / total[:, None], HEAD_DIM, BLOCK_D)
     row_lse = (top + tl.log2(total)) / LOG2E  # [M]
     tl.store(pair_pointers(lse, is_video, b, s, row, h), row_lse, mask=exists)
+
+
+@device_function
+def key_tile(
+    tiles, key_block, place, TEXT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """A block of keys or values ``[BLOCK_N, HEAD_DIM]``, of the video or of the text."""
+    b, h, s, w = place
+    batch, head = b.to(tl.int32), h.to(tl.int32)
+    if TEXT:
+        tile = text_tile(tiles, batch, key_block, 0, head, BLOCK_N, HEAD_DIM)
+    else:
+        tile = video_tile(tiles, batch, key_block, s, w, head, BLOCK_N, HEAD_DIM)
+    return tile
+
+
+@device_function
+def attend_tile(
+    key_block,
+    tiles,
+    place,
+    q_tile,
+    attend,
+    log2_scale,
+    sums,
+    TEXT: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The sums after one more block of keys."""
+    top, total, acc = sums
+    k, v = tiles
+    k_tile = key_tile(k, key_block, place, TEXT, HEAD_DIM, BLOCK_N)  # [N, D]
+    scores = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [M, N]
+    p, top, decay = online_softmax(scores, attend, log2_scale, top, POSITIVE)
+    total = total * decay + tl.sum(p, 1)
+    v_tile = key_tile(v, key_block, place, TEXT, HEAD_DIM, BLOCK_N)  # [N, D]
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
+    return top, total, acc
+
+
+@device_function
+def attend_tiles(
+    rows,
+    before,
+    tiles,
+    place,
+    sizes,
+    mask,
+    q_tile,
+    log2_scale,
+    sums,
+    TEXT: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    WHOLE_RUNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The sums after so many rows of the video, or of the text, whose blocks come ``before``.
+
+    Without key masks, whole blocks have a loop of their own, which asks for no key.
+    """
+    b, h, s, _ = place
+    top, total, acc = sums
+    whole = 0
+    if mask is None:
+        whole = rows // BLOCK_N
+        for key_block in range(whole):
+            top, total, acc = attend_tile(
+                key_block, tiles, place, q_tile, None, log2_scale, (top, total, acc),
+                TEXT, POSITIVE, HEAD_DIM, BLOCK_N,
+            )  # fmt: skip
+    video_blocks = tl.cdiv(sizes[0], BLOCK_N)
+    for key_block in range(whole, tl.cdiv(rows, BLOCK_N)):
+        is_video, key, exists = rows_of(
+            before + key_block, video_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
+        )
+        attend = attended(mask, is_video, b, s, key, h, exists)  # [N]
+        top, total, acc = attend_tile(
+            key_block, tiles, place, q_tile, attend, log2_scale, (top, total, acc),
+            TEXT, POSITIVE, HEAD_DIM, BLOCK_N,
+        )  # fmt: skip
+    return top, total, acc
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -146,13 +241,14 @@ def skiparse_forward_tma(
     longest,
     n,
     w,
+    POSITIVE: tl.constexpr,
     WHOLE_RUNS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The same, keys and values as tiles; one loop over those of the video, one over the text."""
+    """The same, keys and values as tiles: first those of the video, then those of the text."""
     video_blocks = tl.cdiv(longest, BLOCK_M)
     b, h, s, block = program(video_blocks + tl.cdiv(T, BLOCK_M), n, H)
     L = length_of(s, N, n, w)
@@ -160,38 +256,29 @@ def skiparse_forward_tma(
     is_video, row, exists = rows_of(block, video_blocks, s, sizes, WHOLE_RUNS, BLOCK_M)
     q_tile = load_tile(q, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     log2_scale = scale * LOG2E
-    batch, head = b.to(tl.int32), h.to(tl.int32)
 
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)  # [M], the largest score so far
     total = tl.zeros([BLOCK_M], tl.float32)  # [M], sum of 2**(score - top)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [M, D]
-
-    video_key_blocks = tl.cdiv(L, BLOCK_N)
-    for key_block in range(video_key_blocks):
-        key_is_video, key, key_exists = rows_of(
-            key_block, video_key_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
-        )
-        attend = attended(mask, key_is_video, b, s, key, h, key_exists)  # [N]
-        k_tile = video_tile(k, batch, key_block, s, w, head, BLOCK_N, HEAD_DIM)  # [N, D]
-        p, top, decay = online_softmax(q_tile, k_tile, attend, log2_scale, top)
-        total = total * decay + tl.sum(p, 1)
-        v_tile = video_tile(v, batch, key_block, s, w, head, BLOCK_N, HEAD_DIM)  # [N, D]
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
-    for key_block in range(tl.cdiv(T, BLOCK_N)):
-        key_is_video, key, key_exists = rows_of(
-            video_key_blocks + key_block, video_key_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
-        )
-        attend = attended(mask, key_is_video, b, s, key, h, key_exists)  # [N]
-        k_tile = text_tile(text_k, batch, key_block, 0, head, BLOCK_N, HEAD_DIM)  # [N, D]
-        p, top, decay = online_softmax(q_tile, k_tile, attend, log2_scale, top)
-        total = total * decay + tl.sum(p, 1)
-        v_tile = text_tile(text_v, batch, key_block, 0, head, BLOCK_N, HEAD_DIM)  # [N, D]
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
+    place = (b, h, s, w)
+    top, total, acc = attend_tiles(
+        L, 0, (k, v), place, sizes, mask, q_tile, log2_scale, (top, total, acc),
+        False, POSITIVE, WHOLE_RUNS, HEAD_DIM, BLOCK_N,
+    )  # fmt: skip
+    top, total, acc = attend_tiles(
+        T, tl.cdiv(L, BLOCK_N), (text_k, text_v), place, sizes, mask, q_tile, log2_scale,
+        (top, total, acc), True, POSITIVE, WHOLE_RUNS, HEAD_DIM, BLOCK_N,
+    )  # fmt: skip
 
     total = tl.where(total == 0.0, 1.0, total)  # [M]; without a key acc is 0 and top -inf
     store_tile(out, is_video, b, s, row, h, exists, acc / total[:, None], HEAD_DIM, BLOCK_D)
     row_lse = (top + tl.log2(total)) / LOG2E  # [M]
     tl.store(pair_pointers(lse, is_video, b, s, row, h), row_lse, mask=exists)
+
+
+def positive(scale: float) -> bool:
+    """Whether kernels may let the scale wait for the exponents: above 0, in fp32 too."""
+    return scale >= torch.finfo(torch.float32).tiny
 
 
 def can_be_tiled(inputs: Inputs, block: int) -> bool:
@@ -251,13 +338,14 @@ def _launches(
     if tma is not None and _takes(inputs, tma):
         launch(
             skiparse_forward_tma, inputs, tma.BLOCK_M,
-            query, *tile_views(inputs, tma.BLOCK_N), *results, **tma._asdict(),
+            query, *tile_views(inputs, tma.BLOCK_N), *results,
+            POSITIVE=positive(scale), **tma._asdict(),
         )  # fmt: skip
         return outputs
     keys = (shared(inputs.k), shared(inputs.text_k))
     values = (shared(inputs.v), shared(inputs.text_v))
     launch(
         skiparse_forward, inputs, config.BLOCK_M, query, keys, values, *results,
-        **config._asdict(),
+        POSITIVE=positive(inputs.scale), **config._asdict(),
     )  # fmt: skip
     return outputs

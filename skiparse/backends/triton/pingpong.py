@@ -38,7 +38,8 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
 
 
 def _takes(inputs: Inputs) -> str | None:
-    from skiparse.backends.triton.forward_kernel import can_be_tiled
+    from skiparse.backends.triton import tiles
+    from skiparse.backends.triton.forward_kernel import can_be_tiled, positive
     from skiparse.backends.triton.pingpong_kernel import HEAD_DIMS, TILES
 
     q = inputs.q
@@ -48,10 +49,12 @@ def _takes(inputs: Inputs) -> str | None:
         return f"the kernel takes fp16 and bf16, not {q.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
         return f"the kernel takes head dimensions {HEAD_DIMS}, not {q.shape[-1]}"
-    if not inputs.scale > 0:
+    if not positive(inputs.scale):
         return f"the kernel takes a positive scale, not {inputs.scale}"
     if not can_be_tiled(inputs, TILES["BLOCK_N"]):
         return "blocks of keys are no boxes in these strides, or this length and pattern"
+    if not tiles.can_be_tiled(inputs, TILES["BLOCK_M"] // 2, (q, inputs.text_q)):
+        return "blocks of queries are no boxes in these strides"
     return None
 
 
