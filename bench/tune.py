@@ -32,6 +32,7 @@ def tune(
     shape: str = HEADLINE,
     sparsity: Sequence[int] = SPARSITY,
     rounds: int = 7,
+    text: Sequence[bool] = (True, False),
     folder: Path | None = None,
 ) -> Path:
     """Time every backend that may be chosen by itself, forward and backward, with text and without.
@@ -39,6 +40,7 @@ def tune(
     Args:
         shape: how names of cases begin, such as ``"121x576x1024"``.
         sparsity: of 2, 4 and 8.
+        text: whether there is any, each way by itself.
         folder: for the file; where ``"auto"`` looks for it if None.
 
     Returns:
@@ -47,7 +49,7 @@ def tune(
     on = torch.device(device).type
     backends = [row.name for row in registry.BACKENDS if on in row.auto + row.if_measured]
     rules = []
-    for T in dict.fromkeys((CASES[f"{shape}.dense.fwd"].T, 0)):
+    for T in (CASES[f"{shape}.dense.fwd"].T if with_text else 0 for with_text in text):
         forward, both = (
             [
                 replace(CASES[f"{shape}.k{k}.{kind}.{end}"], T=T)

@@ -295,8 +295,8 @@ def check_sample(
 
     The outputs are compared at a sample of the queries, text in every sub-sequence included. The
     gradients that come back into the call are zero at all others, so that those of all six inputs
-    follow from the sample and are compared whole. Forward alone runs no backward. ``backend`` may be
-    a function instead, which gives some of what an :class:`Answer` has, by name.
+    follow from the sample and are compared whole. Forward alone runs no backward. ``backend`` may
+    be a function instead, which gives some of what an :class:`Answer` has, by name.
     """
     N, T, n = problem.q.shape[1], problem.text_q.shape[1], problem.pattern.sparsity
     generator = torch.Generator().manual_seed(seed)

@@ -2,22 +2,16 @@
 
 import json
 import os
-import stat
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-import skiparse
-from skiparse import SkipPattern, pattern
 from skiparse.bench import cases
-from skiparse.bench.gpu import __main__ as command
-from skiparse.bench.gpu import driver, kept, lab, model, plan, schedule, steps, table
-from skiparse.testing import make_problem
+from skiparse.bench.gpu import driver, lab, plan, steps
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -183,9 +177,7 @@ def test_a_step_that_crashes_its_process(work):
 
 def test_a_process_that_dies_before_its_first_step_is_not_started_again(work, tmp_path):
     (tmp_path / "worker.py").write_text("raise SystemExit(5)")
-    assert work("works1", "works2") == {
-        name: "its process ended with 5" for name in ("works1", "works2")
-    }
+    assert work("works1", "works2") == dict.fromkeys(("works1", "works2"), "its process ended with 5")
     assert len(work.started) == 1
 
 

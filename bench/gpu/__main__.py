@@ -6,7 +6,7 @@ import argparse
 import functools
 import json
 import os
-import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +20,7 @@ from skiparse.bench import run as bench
 from skiparse.bench.gpu import kept, model, plan, table
 from skiparse.bench.gpu.driver import Driver, Job, pool, work
 from skiparse.bench.gpu.lab import DRY_RUN, GPU, Lab, is_lost, ptxas_version
-from skiparse.bench.gpu.steps import CHECKOUT
+from skiparse.bench.gpu.steps import CHECKOUT, TESTS
 
 LOCAL = CHECKOUT / "bench" / "local"  # not in the repository; see CONTRIBUTING.md
 FILES = ("results.jsonl", "passes.jsonl", "steps.jsonl", "errors.txt", "clocks.csv")
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(run: str, out: Path, local: Path) -> int:
     """One run on the GPU of this machine."""
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         driver = Driver(out, plan.LIMITS[run] - model.START - model.END)
         driver.say(about(local))
         clocks = log_clocks(out)
@@ -68,11 +68,14 @@ def measure(run: str, out: Path, local: Path) -> int:
         if clocks is not None:
             clocks.terminate()
         driver.say("compiled kernels, for the next run:", kept.pack(Path(cache), out / kept.NAME))
+        local.mkdir(exist_ok=True)
+        shutil.copy(out / kept.NAME, local)  # for one on this machine
     return end(out, faults)
 
 
 def rehearse(out: Path, local: Path) -> int:
     """Every step of both runs but ping-pong on a CPU; then whether each run fits its limit."""
+    counting = count_kernels()
     with tempfile.TemporaryDirectory() as cache:
         driver = Driver(out, 10 * REHEARSED)
         driver.say(about(local))
@@ -83,12 +86,11 @@ def rehearse(out: Path, local: Path) -> int:
             if not step.name.startswith("triton.pingpong")
         ]
         faults = driver.run(jobs, functools.partial(start, out, Path(cache), local, "cpu"))
-        counts = count_kernels()
     status = end(out, faults)
-    for run in plan.RUNS:
-        print("\n" + plan.table(run, counts[run]), flush=True)
-        if not plan.fits(run, counts[run]):
-            print(f"FAILED run {run}: it might not end within {plan.LIMITS[run]:.0f} s")
+    for run, kernels in counting().items():
+        print("\n" + plan.table(run, kernels), flush=True)
+        for fault in plan.faults(run, kernels):
+            print(f"FAILED run {run}: {fault}", flush=True)
             status = 1
     return status
 
@@ -104,11 +106,7 @@ def end(out: Path, faults: dict[str, str]) -> int:
 
 
 def environment(process: str, cache: Path, local: Path) -> dict[str, str]:
-    """What Triton is to go by in a process.
-
-    Raises:
-        RuntimeError: if there is another ptxas that does not run. Triton would silently take its own.
-    """
+    """What Triton is to go by in a process: the ptxas beside the script, but in "bundled"."""
     found = {"TRITON_CACHE_DIR": str(cache)}
     other = other_ptxas(local)
     if other is not None and process != "bundled":
@@ -158,25 +156,34 @@ def work_here(names: Sequence[str], out: Path, setting: Any) -> int:
 
 def compilers(run: str, cache: Path, local: Path) -> list[tuple[list[str], dict[str, str]]]:
     """Commands that compile what a run needs, side by side, and their environments."""
+    command = [sys.executable, "-m", "skiparse.bench.gpu.kernels", "--compile", run]
     return [
-        (
-            [sys.executable, "-m", "skiparse.bench.gpu.kernels", "--compile", run, process, str(i), str(of)],
-            environment(process, cache, local),
+        ([*command, process, str(i), str(count)], environment(process, cache, local))
+        for process, count in model.POOLS.items()
+        for i in range(count)
+    ]
+
+
+def count_kernels() -> Callable[[], dict[str, dict[str, int]]]:
+    """Begin to count how many kernels each run compiles, and by whom; the rest gives the answer.
+
+    By processes of their own, which have no interpreter.
+    """
+    plain = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    commands = (["kernels"], ["counted", *(str(CHECKOUT / name) for name in TESTS)])
+    counting = [
+        subprocess.Popen(
+            [sys.executable, "-m", f"skiparse.bench.gpu.{module}", *rest],
+            env=plain, stdout=subprocess.PIPE, text=True,
         )
-        for process, of in model.POOLS.items()
-        for i in range(of)
+        for module, *rest in commands
     ]  # fmt: skip
 
+    def counts() -> dict[str, dict[str, int]]:
+        runs, tests = (json.loads(p.communicate()[0].splitlines()[-1]) for p in counting)
+        return {run: {**kernels, "tests": tests} for run, kernels in runs.items()}
 
-def count_kernels() -> dict[str, dict[str, int]]:
-    """How many kernels each run compiles, by kind of process; by one that has no interpreter."""
-    plain = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "skiparse.bench.gpu.kernels"],
-        env=plain, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    found: dict[str, dict[str, int]] = json.loads(done.stdout)
-    return found
+    return counts
 
 
 # What there is to say of the machine, once.
@@ -185,15 +192,17 @@ def count_kernels() -> dict[str, dict[str, int]]:
 def about(local: Path) -> str:
     """Versions of all that the figures depend on, and the state of the GPU."""
     other = other_ptxas(local)
-    lines = [
-        f"Python {platform.python_version()}, torch {torch.__version__}, cuDNN "
-        f"{torch.backends.cudnn.version()}, commit {bench.commit()}",
-        f"Triton {bench.versions()['triton']}; ptxas "
-        + (f"{ptxas_version(other)} of {other}" if other else "its own")
-        + f"; its own is {bundled_ptxas()}",
-        bench.output(["nvidia-smi", f"--query-gpu=name,driver_version,power.limit,{CLOCKS}", "--format=csv"]),
-    ]  # fmt: skip
-    return "\n".join(filter(None, lines))
+    versions = bench.versions()
+    used = "its own" if other is None else f"{ptxas_version(other)}, {other}"
+    asked = f"--query-gpu=name,driver_version,power.limit,{CLOCKS}"
+    cudnn = torch.backends.cudnn.version()
+    lines = (
+        f"Python {versions['python']}, torch {torch.__version__}, cuDNN {cudnn}",
+        f"Triton {versions['triton']}, its own ptxas {bundled_ptxas()}; used: {used}",
+        f"commit {bench.commit()}",
+        bench.output(["nvidia-smi", asked, "--format=csv"]),
+    )
+    return "\n".join(line for line in lines if line)
 
 
 def bundled_ptxas() -> str:
@@ -206,6 +215,8 @@ def bundled_ptxas() -> str:
 def log_clocks(out: Path) -> subprocess.Popen[Any] | None:
     """Clocks, power and temperature twice a second, into ``clocks.csv``."""
     command = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv", "-lms", "500"]
+    if shutil.which(command[0]) is None:
+        return None
     with (out / "clocks.csv").open("w") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.DEVNULL)
 

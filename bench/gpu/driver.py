@@ -20,6 +20,8 @@ from typing import Any
 
 LOST = 3  # exit status of a worker whose CUDA context is gone
 GRACE = 15.0  # seconds that a killed process has to go
+START_LIMIT = 90.0  # seconds of a worker until its first step, and between two
+HANGS = "not begun: the device hangs"
 POLL = 0.1
 
 
@@ -56,28 +58,24 @@ class Driver:
     def run(self, jobs: Sequence[Job], start: Start) -> dict[str, str]:
         """Do the jobs in order; what went wrong, by name. Nothing that fails stops the others.
 
-        ``start`` begins a worker for a process and the names of its steps. But a process that cannot be killed does: then the device hangs, and there is no more to be
-        had from it.
+        ``start`` begins a worker for a process and the names of its steps. But a process that
+        cannot be killed ends the run: the device hangs, and there is no more to be had from it.
         """
         todo = list(jobs)
         while todo:
             process = todo[0].process
-            group = [job for job in todo if job.process == process]
-            later = sum(job.seconds for job in todo if job.process != process)
-            group = self._in_time(group, later)
-            todo = [job for job in todo if job.process != process]
-            if not group:
-                continue
-            rest, alive = self._work(group, start)
+            group, others = ([job for job in todo if (job.process == process) is own]
+                             for own in (True, False))  # fmt: skip
+            later = sum(job.seconds for job in others)
+            rest, alive = self._work(self._in_time(group, later), later, start)
+            todo = rest + others
             if not alive:
-                for job in rest + todo:
-                    self.faults[job.name] = "not begun: the device hangs"
+                self.faults |= dict.fromkeys((job.name for job in todo), HANGS)
                 break
-            todo = rest + todo
         return self.faults
 
     def _in_time(self, group: Sequence[Job], later: float) -> list[Job]:
-        """The jobs for which there is time, less what the processes after this one should take."""
+        """The jobs for which there is time, less what other processes after them should take."""
         left, fitting = self.left - later, []
         for job in group:
             if job.seconds <= left:
@@ -88,8 +86,10 @@ class Driver:
                 self.say("SKIPPED", job.name, "no time left")
         return fitting
 
-    def _work(self, group: Sequence[Job], start: Start) -> tuple[list[Job], bool]:
+    def _work(self, group: Sequence[Job], later: float, start: Start) -> tuple[list[Job], bool]:
         """One worker: the jobs it leaves undone, and whether its process could be ended."""
+        if not group:
+            return [], True
         notes = self.out / "steps.jsonl"
         seen = len(_notes(notes))
         worker = start(group[0].process, [job.name for job in group])
@@ -97,7 +97,7 @@ class Driver:
         current: Job | None = None
         since = time.monotonic()
         while True:
-            ended = worker.poll() is not None
+            ended = worker.poll() is not None  # before its last notes are read
             for note in _notes(notes)[seen:]:
                 seen += 1
                 since = time.monotonic()
@@ -111,7 +111,7 @@ class Driver:
             if ended:
                 break
             limit = current.limit if current else START_LIMIT
-            if time.monotonic() - since > limit or self.left < 0:
+            if time.monotonic() - since > limit or self.left < later:
                 fault = f"stopped after {time.monotonic() - since:.0f} s"
                 if not self.kill(worker):
                     return self._undone(todo, current, fault), False
@@ -143,9 +143,6 @@ class Driver:
             self.say("it does not even die: the device hangs, and this run ends here")
             return False
         return True
-
-
-START_LIMIT = 90.0  # seconds of a worker until its first step, and between two
 
 
 def _notes(path: Path) -> list[dict[str, Any]]:

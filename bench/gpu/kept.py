@@ -1,4 +1,4 @@
-"""Triton's compiled kernels in one file, so that a second run on another machine need not compile."""
+"""Triton's compiled kernels in one file: a second run need not compile them again."""
 
 from __future__ import annotations
 

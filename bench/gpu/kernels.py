@@ -4,9 +4,9 @@ The launchers run on meta tensors, which have shapes and no memory. What they wo
 recorded and specialised by Triton's own rules, so what comes out is what Triton would compile on
 the device, once each. Compiling starts nothing on the GPU.
 
-``python -m skiparse.bench.gpu.kernels`` prints how many kernels each run compiles, by the ptxas that
-does it; with ``--compile 1 timings 3 12`` it compiles every twelfth, from the third on, into
-Triton's cache. TRITON_INTERPRET must not be set.
+``python -m skiparse.bench.gpu.kernels`` prints how many kernels each run compiles, by whose ptxas.
+With ``--compile 1 timings 3 12`` it compiles every twelfth, from the third on, into Triton's cache.
+TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -150,11 +150,13 @@ def recording() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
     def note(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         recorded.append((kernel, arguments, options))
 
+    def hopper(q: torch.Tensor) -> str:
+        return ARCHITECTURE
+
     with (
         mock.patch.object(JITFunction, "run", note),
-        mock.patch.object(device, "architecture", lambda q: ARCHITECTURE),
-        mock.patch.object(device, "exact_architecture", lambda q: ARCHITECTURE),
-        mock.patch.object(pack_kernel, "architecture", lambda q: ARCHITECTURE),
+        mock.patch.multiple(device, architecture=hopper, exact_architecture=hopper),
+        mock.patch.object(pack_kernel, "architecture", hopper),
     ):
         yield recorded
 

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend
 
 from skiparse.bench import baselines, run
 from skiparse.bench.baselines import Contender, Work
-from skiparse.bench.cases import BATCHES, CASES, HEADLINE, REHEARSAL, SPARSITY, Case
+from skiparse.bench.cases import BATCHES, CASES, HEADLINE, REHEARSAL, Case
 from skiparse.bench.run import Timing
 from skiparse.testing import Problem
 

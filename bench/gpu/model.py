@@ -23,8 +23,12 @@ POOL_LIMIT = 60.0  # seconds; what is not compiled then is when it is used
 # Seconds to compile a kernel for sm_90 on one core: measured 0.1 to 1.7, ping-pong 3.6, with
 # Triton 3.6.0 on a CPU shared with others; building the launcher and loading it come on top.
 COMPILE = 5.0
+MEAN_COMPILE = 2.5  # of many: measured 1.3, launcher and loading on top
+CORES = 16
+TESTED = 20.0  # what the tests compute, eager attention in fp64 mostly
+MEMCHECK = 40.0  # a process that starts and computes under a checker, ten times as slow
 PLAN = {False: 2.0, True: 5.0}  # a library's first call: it chooses and may build kernels
-GATE = {False: 1.0, True: 3.0}  # at the headline shape, by whether gradients are compared
+GATE = {False: 0.7, True: 2.0}  # at the headline shape, by whether gradients are compared
 COPY = 1.0e12  # bytes a second, read and written, of what is rearranged
 # TFLOP/s forward and backward; public figures are 1.3 to 2 times as high.
 RATES = {
@@ -76,8 +80,17 @@ def compiled(kernels: Mapping[str, int]) -> float:
     return AGAIN + turns * COMPILE
 
 
+def tests(kernels: int) -> float:
+    """Seconds of the tests in as many processes as cores, all of which start at once."""
+    return 2 * START + kernels / CORES * MEAN_COMPILE + TESTED
+
+
+def alone(case: Case, name: str, rounds: int) -> float:
+    """Seconds of a contender by itself: the gate, a library's first call, its turns."""
+    plan = PLAN[case.backward] if name.startswith(("views", "sdpa")) else 0.0
+    return plan + gate(case) + turns([once(case, name)], rounds)
+
+
 def beside_dense(case: Case, name: str, rounds: int) -> float:
-    """Seconds of a step: the gate, then the contender in turn with the best dense kernel."""
-    plan = PLAN[case.backward] if name.startswith(("views", "sdpa", "dense")) else 0.0
-    calls = once(case, "dense.cudnn"), once(case, name)
-    return STEP + plan + gate(case) + turns(calls, rounds)
+    """Seconds of a step: the same in turn with the best dense kernel."""
+    return STEP + alone(case, name, rounds) + turns([once(case, "dense.cudnn")], rounds)

@@ -48,7 +48,7 @@ def layers() -> list[Layer]:
 
 
 class Hidden(NamedTuple):
-    """What goes from layer to layer: ``[B, N, H, D]`` of the video, ``[B, T, H, D]`` of the text."""
+    """What goes from layer to layer: video ``[B, N, H, D]`` and text ``[B, T, H, D]``."""
 
     video: Tensor
     text: Tensor
@@ -118,7 +118,7 @@ class Views:
 
 
 def dense(problem: Problem, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Hidden:
-    """As many layers of dense attention over video and text; ``attend`` takes ``[B, H, rows, D]``."""
+    """As many layers of dense attention; ``attend`` takes ``[B, H, N + T, D]``."""
     pairs = zip(problem.inputs[:3], problem.inputs[3:], strict=True)
     x, k, v = (torch.cat(pair, 1).transpose(1, 2) for pair in pairs)
     for _ in layers():

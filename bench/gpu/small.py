@@ -1,4 +1,4 @@
-"""Every kernel once on a small case: what a checker of memory watches, as it slows all else down."""
+"""Every kernel once on a small case: what a checker of memory can watch in a minute."""
 
 from __future__ import annotations
 
