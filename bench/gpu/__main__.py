@@ -106,8 +106,9 @@ def end(out: Path, faults: dict[str, str]) -> int:
 
 
 def environment(process: str, cache: Path, local: Path) -> dict[str, str]:
-    """What Triton is to go by in a process: the ptxas beside the script, but in "bundled"."""
-    found = {"TRITON_CACHE_DIR": str(cache)}
+    """All variables of a process; in "bundled" Triton has its own ptxas, else the one beside us."""
+    found = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+    found.pop("TRITON_PTXAS_PATH", None)
     other = other_ptxas(local)
     if other is not None and process != "bundled":
         found["TRITON_PTXAS_PATH"] = str(other)
@@ -135,13 +136,13 @@ def start(
 ) -> subprocess.Popen[Any]:
     """A worker for some steps."""
     command = [sys.executable, "-m", "skiparse.bench.gpu", "--out", str(out)]
-    more = environment(process, cache, local)
+    variables = environment(process, cache, local)
     if device == "cpu":
         command.append("--dry-run")
-        more["OMP_NUM_THREADS"] = "1"  # the problems are tiny; more threads only wait
+        variables["OMP_NUM_THREADS"] = "1"  # the problems are tiny; more threads only wait
     with (out / "errors.txt").open("a") as errors:
         return subprocess.Popen(
-            [*command, "--work", *names], env={**os.environ, **more}, stderr=errors,
+            [*command, "--work", *names], env=variables, stderr=errors,
             start_new_session=True,
         )  # fmt: skip
 

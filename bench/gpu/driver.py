@@ -20,6 +20,7 @@ from typing import Any
 
 LOST = 3  # exit status of a worker whose CUDA context is gone
 GRACE = 15.0  # seconds that a killed process has to go
+AGAIN = 8.0  # that a worker takes to begin (MODEL)
 START_LIMIT = 90.0  # seconds of a worker until its first step, and between two
 HANGS = "not begun: the device hangs"
 POLL = 0.1
@@ -66,7 +67,8 @@ class Driver:
             process = todo[0].process
             group, others = ([job for job in todo if (job.process == process) is own]
                              for own in (True, False))  # fmt: skip
-            later = sum(job.seconds for job in others)
+            begins = len({job.process for job in others}) * AGAIN
+            later = begins + sum(job.seconds for job in others)
             rest, alive = self._work(self._in_time(group, later), later, start)
             todo = rest + others
             if not alive:
@@ -195,7 +197,7 @@ def pool(
     with (out / "errors.txt").open("a") as log:
         running = [
             subprocess.Popen(
-                command, env={**os.environ, **environment}, stdout=log, stderr=log,
+                command, env=environment, stdout=log, stderr=log,
                 start_new_session=True,
             )
             for command, environment in commands

@@ -11,11 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 from skiparse.bench.cases import CASES, HEADLINE, Case
+from skiparse.bench.gpu.driver import AGAIN
 from skiparse.bench.gpu.lab import SAMPLE_MS
 from skiparse.pattern import SkipPattern, attention_flops
 
 START = 15.0  # seconds until the first process has torch, nothing being in memory yet
-AGAIN = 8.0  # of later ones, with context, libraries and inputs
 END = 10.0  # the table, and the compiled kernels in one file
 STEP = 0.5  # of a step beside what is computed: printing, a row written and synced
 POOLS = {"timings": 12, "bundled": 3}  # processes that compile, by whose ptxas; of 16 cores

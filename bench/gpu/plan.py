@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from skiparse.bench.cases import SPARSITY
 from skiparse.bench.gpu import model, schedule, steps
+from skiparse.bench.gpu.driver import AGAIN
 from skiparse.bench.gpu.kernels import Call, call_of
 from skiparse.bench.gpu.lab import GPU
 from skiparse.bench.gpu.steps import Measurement
@@ -235,7 +236,7 @@ def modelled(run: str, kernels: Mapping[str, int]) -> list[tuple[str, float]]:
     for step in RUNS[run]():
         if step.process != process:
             process = step.process
-            lines.append((f"start of process {process}", model.AGAIN))
+            lines.append((f"start of process {process}", AGAIN))
         lines.append((step.name, step.seconds))
     return [*lines, ("the table, the kernels packed", model.END)]
 

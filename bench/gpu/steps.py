@@ -321,7 +321,12 @@ def tuning(lab: Lab) -> None:
     """``skiparse tune``, of problems with text; the order it writes comes back beside the rows."""
     setting = lab.setting
     path = tune.tune(
-        device=setting.device, dtype=setting.dtype, shape=setting.shape, sparsity=(TUNED,), text=(True,),
-        rounds=min(TUNED_ROUNDS, setting.rounds), folder=lab.out,
-    )  # fmt: skip
+        device=setting.device,
+        dtype=setting.dtype,
+        shape=setting.shape,
+        sparsity=(TUNED,),
+        text=(True,),
+        rounds=min(TUNED_ROUNDS, setting.rounds),
+        folder=lab.out,
+    )
     print(f"wrote {path.name}: {len(json.loads(path.read_text())['rules'])} rules", flush=True)
