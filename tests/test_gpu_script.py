@@ -419,6 +419,37 @@ def test_a_ptxas_that_does_not_run_is_no_reason_to_take_another(other, tmp_path)
         command.environment("timings", tmp_path, other)
 
 
+def test_a_run_as_far_as_a_cpu_goes(tmp_path, monkeypatch, capsys):
+    """All that `bench/gpu.sh 1` does around the steps; few steps, and nothing to compile."""
+
+    def few():
+        return [step for step in plan.first_run() if step.name in ("ceilings", "dense.fwd")]
+
+    begin = command.start
+    monkeypatch.setitem(plan.RUNS, "1", few)
+    monkeypatch.setattr(command, "start", lambda *a: begin(*a[:3], "cpu", *a[4:]))
+    monkeypatch.setattr(command, "compilers", lambda *_: [([sys.executable, "-c", ""], {})])
+    out, local = tmp_path / "out", tmp_path / "local"
+    out.mkdir()
+    assert command.measure("1", out, local) == 0
+    said = capsys.readouterr().out
+    assert "compiling: 1 processes, 0 stopped, 0 failed" in said
+    assert "compiled before: none" in said
+    assert "0 in compiled.tar.gz" in said
+    assert "matrix product of 64" in said
+    assert (local / "compiled.tar.gz").exists()
+    assert len(list(out.iterdir())) <= 8
+
+
+def test_a_pool_that_does_not_end_is_stopped(tmp_path):
+    begin = time.monotonic()
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    fails = [sys.executable, "-c", "raise SystemExit(1)"]
+    said = driver.pool([(sleeps, dict(os.environ)), (fails, dict(os.environ))], tmp_path, 3.0)
+    assert said == "2 processes, 1 stopped, 1 failed"
+    assert time.monotonic() - begin < 20
+
+
 # What is measured.
 
 
