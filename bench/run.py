@@ -107,8 +107,10 @@ def draw(case: Case, dtype: torch.dtype, device: str) -> Problem:
         shape = case.B, rows, case.heads, case.D
         return torch.randn(shape, generator=generator, dtype=dtype, device=device)
 
-    video, text = ([normal(rows) for _ in range(3)] for rows in (case.N, case.T))
-    return Problem(*video, *text, normal(case.N), normal(case.T), case.pattern)
+    q, k, v = (normal(case.N) for _ in range(3))
+    text_q, text_k, text_v = (normal(case.T) for _ in range(3))
+    grads = normal(case.N), normal(case.T)
+    return Problem(q, k, v, text_q, text_k, text_v, *grads, case.pattern)
 
 
 def measure(

@@ -91,11 +91,10 @@ def _rules(
     for case, full in zip(forward, both, strict=True):
         first, all_of_it = once[case], twice[full]
         difference = {name: all_of_it[name] - first[name] for name in all_of_it if name in first}
-        video, text = (
-            [torch.empty(1, rows, 1, case.D, dtype=dtype, device="meta")] * 3
-            for rows in (case.N, case.T)
+        x, text = (
+            torch.empty(1, rows, 1, case.D, dtype=dtype, device="meta") for rows in (case.N, case.T)
         )
-        inputs = Inputs(*video, *text, None, None, case.pattern, 1.0)
+        inputs = Inputs(x, x, x, text, text, text, None, None, case.pattern, 1.0)
         rules += [
             registry.problem_like(inputs, backward=backward)
             | {

@@ -153,6 +153,7 @@ def test_a_process_that_does_not_die_ends_the_run(work, capsys):
             return None
 
         def wait(self, timeout):
+            time.sleep(timeout)
             raise subprocess.TimeoutExpired("worker", timeout)
 
     def start(process, names):

@@ -32,7 +32,8 @@ def run(problem: Problem, backend: str) -> Answer:
 
         p = problem
         scale = p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
-        inputs = Inputs(*p.inputs, p.mask, p.text_mask, p.pattern, scale)
+        q, k, v, text_q, text_k, text_v = p.inputs
+        inputs = Inputs(q, k, v, text_q, text_k, text_v, p.mask, p.text_mask, p.pattern, scale)
         kernel = pingpong_kernel if backend == "triton.pingpong" else forward_kernel
         outputs = kernel.forward(inputs)
         n = p.pattern.sparsity
@@ -78,8 +79,13 @@ class Counter:
 def main(files: Sequence[str]) -> int:
     """Run the tests; the exit status is 0 whatever they say."""
     counter = Counter()
-    gpu = {"is_available": lambda: True, "get_device_capability": lambda *_: (9, 0)}
-    stand_ins = {"make_problem": on_meta, "run": run, "check": nothing, "check_sample": launch}
+    gpu: dict[str, Any] = {"is_available": lambda: True, "get_device_capability": lambda *_: (9, 0)}
+    stand_ins: dict[str, Any] = {
+        "make_problem": on_meta,
+        "run": run,
+        "check": nothing,
+        "check_sample": launch,
+    }
     with mock.patch.multiple(torch.cuda, **gpu), mock.patch.multiple(testing, **stand_ins):
         pytest.main(["-q", "--tb=no", "-p", "no:cacheprovider", *files], plugins=[counter])
     print(len(counter.keys))

@@ -81,8 +81,9 @@ def launches(call: Call) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     def empty(*shape: int, dtype: torch.dtype = call.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    video, text = ([empty(B, rows, H, D) for _ in range(3)] for rows in (N, T))
-    inputs = Inputs(video[0], video[1], video[2], *text, None, None, call.pattern, D**-0.5)
+    q, k, v = (empty(B, N, H, D) for _ in range(3))
+    text_q, text_k, text_v = (empty(B, T, H, D) for _ in range(3))
+    inputs = Inputs(q, k, v, text_q, text_k, text_v, None, None, call.pattern, D**-0.5)
     with recording() as recorded:
         if call.backend == "pack":
             _pack(inputs, empty)

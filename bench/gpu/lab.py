@@ -131,7 +131,9 @@ class Lab:
         """Print the timings, the best dense one first, and append the rows from ``beside`` on."""
         print(run.table(case, timings), flush=True)
         device, dtype = self.setting.device, self.setting.dtype
-        self.append([run.row(case, t, timings[0], device, dtype) for t in timings[beside:]])
+        dense = {"dense": timings[0].name, "dense_ms": round(timings[0].median * 1e3, 3)}
+        rows = [run.row(case, t, timings[0], device, dtype) | dense for t in timings[beside:]]
+        self.append(rows)
 
     def take_turns(self, entered: Sequence[Contender], rounds: int | None = None) -> list[Timing]:
         """Seconds of each contender, round after round, and its memory: that of a first call."""

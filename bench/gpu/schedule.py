@@ -108,9 +108,12 @@ class Views:
         p, blocks = self.problem, not layer.single
         (N, T), k = (x.video.shape[1], x.text.shape[1]), layer.k
         videos, texts = (x.video, *keys), (x.text, p.text_k, p.text_v)
-        rows = (text_inside(*pair, k, blocks=blocks) for pair in zip(videos, texts, strict=True))
+        q, k_rows, v = (
+            text_inside(*pair, k, blocks=blocks) for pair in zip(videos, texts, strict=True)
+        )
         pattern = packed_pattern(k, N, T, blocks=blocks)
-        return text_outside(skiparse.attention(*rows, pattern, backend="sdpa"), k, T, blocks=blocks)
+        rows = skiparse.attention(q, k_rows, v, pattern, backend="sdpa")
+        return text_outside(rows, k, T, blocks=blocks)
 
     def natural(self, x: Hidden) -> Hidden:
         """What ``attend`` gave, with the video in natural order."""

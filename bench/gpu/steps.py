@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -110,11 +111,15 @@ def gate(case: Case, problem: Problem, name: str) -> None:
     alone = problem.with_inputs([x[-1:] for x in problem.inputs])
     alone = replace(alone, grad_out=problem.grad_out[-1:], grad_text_out=problem.grad_text_out[-1:])
     check_sample(alone, name, backward=case.backward)
-    work, one = (baselines.skiparse_backend(case, p, name).work for p in (problem, alone))
-    assert work is not None
-    assert one is not None
-    for x, y in zip(work(), one(), strict=True):
+    for x, y in zip(*(outputs(case, p, name) for p in (problem, alone)), strict=True):
         assert torch.equal(x[-1:], y), "an entry of a batch gets another answer than alone"
+
+
+def outputs(case: Case, problem: Problem, name: str) -> tuple[Tensor, ...]:
+    """What is timed gives: outputs, or gradients."""
+    work = baselines.skiparse_backend(case, problem, name).work
+    assert work is not None
+    return cast(tuple[Tensor, ...], work())
 
 
 def packed_problem(case: Case, problem: Problem) -> Problem:
@@ -140,10 +145,8 @@ def flex(kind: str, k: int) -> Measurement:
     def make(case: Case, problem: Problem) -> Contender:
         contender = baselines.flex(case, problem, compiled=problem.q.device.type != "cpu")
         assert contender.work is not None, contender.why_not
-        outputs = contender.work()
-        check_sample(
-            problem, lambda _: dict(zip(("out", "text_out"), outputs, strict=True)), backward=False
-        )
+        out, text_out = cast(tuple[Tensor, Tensor], contender.work())
+        check_sample(problem, lambda _: {"out": out, "text_out": text_out}, backward=False)
         return contender
 
     return lambda lab: lab.compare(lab.setting.case(kind, k), make)
