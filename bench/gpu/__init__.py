@@ -2,8 +2,8 @@
 
 ``bench/gpu.sh`` runs this from a checkout; CONTRIBUTING.md says how to spend the fifteen minutes.
 A start of a machine costs one to two of them, a command may take ten at most, and a second start
-needs four. So run 1, under six minutes, is whole in itself; run 2, under seven, begins at once while
-the machine is held, or on another with the kernels that run 1 compiled.
+needs four. So run 1, under six minutes, is whole in itself; run 2, under seven, begins at once,
+while the machine is held, or on another with the kernels that run 1 compiled.
 
 To be read in this order: ``plan`` says what the two
 runs do, in which order, and what each step should take; ``steps`` are the measurements;
