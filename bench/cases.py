@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from skiparse.pattern import SkipPattern
+from skiparse.pattern import SkipPattern, has_skip_order
 
 HEAD_DIM = 128
 SPARSITY = (2, 4, 8)
@@ -114,7 +114,7 @@ def _patterns(tokens: int) -> Iterator[tuple[int, str, bool]]:
     for k in SPARSITY:
         yield k, "single", False
         yield k, "group", False
-        if tokens % k**2 == 0:
+        if has_skip_order(tokens, k):
             yield k, "group", True
 
 
