@@ -41,14 +41,14 @@ WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, [^;]*;"
 NO_WAIT = "setp.eq.b32 complete, 0, 0;"
 FREE = r"mbarrier\.arrive\.shared::cta\.b64 _, [^;]*;"
 NOTHING = "bar.warp.sync -1;"
-FENCE = r"fence\.proxy\.async\.shared::cta;"
 COPIES = r"cp\.async\.wait_group\s+0;"
 
 ON_HOPPER = (
     Planted(TMA, "keys are not waited for", WAIT, NO_WAIT),
     Planted(TMA, "too few bytes are expected", r"(expect_tx[^;]*), \d+;", r"\1, 128;"),
     Planted(DKDV, "queries are not waited for", COPIES, "cp.async.wait_group 8;"),
-    Planted(DQ, "keys are not fenced", FENCE, NOTHING, nth=1),
+    Planted(DQ, "scores are used before they are there",
+            r"wgmma\.wait_group\.sync\.aligned 0;", "wgmma.wait_group.sync.aligned 1;"),
     Planted(PINGPONG, "scores are used before they are there",
             r"wgmma\.wait_group\.sync\.aligned 1;", "wgmma.wait_group.sync.aligned 2;"),
     Planted(PINGPONG, "the first keys are never freed", FREE, NOTHING, nth=1),

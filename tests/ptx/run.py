@@ -1,6 +1,7 @@
 """The project's own launches, executed: forward, backward, ping-pong and packing on a CPU.
 
-In a process without ``TRITON_INTERPRET``: ``Machine("sm_90").run(lambda: forward(inputs), tensors)``.
+In a process without ``TRITON_INTERPRET``:
+``Machine("sm_90").run(lambda: forward(inputs), tensors)``.
 """
 
 import statistics
@@ -9,6 +10,7 @@ from collections import Counter
 
 import numpy as np
 import torch
+import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,6 +22,8 @@ from skiparse.backends.triton import backward_kernel, device, forward_kernel, pa
 from skiparse.testing import Answer, oracle
 
 CAPABILITIES = {"sm_80": 80, "sm_90": 90}
+# Triton 3.6 lets wgmma read what cp.async brought without a fence between; 3.7 fences.
+FENCES_COPIES = not triton.__version__.startswith("3.6.")
 
 
 class Tensors(TorchDispatchMode):
@@ -70,7 +74,8 @@ class Machine:
             raw = np.zeros(max(p.offset + p.size for p in parameters), np.uint8)
             for parameter, value in zip(parameters, values, strict=True):
                 raw[parameter.offset :][: parameter.size] = np.frombuffer(value, np.uint8)
-            launch = Launch(schedule, grid, threads, shared, raw, memory, self.recorder.tensor_maps)
+            maps = self.recorder.tensor_maps
+            launch = Launch(schedule, grid, threads, shared, raw, memory, maps, FENCES_COPIES)
             begin = time.perf_counter()
             self.counts += execute(launch, mode, seed)
             self.counts[kernel.name] += 1
