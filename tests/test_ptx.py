@@ -8,7 +8,6 @@ import re
 
 import numpy as np
 import pytest
-
 from ptx.machine import Launch, execute
 from ptx.memory import Fault, GlobalMemory, Unknown
 from ptx.program import parse

@@ -60,7 +60,7 @@ def test_every_kernel_is_executed(rows):
 
 def test_planted_faults_are_caught(rows):
     caught = [row for row in rows if "caught" in row]
-    assert len({row["fault"] for row in caught}) == 8
+    assert len({(row["kernel"], row["fault"]) for row in caught}) == 8
     assert {row["kernel"] for row in caught} == HOPPER | {"skiparse_dkdv", "skiparse_dq"}
     deadlocks = [row["caught"] for row in caught if "deadlock" in row["caught"]]
     assert deadlocks

@@ -32,7 +32,7 @@ class Runner:
         """A row for each way; raises unless all answers are one, within the budget."""
         first = None
         for way in ways:
-            begin = time.perf_counter()
+            begin = self.begin()
             answer = attention(self.machine, problem, mode=way[0], seed=way[1], **how)
             row = self.row(name, way, begin)
             if first is None:
@@ -48,7 +48,7 @@ class Runner:
         """The same for packing and its gradient."""
         first = None
         for way in ways:
-            begin = time.perf_counter()
+            begin = self.begin()
             answer = given.run(self.machine, mode=way[0], seed=way[1])
             row = self.row(name, way, begin)
             if first is None:
@@ -57,6 +57,11 @@ class Runner:
             assert all(map(same_bits, first, answer)), f"{name}: {way} gives other bits"
             yield row
 
+    def begin(self):
+        self.machine.counts.clear()
+        self.machine.edited.clear()
+        return time.perf_counter()
+
     def row(self, name, way, begin):
         seconds = round(time.perf_counter() - begin, 2)
         return {"case": name, "way": way, "seconds": seconds, "counts": dict(self.machine.counts)}
@@ -64,6 +69,7 @@ class Runner:
     def caught(self, planted, run):
         """``run(mode=, seed=, edit=)`` raises with the fault, in one of a few ways."""
         for mode, seed in (LATE, EARLY, DRAWN):
+            self.begin()
             try:
                 run(mode=mode, seed=seed, edit=planted.edit)
             except (Fault, AssertionError) as error:

@@ -47,9 +47,9 @@ class Machine:
         device.architecture = pack_kernel.architecture = lambda q: arch
         device.exact_architecture = lambda q: arch
         torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
-        self.counts = Counter()  # of the last run
-        self.edited = set()  # the kernels that ran with other PTX than their own, in the last run
-        self.seconds = Counter()  # by kernel, of all runs
+        self.counts = Counter()  # what was executed: steps, kernels, copies, ...
+        self.seconds = Counter()  # by kernel
+        self.edited = set()  # the kernels that ran with other PTX than their own
 
     def run(self, function, tensors, *, mode="late", seed=0, edit=None):
         """What ``function`` returns, every launch in it executed as it comes.
@@ -57,7 +57,6 @@ class Machine:
         ``tensors`` are those that kernels may touch besides what ``function`` makes;
         ``edit`` is a function of kernel name and PTX that gives the PTX to execute.
         """
-        self.counts, self.edited = Counter(), set()
         known = Tensors()
         known.seen += tensors
 
