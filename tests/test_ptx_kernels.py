@@ -22,6 +22,8 @@ if shutil.which("g++") is None:
 
 HOPPER = {"skiparse_forward_tma", "skiparse_forward_pingpong", "skiparse_pack"}
 EVERYWHERE = {"skiparse_forward", "skiparse_delta", "skiparse_dkdv", "skiparse_dq"}
+HOPPER_PARTS = ("attention", "fp32", "pingpong", "pack", "planted_more", "headline")
+AMPERE_PARTS = ("attention", "fp32", "pack", "planted_on_ampere")
 QUICK = (("sm_90", "quick", "planted"), ("sm_80", "quick_on_ampere"))
 
 
@@ -79,3 +81,16 @@ def test_the_registry_says_what_was_executed(rows):
         archs = {arch for arch in ("sm_80", "sm_90") if executed(rows, arch) & kernels}
         assert set(re.findall(r"sm_\d+", said)) == archs
         assert "ot yet run on a GPU" in row.verified
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("arch", "part"),
+    [
+        *(("sm_90", part) for part in HOPPER_PARTS),
+        *(("sm_80", part) for part in AMPERE_PARTS),
+    ],
+)
+def test_all_of_it(arch, part):
+    """All patterns, dtypes and head dimensions, early, late and with three seeds; all faults."""
+    assert execute(arch, part)
