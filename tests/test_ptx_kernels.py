@@ -24,7 +24,7 @@ HOPPER = {"skiparse_forward_tma", "skiparse_forward_pingpong", "skiparse_pack"}
 EVERYWHERE = {"skiparse_forward", "skiparse_delta", "skiparse_dkdv", "skiparse_dq"}
 HOPPER_PARTS = ("attention", "fp32", "pingpong", "pack", "planted_more", "headline")
 AMPERE_PARTS = ("attention", "fp32", "pack", "planted_on_ampere")
-QUICK = (("sm_90", "quick", "planted"), ("sm_80", "quick_on_ampere"))
+QUICK = (("sm_90", "quick", "planted", "refused"), ("sm_80", "quick_on_ampere"))
 
 
 def execute(arch, *parts):
@@ -68,6 +68,11 @@ def test_planted_faults_are_caught(rows):
     assert deadlocks
     for text in deadlocks:  # told with warp, line and text
         assert re.search(r"warp \d+ at PTX line \d+: mbarrier\.try_wait", text)
+
+
+def test_illegal_tensor_maps_are_refused(rows):
+    (text,) = (row["refused"] for row in rows if "refused" in row)
+    assert "strides (136,), not positive multiples of 16" in text
 
 
 def test_the_registry_says_what_was_executed(rows):

@@ -5,6 +5,7 @@ to the error budget of ``skiparse.testing``. A part is a function of a ``Runner`
 for each run.
 """
 
+import ctypes
 import functools
 import time
 
@@ -279,10 +280,26 @@ def headline(runner):
             yield {"case": name, "launch": what, "seconds": seconds}
 
 
+def refused(runner):
+    """The recording libcuda refuses a tensor map that is not legal, and says why."""
+    recorder = runner.machine.recorder
+    dims, strides = (ctypes.c_uint64 * 2)(64, 20), (ctypes.c_uint64 * 1)(136)
+    box, steps = (ctypes.c_uint32 * 2)(64, 8), (ctypes.c_uint32 * 2)(1, 1)
+    made = (ctypes.c_uint8 * 128)()
+    given = made, 9, 2, ctypes.c_void_p(256), dims, strides, box, steps, 0, 3, 0, 0
+    assert recorder.library.cuTensorMapEncodeTiled(*given) != 0
+    try:
+        recorder.check()
+    except Fault as fault:
+        assert not any(made)
+        yield {"refused": str(fault)}
+
+
 PARTS = {
     "quick": quick,
     "quick_on_ampere": quick_on_ampere,
     "planted": planted_in(faults.ON_HOPPER, 64),
+    "refused": refused,
     "attention": attention_cases,
     "fp32": fp32_cases,
     "pingpong": pingpong_cases,

@@ -85,7 +85,7 @@ class Machine:
             with known:
                 return function()
         finally:
-            self.recorder.on_launch = lambda *launch: None
+            self.recorder.on_launch = None
             self.recorder.check()
 
     def launch_time(self, function, repeats=200):
