@@ -85,7 +85,7 @@ MORE_ON_HOPPER = (
             r"xor(\.b32\s+%r\d+, %r\d+), 1;", r"xor\1, 0;"),
     Planted(PINGPONG, "a consumer takes too many registers",
             r"setmaxnreg\.inc\.sync\.aligned\.u32(\s+)240;",
-            r"setmaxnreg.inc.sync.aligned.u32\g<1>248;"),
+            r"setmaxnreg.inc.sync.aligned.u32\g<1>256;"),
 )  # fmt: skip
 ON_AMPERE = (
     Planted(FORWARD, "keys are not waited for", COPIES, "cp.async.wait_group 99;"),
