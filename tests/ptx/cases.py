@@ -5,6 +5,8 @@ to the error budget of ``skiparse.testing``. A part is a function of a ``Runner`
 for each run.
 """
 
+import ctypes
+import functools
 import time
 
 import torch
@@ -13,13 +15,19 @@ from ptx import faults
 from ptx.memory import Fault
 from ptx.run import Machine, attention, inputs_of, tensors_of
 from skiparse import SkipPattern, pack
-from skiparse.backends.triton import forward_kernel, pack_kernel, pingpong_kernel
+from skiparse.backends import Inputs
+from skiparse.backends.triton import (
+    backward_kernel,
+    forward_kernel,
+    pack_kernel,
+    pingpong_kernel,
+)
 from skiparse.testing import budget, check, make_problem
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SINGLE, GROUP = SkipPattern.single(2), SkipPattern.group(2)
 LATE, EARLY, DRAWN = ("late", 1), ("early", 2), ("random", 3)
-ALL_WAYS = [LATE, EARLY, *(("random", seed) for seed in range(3, 7))]
+ALL_WAYS = [LATE, EARLY, *(("random", seed) for seed in range(3, 6))]
 
 
 class Runner:
@@ -32,7 +40,7 @@ class Runner:
         """A row for each way; raises unless all answers are one, within the budget."""
         first = None
         for way in ways:
-            begin = time.perf_counter()
+            begin = self.begin()
             answer = attention(self.machine, problem, mode=way[0], seed=way[1], **how)
             row = self.row(name, way, begin)
             if first is None:
@@ -48,7 +56,7 @@ class Runner:
         """The same for packing and its gradient."""
         first = None
         for way in ways:
-            begin = time.perf_counter()
+            begin = self.begin()
             answer = given.run(self.machine, mode=way[0], seed=way[1])
             row = self.row(name, way, begin)
             if first is None:
@@ -57,6 +65,11 @@ class Runner:
             assert all(map(same_bits, first, answer)), f"{name}: {way} gives other bits"
             yield row
 
+    def begin(self):
+        self.machine.counts.clear()
+        self.machine.edited.clear()
+        return time.perf_counter()
+
     def row(self, name, way, begin):
         seconds = round(time.perf_counter() - begin, 2)
         return {"case": name, "way": way, "seconds": seconds, "counts": dict(self.machine.counts)}
@@ -64,6 +77,7 @@ class Runner:
     def caught(self, planted, run):
         """``run(mode=, seed=, edit=)`` raises with the fault, in one of a few ways."""
         for mode, seed in (LATE, EARLY, DRAWN):
+            self.begin()
             try:
                 run(mode=mode, seed=seed, edit=planted.edit)
             except (Fault, AssertionError) as error:
@@ -127,50 +141,175 @@ class Packing:
             assert error <= allowed, f"result {i}: off by {error:.3e}, allowed {allowed:.3e}"
 
 
+SMALL = {"N": 150, "T": 5, "H": 1, "D": 64}
+LAPS = {"N": 300, "T": 130, "H": 1, "D": 64}  # three times round the ring of slots
+
+
 def quick(runner):
     """What every run of the tests executes on Hopper."""
-    problem = make_problem(SINGLE, N=150, T=5, H=1, D=64, dtype=BF16)
-    yield from runner.attention("single D64", problem, [LATE, DRAWN])
+    yield from runner.attention("single", make_problem(SINGLE, **SMALL, dtype=BF16), [LATE, DRAWN])
     masked = make_problem(GROUP, N=45, T=20, H=1, D=64, dtype=FP16, masked=True)
-    yield from runner.attention("group D64, masked", masked, [EARLY])
-    laps = make_problem(SkipPattern.dense(), N=300, T=130, H=1, D=64, dtype=BF16)
-    yield from runner.pingpong("dense D64", laps, [LATE, EARLY, DRAWN])
-    yield from runner.pack("group D64", Packing(2, 2, N=48, T=6, D=64), [LATE])
+    yield from runner.attention("group, masked", masked, [EARLY])
+    laps = make_problem(SkipPattern.dense(), **LAPS, dtype=BF16)
+    yield from runner.pingpong("dense", laps, [LATE, EARLY, DRAWN])
+    yield from runner.pack("group", Packing(2, 2, N=48, T=6, D=64), [LATE])
 
 
 def quick_on_ampere(runner):
     """And on Ampere."""
-    problem = make_problem(SINGLE, N=150, T=5, H=1, D=64, dtype=BF16)
-    yield from runner.attention("single D64", problem, [LATE, DRAWN])
+    yield from runner.attention("single", make_problem(SINGLE, **SMALL, dtype=BF16), [LATE, DRAWN])
 
 
-def planted(runner):
-    """Eight faults."""
-    machine = runner.machine
-    problem = make_problem(SINGLE, N=150, T=5, H=1, D=64, dtype=BF16)
-    laps = make_problem(SkipPattern.dense(), N=300, T=130, H=1, D=64, dtype=BF16)
-    packing = Packing(2, 2, N=48, T=6, D=64)
-
-    def forward(problem, kernel):
-        def run(**how):
-            check(attention(machine, problem, kernel=kernel, backward=False, **how), problem)
-
-        return run
-
-    outputs = machine.run(lambda: forward_kernel.forward(inputs_of(problem)), tensors_of(problem))
-
-    def backward(**how):
-        check(attention(machine, problem, outputs=outputs, **how), problem)
-
-    runs = {
-        faults.TMA: forward(problem, forward_kernel),
-        faults.DKDV: backward,
-        faults.DQ: backward,
-        faults.PINGPONG: forward(laps, pingpong_kernel),
-        faults.PACK: lambda **how: packing.check(packing.run(machine, **how)),
+def attention_cases(runner):
+    """Forward and backward of every pattern and dtype."""
+    cases = {
+        "group D16": {"p": GROUP, "N": 20, "T": 3, "D": 16},
+        "single": {"p": SINGLE, "N": 150, "T": 5, "D": 64},
+        "masked": {"p": GROUP, "N": 45, "T": 20, "D": 64, "masked": True},
+        "block": {"p": SkipPattern.block(2, 512), "N": 512, "T": 19, "D": 64},
+        "single D128": {"p": SINGLE, "N": 300, "T": 70, "D": 128},
+        "odd D128": {"p": SkipPattern(3, 2), "N": 50, "T": 7, "D": 128},
+        "dense, no text": {"p": SkipPattern.dense(), "N": 40, "T": 0, "D": 128},
+        "packed D96": {"p": GROUP, "B": 2, "N": 24, "T": 9, "D": 96, "layout": "packed"},
+        "D256": {"p": SINGLE, "N": 30, "T": 3, "D": 256},
     }
-    for fault in faults.ON_HOPPER:
-        yield runner.caught(fault, runs[fault.kernel])
+    for name, arguments in cases.items():
+        for dtype in (BF16, FP16):
+            given = {"H": 1, **arguments}
+            problem = make_problem(given.pop("p"), dtype=dtype, **given)
+            yield from runner.attention(f"{name} {dtype}", problem, ALL_WAYS)
 
 
-PARTS = {"quick": quick, "quick_on_ampere": quick_on_ampere, "planted": planted}
+def fp32_cases(runner):
+    """The same in fp32, where nothing is multiplied by tensor cores."""
+    for name, pattern, D, masked in (
+        ("single D16", SINGLE, 16, False),
+        ("group D64", GROUP, 64, False),
+        ("masked D64", SINGLE, 64, True),
+        ("dense D128", SkipPattern.dense(), 128, False),
+    ):
+        problem = make_problem(pattern, N=40, T=3, H=1, D=D, masked=masked)
+        yield from runner.attention(name, problem, ALL_WAYS)
+
+
+def pingpong_cases(runner):
+    """Rings that turn several times, text alone in the last blocks, long runs, packed layouts."""
+    cases = {
+        "three laps, no text": {"p": SINGLE, "N": 1040, "T": 0},
+        "one text token": {"p": SkipPattern.group(4), "N": 2080, "T": 1},
+        "more text than video": {"p": SkipPattern.dense(), "N": 300, "T": 400, "dtype": FP16},
+        "one block": {"p": SINGLE, "N": 20, "T": 0},
+        "long runs": {"p": SkipPattern.block(2, 1024), "N": 1024, "T": 128},
+        "packed": {
+            "p": SkipPattern.group(4), "B": 2, "N": 256, "T": 40, "H": 2, "layout": "packed",
+        },
+    }  # fmt: skip
+    for name, arguments in cases.items():
+        for D in (64, 128):
+            given = {"H": 1, "dtype": BF16, **arguments}
+            problem = make_problem(given.pop("p"), D=D, **given)
+            yield from runner.pingpong(f"{name} D{D}", problem, ALL_WAYS)
+
+
+def pack_cases(runner):
+    """Packing and its gradient."""
+    for D, n, w, dtype in (
+        (64, 2, 2, BF16), (128, 2, 1, BF16), (128, 4, 4, FP16), (48, 2, 2, FP32), (16, 3, 1, BF16),
+    ):  # fmt: skip
+        given = Packing(n, w, N=n * w * 12, T=6, D=D, dtype=dtype)
+        yield from runner.pack(f"n={n} w={w} D{D} {dtype}", given, ALL_WAYS)
+
+
+class Faulty:
+    """Runs one kernel with an edit, and holds what comes of it against what is right."""
+
+    def __init__(self, machine, D):
+        self.machine = machine
+        self.problem = make_problem(SINGLE, **SMALL | {"D": D}, dtype=BF16)
+        self.laps = make_problem(SkipPattern.dense(), **LAPS | {"D": D}, dtype=BF16)
+        self.packing = Packing(2, 2, N=48, T=6, D=D)
+        self.outputs = machine.run(
+            lambda: forward_kernel.forward(inputs_of(self.problem)), tensors_of(self.problem)
+        )
+
+    def run(self, kernel, **how):
+        if kernel == faults.PACK:
+            self.packing.check(self.packing.run(self.machine, **how))
+            return
+        problem = self.laps if kernel == faults.PINGPONG else self.problem
+        if kernel in (faults.DKDV, faults.DQ):
+            how |= {"outputs": self.outputs}
+        else:
+            launcher = pingpong_kernel if kernel == faults.PINGPONG else forward_kernel
+            how |= {"kernel": launcher, "backward": False}
+        check(attention(self.machine, problem, **how), problem)
+
+
+def planted_in(chosen, D):
+    """A part: each of these faults is caught."""
+
+    def part(runner):
+        faulty = Faulty(runner.machine, D)
+        for fault in chosen:
+            yield runner.caught(fault, functools.partial(faulty.run, fault.kernel))
+
+    return part
+
+
+def headline(runner):
+    """The launches of 36,864 tokens with 24 heads of 128 are legal; nothing of them is executed."""
+    torch.utils.deterministic.fill_uninitialized_memory = False  # 2 GB that nobody reads
+    for name, pattern in (
+        ("single", SkipPattern.single(8)),
+        ("group", SkipPattern.group(8)),
+        ("block", SkipPattern.block(8, 36864)),
+    ):
+        video, text = (
+            [torch.empty(1, rows, 24, 128, dtype=BF16) for _ in range(3)] for rows in (36864, 512)
+        )
+        inputs = Inputs(*video, *text, None, None, pattern, 128**-0.5)
+        outputs = forward_kernel.allocate(inputs)
+        grads = outputs.out, outputs.text_out
+        launches = {
+            "forward": functools.partial(forward_kernel.forward, inputs),
+            "pingpong": functools.partial(pingpong_kernel.forward, inputs),
+            "backward": functools.partial(backward_kernel.backward, inputs, outputs, *grads),
+        }
+        for what, launch in launches.items():
+            row = {"case": name, "launch": what}
+            if what == "backward":  # besides, it sums over sub-sequences, which a GPU would do
+                launch()
+                runner.machine.recorder.check()
+            else:
+                row["seconds"] = runner.machine.launch_time(launch, 50)
+            yield row
+
+
+def refused(runner):
+    """The recording libcuda refuses a tensor map that is not legal, and says why."""
+    recorder = runner.machine.recorder
+    dims, strides = (ctypes.c_uint64 * 2)(64, 20), (ctypes.c_uint64 * 1)(136)
+    box, steps = (ctypes.c_uint32 * 2)(64, 8), (ctypes.c_uint32 * 2)(1, 1)
+    made = (ctypes.c_uint8 * 128)()
+    given = made, 9, 2, ctypes.c_void_p(256), dims, strides, box, steps, 0, 3, 0, 0
+    assert recorder.library.cuTensorMapEncodeTiled(*given) != 0
+    try:
+        recorder.check()
+    except Fault as fault:
+        assert not any(made)
+        yield {"refused": str(fault)}
+
+
+PARTS = {
+    "quick": quick,
+    "quick_on_ampere": quick_on_ampere,
+    "planted": planted_in(faults.ON_HOPPER, 64),
+    "refused": refused,
+    "attention": attention_cases,
+    "fp32": fp32_cases,
+    "pingpong": pingpong_cases,
+    "pack": pack_cases,
+    "planted_more": planted_in((*faults.ON_HOPPER, *faults.MORE_ON_HOPPER), 128),
+    "planted_on_ampere": planted_in(faults.ON_AMPERE, 64),
+    "headline": headline,
+}

@@ -79,23 +79,23 @@ class Kernel:
 
 
 class Recorder:
-    """The libcuda of this process. Make one, once; ``on_launch`` is called with each launch.
+    """The libcuda of this process. Make one, once; ``on_launch``, if any, gets each launch.
 
     A launch is ``(kernel, grid, threads, shared, [parameter's bytes])``. What ``on_launch`` raises
     is raised by ``check``, because no exception passes through C.
     """
 
     def __init__(self, capability):
-        folder = Path(tempfile.mkdtemp(prefix="skiparse-libcuda-"))
-        library = folder / "libcuda.so.1"
+        self._folder = tempfile.TemporaryDirectory(prefix="skiparse-libcuda-")
+        library = Path(self._folder.name) / "libcuda.so.1"
         flags = ("-std=c++17", "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1")
         subprocess.run(["g++", *flags, str(SOURCE), "-o", str(library)], check=True)
-        knobs.nvidia.libcuda_path = str(folder)
+        knobs.nvidia.libcuda_path = self._folder.name
         knobs.runtime.add_stages_inspection_hook = without_ptxas
         knobs.runtime.kernel_load_end_hook.add(self._load)
         self.library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         self.kernels, self.tensor_maps, self.errors = {}, [], []
-        self.on_launch = lambda *launch: None
+        self.on_launch = None
         self._callbacks = LAUNCHED(self._launched), DESCRIBED(self._described)
         self.library.record(*self._callbacks)
         triton.runtime.driver.set_active(Driver(capability))
@@ -105,7 +105,7 @@ class Recorder:
         self.kernels[function] = Kernel(name, path.read_text())
 
     def _launched(self, function, grid, threads, shared, parameters):
-        if self.errors:
+        if self.errors or self.on_launch is None:
             return
         try:
             kernel = self.kernels[function]

@@ -37,22 +37,63 @@ FORWARD, TMA = "skiparse_forward", "skiparse_forward_tma"
 DKDV, DQ = "skiparse_dkdv", "skiparse_dq"
 PINGPONG, PACK = "skiparse_forward_pingpong", "skiparse_pack"
 
-WAIT = r"mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, [^;]*;"
+WAIT = r"mbarrier\.try_wait\.parity\.shared(?:::cta)?\.b64 complete, [^;]*;"
 NO_WAIT = "setp.eq.b32 complete, 0, 0;"
-FREE = r"mbarrier\.arrive\.shared::cta\.b64 _, [^;]*;"
+BYTES = r"(mbarrier\.arrive\.expect_tx[^;]*), \d+;"
+FREE = r"mbarrier\.arrive\.shared(?:::cta)?\.b64 _, [^;]*;"
 NOTHING = "bar.warp.sync -1;"
-FENCE = r"fence\.proxy\.async\.shared::cta;"
-COPIES = r"cp\.async\.wait_group\s+0;"
+COPIES = r"cp\.async\.wait_group\s+\d+;"
+BARRIER = r"bar\.sync\s+0;"
+STORE = r"(st\.global\.v4\.b32 \[ %rd\d+ \+) 0 \]"
+DESCRIPTOR = r"(add\.s64\s+%rd\d+, %rd\d+, 46116862\d+)(\d);"  # of a later part of an operand
 
+
+def products(left):
+    """The wait for all but ``left`` groups of wgmma."""
+    return rf"wgmma\.wait_group\.sync\.aligned {left};"
+
+
+def waiting(left):
+    return f"wgmma.wait_group.sync.aligned {left};"
+
+
+# In every run of the tests.
 ON_HOPPER = (
     Planted(TMA, "keys are not waited for", WAIT, NO_WAIT),
-    Planted(TMA, "too few bytes are expected", r"(expect_tx[^;]*), \d+;", r"\1, 128;"),
-    Planted(DKDV, "queries are not waited for", COPIES, "cp.async.wait_group 8;"),
-    Planted(DQ, "keys are not fenced", FENCE, NOTHING, nth=1),
-    Planted(PINGPONG, "scores are used before they are there",
-            r"wgmma\.wait_group\.sync\.aligned 1;", "wgmma.wait_group.sync.aligned 2;"),
+    Planted(TMA, "too few bytes are expected", BYTES, r"\1, 128;"),
+    Planted(DKDV, "queries are not waited for", COPIES, "cp.async.wait_group 99;"),
+    Planted(DQ, "scores are used before they are there", products(0), waiting(1)),
+    Planted(PINGPONG, "scores are used before they are there", products(1), waiting(2)),
     Planted(PINGPONG, "the first keys are never freed", FREE, NOTHING, nth=1),
     Planted(PINGPONG, "values are copied into a slot in use", WAIT, NO_WAIT, before="expect_tx"),
-    Planted(PACK, "a store goes 16 bytes too far",
-            r"(st\.global\.v4\.b32 \[ %rd\d+ \+) 0 \]", r"\1 16 ]"),
+    Planted(PACK, "a store goes 16 bytes too far", STORE, r"\1 16 ]"),
+)
+# With the long matrices.
+MORE_ON_HOPPER = (
+    Planted(TMA, "a later part of the keys is read", DESCRIPTOR, r"\g<1>9;"),
+    Planted(DKDV, "scores are used before they are there", products(0), waiting(1)),
+    Planted(DKDV, "queries are copied into a slot in use", BARRIER, NOTHING, nth=1),
+    Planted(DQ, "keys are not waited for", COPIES, "cp.async.wait_group 99;"),
+    Planted(DQ, "dq is stored 16 bytes too far", STORE, r"\1 16 ]"),
+    Planted(PINGPONG, "the first scores are used before they are there", products(0), waiting(1)),
+    Planted(PINGPONG, "sums are used before they are there", products(0), waiting(2), nth=1),
+    Planted(PINGPONG, "too few bytes are expected", BYTES, r"\1, 16384;"),
+    Planted(PINGPONG, "keys are not freed by one consumer in the loop", FREE, NOTHING, nth=3),
+    Planted(PINGPONG, "keys are not waited for", WAIT, NO_WAIT),
+    Planted(PINGPONG, "a later part of the keys is read", DESCRIPTOR, r"\g<1>9;"),
+    Planted(PINGPONG, "the producer waits for the phase that it has",
+            r"xor(\.b32\s+%r\d+, %r\d+), 1;", r"xor\1, 0;"),
+    Planted(PINGPONG, "a consumer takes too many registers",
+            r"setmaxnreg\.inc\.sync\.aligned\.u32(\s+)240;",
+            r"setmaxnreg.inc.sync.aligned.u32\g<1>256;"),
+)  # fmt: skip
+ON_AMPERE = (
+    Planted(FORWARD, "keys are not waited for", COPIES, "cp.async.wait_group 99;"),
+    Planted(FORWARD, "keys are copied into a slot in use", BARRIER, NOTHING, nth=1),
+    Planted(FORWARD, "a matrix begins 16 bytes too far",
+            r"(ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16 [^;]*\[%r\d+)\]", r"\1+16]"),
+    Planted(DKDV, "queries are not waited for", COPIES, "cp.async.wait_group 99;"),
+    Planted(DKDV, "a copy is not committed", r"cp\.async\.commit_group;", NOTHING, nth=7),
+    Planted(DQ, "keys are not waited for", COPIES, "cp.async.wait_group 99;"),
+    Planted(DQ, "a mask of lanes is turned round", r"@(%p\d+) st\.global", r"@!\1 st.global"),
 )  # fmt: skip

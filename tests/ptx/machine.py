@@ -19,7 +19,11 @@ LIMIT = 20_000_000  # steps of one block
 
 @dataclass
 class Launch:
-    """A kernel and what it is given; ``memory`` holds the buffers that it may touch."""
+    """A kernel and what it is given; ``memory`` holds the buffers that it may touch.
+
+    With ``copies_need_fences`` it is a fault if wgmma reads what came by cp.async and was not
+    fenced, as the PTX ISA has it; else it is counted.
+    """
 
     schedule: object
     grid: int
@@ -28,6 +32,7 @@ class Launch:
     parameters: np.ndarray  # bytes, as the kernel finds them
     memory: object
     tensor_maps: list = field(default_factory=list)
+    copies_need_fences: bool = True
 
 
 class Warp:

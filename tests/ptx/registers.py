@@ -4,7 +4,6 @@ Constants and special registers have rows of their own, so that every operand is
 """
 
 import re
-import struct
 
 import numpy as np
 
@@ -73,12 +72,7 @@ class Layout:
         if text == "global_smem":
             return 0
         if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
-            bits = int(text[2:], 16)
-            if np.dtype(dtype) == np.float64:
-                bits = struct.unpack(
-                    "<Q", struct.pack("<d", struct.unpack("<f", struct.pack("<I", bits))[0])
-                )[0]
-            return bits
+            return int(text[2:], 16)
         if re.fullmatch(r"0[dD][0-9a-fA-F]{16}", text):
             return int(text[2:], 16)
         try:

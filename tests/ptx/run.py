@@ -10,6 +10,7 @@ from collections import Counter
 
 import numpy as np
 import torch
+import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,6 +22,8 @@ from skiparse.backends.triton import backward_kernel, device, forward_kernel, pa
 from skiparse.testing import Answer, oracle
 
 CAPABILITIES = {"sm_80": 80, "sm_90": 90}
+# Triton 3.6 lets wgmma read what cp.async brought without a fence between; 3.7 fences.
+FENCES_COPIES = not triton.__version__.startswith("3.6.")
 
 
 class Tensors(TorchDispatchMode):
@@ -44,9 +47,9 @@ class Machine:
         device.architecture = pack_kernel.architecture = lambda q: arch
         device.exact_architecture = lambda q: arch
         torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
-        self.counts = Counter()  # of the last run
-        self.edited = set()  # the kernels that ran with other PTX than their own, in the last run
-        self.seconds = Counter()  # by kernel, of all runs
+        self.counts = Counter()  # what was executed: steps, kernels, copies, ...
+        self.seconds = Counter()  # by kernel
+        self.edited = set()  # the kernels that ran with other PTX than their own
 
     def run(self, function, tensors, *, mode="late", seed=0, edit=None):
         """What ``function`` returns, every launch in it executed as it comes.
@@ -54,7 +57,6 @@ class Machine:
         ``tensors`` are those that kernels may touch besides what ``function`` makes;
         ``edit`` is a function of kernel name and PTX that gives the PTX to execute.
         """
-        self.counts, self.edited = Counter(), set()
         known = Tensors()
         known.seen += tensors
 
@@ -71,7 +73,8 @@ class Machine:
             raw = np.zeros(max(p.offset + p.size for p in parameters), np.uint8)
             for parameter, value in zip(parameters, values, strict=True):
                 raw[parameter.offset :][: parameter.size] = np.frombuffer(value, np.uint8)
-            launch = Launch(schedule, grid, threads, shared, raw, memory, self.recorder.tensor_maps)
+            maps = self.recorder.tensor_maps
+            launch = Launch(schedule, grid, threads, shared, raw, memory, maps, FENCES_COPIES)
             begin = time.perf_counter()
             self.counts += execute(launch, mode, seed)
             self.counts[kernel.name] += 1
@@ -82,7 +85,7 @@ class Machine:
             with known:
                 return function()
         finally:
-            self.recorder.on_launch = lambda *launch: None
+            self.recorder.on_launch = None
             self.recorder.check()
 
     def launch_time(self, function, repeats=200):

@@ -297,8 +297,9 @@ class Schedule:
     def __init__(self, program):
         self.program, self.layout = program, Layout(program)
         self.steps = []
-        begins = {0, *program.labels.values()}
-        begins |= {i + 1 for i, x in enumerate(program.instructions) if is_jump(x)}
+        jumps = [(i, x) for i, x in enumerate(program.instructions) if is_jump(x)]
+        begins = {0, *(i + 1 for i, _ in jumps)}
+        begins.update(*(self._targets(x) for _, x in jumps))  # other labels are for debuggers
         begins = sorted(i for i in begins if i < len(program.instructions))
         places = {len(program.instructions): None}
         for begin, end in zip(begins, [*begins[1:], len(program.instructions)], strict=True):

@@ -10,6 +10,7 @@ import numpy as np
 
 from ptx.arithmetic import U32
 from ptx.memory import Fault
+from ptx.program import split
 from ptx.registers import LANES, PARAMETERS
 from ptx.tensor_cores import wgmma
 from ptx.tma import MAGIC, copy_box
@@ -290,8 +291,6 @@ class Groups:
     r"\.mbarrier::complete_tx::bytes"
 )
 def _(operands, instruction, match):
-    from ptx.program import split
-
     destination, barrier = operands.address(0), operands.address(2)
     descriptor, at = split(instruction.operands[1][1:-1])
     descriptor = operands.read_from(descriptor, np.uint64)

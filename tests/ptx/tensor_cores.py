@@ -80,10 +80,12 @@ def descriptor_tile(block, descriptor, rows, mn_major, kind, fenced):
             f"the descriptor {descriptor:#x} reaches byte {int(addresses.max()) + 2} "
             f"of {len(shared.bytes)} in shared memory"
         )
-    hidden = shared.unfenced(granules, fenced)
-    if len(hidden):
-        how = "stored" if hidden[0] < COPY else "had copied by cp.async"
-        raise Fault(f"it reads what warp {hidden[0] % COPY} {how}, with no fence.proxy.async since")
+    for writer in shared.unfenced(granules, fenced)[:1]:
+        how = "stored" if writer < COPY else "had copied by cp.async"
+        fault = f"it reads what warp {writer % COPY} {how}, with no fence.proxy.async since"
+        if writer < COPY or block.launch.copies_need_fences:
+            raise Fault(fault)
+        block.counts["cp.async without fence"] += 1
     return WIDEN[kind](shared.views[U16][addresses >> 1]).astype(F64)
 
 

@@ -30,7 +30,7 @@ class TensorMap:
     swizzle: int = 0
 
     def illegal(self):
-        """Every reason for which the driver would refuse it, or the kernel could not use it."""
+        """Every reason for which the driver may refuse it, as its documentation has it."""
         size = ITEMSIZE.get(self.kind)
         if size is None:
             return [f"data type {self.kind}"]
