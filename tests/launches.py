@@ -63,6 +63,7 @@ class Watch:
         self.recorder = Recorder({"sm_80": 80, "sm_90": 90}[arch])
         device.architecture = device.exact_architecture = lambda q: arch
         pack_kernel.architecture = device.architecture
+        device.multiprocessors = lambda q: 132
         self.arena = Arena()
         self.launches = []
         self.recorder.on_launch = lambda *launch: self.launches.append(launch)

@@ -431,6 +431,51 @@ def test_a_wrong_number_of_bytes_is_a_deadlock_told_with_warp_and_line():
             copied(NUMBERS, (32, 16), (0, 0), expect=expect)
 
 
+STORED = """
+    shl.b32 %r2, %r0, 5; st.shared.v4.b32 [%r2], {{%r0, %r0, %r0, %r0}};
+    st.shared.v4.b32 [%r2+16], {{%r0, %r0, %r0, %r0}};
+    {fence} bar.sync 0; setp.eq.b32 %p1, %r0, 0;
+    @%p1 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%d0, {{{at}}}], [0];
+    {behind}
+"""
+SENT = "@%p1 cp.async.bulk.commit_group; @%p1 cp.async.bulk.wait_group.read 0;"
+
+
+def stored(at, *, fence=FENCE, behind=SENT, mode="late"):
+    """A 64 by 20 matrix after a box of 32 by 16 went there; row ``i`` of it is lanes 2i, 2i + 1."""
+    out = np.full((20, 64), 7, np.uint16)
+    made = TensorMap(1, out.ctypes.data, (64, 20), (128,), (32, 16), (1, 1), 0, 0)
+    body = STORED.format(fence=fence, at=", ".join(map(str, at)), behind=behind)
+    counts = run(body, made, out, shared=2048, mode=mode)
+    assert counts["bulk stores"] == 1
+    return out
+
+
+@pytest.mark.parametrize("mode", ["early", "late", "random"])
+def test_a_box_is_stored_but_for_what_is_outside(mode):
+    box = np.repeat(np.arange(32, dtype=np.uint32), 8).view(np.uint16).reshape(16, 32)
+    right = np.full((20, 64), 7, np.uint16)
+    right[10:, :24] = box[:10, 8:]
+    assert np.array_equal(stored((-8, 10), mode=mode), right)
+
+
+def test_a_box_is_read_until_its_group_is_waited_for():
+    over = "st.shared.b32 [%r2], 1;"
+    early, late = (stored((0, 0), behind=over + SENT, mode=mode) for mode in ("early", "late"))
+    assert not np.array_equal(early, late)
+    in_time = [stored((0, 0), behind=SENT + over, mode=mode) for mode in ("early", "late")]
+    assert np.array_equal(*in_time)
+    assert np.array_equal(in_time[0], early)
+
+
+def test_stores_of_boxes_are_fenced_and_waited_for():
+    with pytest.raises(Fault, match=r"reads what warp 0 wrote and nobody fenced"):
+        stored((0, 0), fence="")
+    for behind in ("", "@%p1 cp.async.bulk.commit_group;"):
+        with pytest.raises(Fault, match=r"warp 0 ends with copies in flight"):
+            stored((0, 0), behind=behind)
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [

@@ -21,6 +21,7 @@ if shutil.which("g++") is None:
     pytest.skip("the recording libcuda needs g++", allow_module_level=True)
 
 HOPPER = {"skiparse_forward_tma", "skiparse_forward_pingpong", "skiparse_pack"}
+HOPPER |= {"skiparse_dkdv_tma", "skiparse_dq_tma"}
 EVERYWHERE = {"skiparse_forward", "skiparse_delta", "skiparse_dkdv", "skiparse_dq"}
 HOPPER_PARTS = ("attention", "fp32", "pingpong", "pack", "planted_more", "headline")
 AMPERE_PARTS = ("attention", "fp32", "pack", "planted_on_ampere")
@@ -62,8 +63,8 @@ def test_every_kernel_is_executed(rows):
 
 def test_planted_faults_are_caught(rows):
     caught = [row for row in rows if "caught" in row]
-    assert len({(row["kernel"], row["fault"]) for row in caught}) == 8
-    assert {row["kernel"] for row in caught} == HOPPER | {"skiparse_dkdv", "skiparse_dq"}
+    assert len({(row["kernel"], row["fault"]) for row in caught}) == 9
+    assert {row["kernel"] for row in caught} == HOPPER
     deadlocks = [row["caught"] for row in caught if "deadlock" in row["caught"]]
     assert deadlocks
     for text in deadlocks:  # told with warp, line and text

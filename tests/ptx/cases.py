@@ -226,6 +226,7 @@ class Faulty:
     def __init__(self, machine, D):
         self.machine = machine
         self.problem = make_problem(SINGLE, **SMALL | {"D": D}, dtype=BF16)
+        self.whole = make_problem(SINGLE, **SMALL | {"N": 560, "D": D}, dtype=BF16)  # whole blocks
         self.laps = make_problem(SkipPattern.dense(), **LAPS | {"D": D}, dtype=BF16)
         self.packing = Packing(2, 2, N=48, T=6, D=D)
         self.outputs = machine.run(
@@ -236,8 +237,9 @@ class Faulty:
         if kernel == faults.PACK:
             self.packing.check(self.packing.run(self.machine, **how))
             return
-        problem = self.laps if kernel == faults.PINGPONG else self.problem
-        if kernel in (faults.DKDV, faults.DQ):
+        others = {faults.PINGPONG: self.laps, faults.TMA: self.whole}
+        problem = others.get(kernel, self.problem)
+        if kernel in (faults.DKDV, faults.DQ, faults.DKDV_TMA, faults.DQ_TMA):
             how |= {"outputs": self.outputs}
         else:
             launcher = pingpong_kernel if kernel == faults.PINGPONG else forward_kernel

@@ -35,6 +35,7 @@ class Planted:
 
 FORWARD, TMA = "skiparse_forward", "skiparse_forward_tma"
 DKDV, DQ = "skiparse_dkdv", "skiparse_dq"
+DKDV_TMA, DQ_TMA = "skiparse_dkdv_tma", "skiparse_dq_tma"
 PINGPONG, PACK = "skiparse_forward_pingpong", "skiparse_pack"
 
 WAIT = r"mbarrier\.try_wait\.parity\.shared(?:::cta)?\.b64 complete, [^;]*;"
@@ -45,6 +46,7 @@ NOTHING = "bar.warp.sync -1;"
 COPIES = r"cp\.async\.wait_group\s+\d+;"
 BARRIER = r"bar\.sync\s+0;"
 STORE = r"(st\.global\.v4\.b32 \[ %rd\d+ \+) 0 \]"
+STORED = r"fence\.proxy\.async\.shared::cta;"
 DESCRIPTOR = r"(add\.s64\s+%rd\d+, %rd\d+, 46116862\d+)(\d);"  # of a later part of an operand
 
 
@@ -61,8 +63,9 @@ def waiting(left):
 ON_HOPPER = (
     Planted(TMA, "keys are not waited for", WAIT, NO_WAIT),
     Planted(TMA, "too few bytes are expected", BYTES, r"\1, 128;"),
-    Planted(DKDV, "queries are not waited for", COPIES, "cp.async.wait_group 99;"),
-    Planted(DQ, "scores are used before they are there", products(0), waiting(1)),
+    Planted(DKDV_TMA, "gradients are not waited for", WAIT, NO_WAIT, nth=1),
+    Planted(DKDV_TMA, "dk is stored before it is fenced", STORED, NOTHING, nth=2),
+    Planted(DQ_TMA, "scores are used before they are there", products(0), waiting(1)),
     Planted(PINGPONG, "scores are used before they are there", products(1), waiting(2)),
     Planted(PINGPONG, "the first keys are never freed", FREE, NOTHING, nth=1),
     Planted(PINGPONG, "values are copied into a slot in use", WAIT, NO_WAIT, before="expect_tx"),
@@ -71,10 +74,10 @@ ON_HOPPER = (
 # With the long matrices.
 MORE_ON_HOPPER = (
     Planted(TMA, "a later part of the keys is read", DESCRIPTOR, r"\g<1>9;"),
-    Planted(DKDV, "scores are used before they are there", products(0), waiting(1)),
-    Planted(DKDV, "queries are copied into a slot in use", BARRIER, NOTHING, nth=1),
-    Planted(DQ, "keys are not waited for", COPIES, "cp.async.wait_group 99;"),
-    Planted(DQ, "dq is stored 16 bytes too far", STORE, r"\1 16 ]"),
+    Planted(DKDV_TMA, "scores are used before they are there", products(0), waiting(1)),
+    Planted(DKDV_TMA, "too few bytes are expected", BYTES, r"\1, 128;"),
+    Planted(DQ_TMA, "values are not waited for", WAIT, NO_WAIT, nth=1),
+    Planted(DQ_TMA, "dq is stored 16 bytes too far", STORE, r"\1 16 ]"),
     Planted(PINGPONG, "the first scores are used before they are there", products(0), waiting(1)),
     Planted(PINGPONG, "sums are used before they are there", products(0), waiting(2), nth=1),
     Planted(PINGPONG, "too few bytes are expected", BYTES, r"\1, 16384;"),
@@ -82,7 +85,7 @@ MORE_ON_HOPPER = (
     Planted(PINGPONG, "keys are not waited for", WAIT, NO_WAIT),
     Planted(PINGPONG, "a later part of the keys is read", DESCRIPTOR, r"\g<1>9;"),
     Planted(PINGPONG, "the producer waits for the phase that it has",
-            r"xor(\.b32\s+%r\d+, %r\d+), 1;", r"xor\1, 0;"),
+            r"not(\.b32\s+%r\d+, %r\d+;)", r"mov\1", nth=1),
     Planted(PINGPONG, "a consumer takes too many registers",
             r"setmaxnreg\.inc\.sync\.aligned\.u32(\s+)240;",
             r"setmaxnreg.inc.sync.aligned.u32\g<1>256;"),

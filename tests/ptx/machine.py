@@ -49,6 +49,7 @@ class Warp:
         self.at, self.lanes_at = 0, None
         self.blocked = self.at_barrier = None
         self.products, self.copies = Groups(), Groups()
+        self.stores = [Groups() for _ in range(32)]  # of each lane
         self.registers_held = block.registers_at_launch
 
     @property
@@ -175,6 +176,8 @@ class Block:
         for warp in self.warps:
             if warp.products:
                 raise Fault(f"block {self.index}, warp {warp.index} ends with wgmma in flight")
+            if any(warp.stores):
+                raise Fault(f"block {self.index}, warp {warp.index} ends with copies in flight")
         if self.copies:
             raise Fault(
                 f"block {self.index} ends before the copy of {self.copies[0][1]} has landed"

@@ -46,6 +46,7 @@ class Machine:
         self.recorder = Recorder(CAPABILITIES[arch])
         device.architecture = pack_kernel.architecture = lambda q: arch
         device.exact_architecture = lambda q: arch
+        device.multiprocessors = lambda q: 2  # so that persistent programs have several tasks
         torch.use_deterministic_algorithms(True, warn_only=True)  # fresh memory is NaN
         self.counts = Counter()  # what was executed: steps, kernels, copies, ...
         self.seconds = Counter()  # by kernel

@@ -13,7 +13,7 @@ from ptx.memory import Fault
 from ptx.program import split
 from ptx.registers import LANES, PARAMETERS
 from ptx.tensor_cores import wgmma
-from ptx.tma import MAGIC, copy_box
+from ptx.tma import MAGIC, copy_box, store_box
 
 STAY = "stay"
 RULES = []
@@ -317,6 +317,52 @@ def _(operands, instruction, match):
             done.settle()
 
         block.begin_copy(land, instruction)
+
+    return step
+
+
+@rule(r"cp\.async\.bulk\.tensor\.([1-5])d\.global\.shared::cta(?:\.tile)?\.bulk_group")
+def _(operands, instruction, match):
+    """A box from shared memory; it is read, and written, until its group is waited for."""
+    from ptx.program import split
+
+    source = operands.address(1)
+    descriptor, at = split(instruction.operands[0][1:-1])
+    descriptor = operands.read_from(descriptor, np.uint64)
+    at = [operands.read_from(x, np.int32) for x in split(at[1:-1])]
+    if len(at) != int(match[1]):
+        raise Fault(f"{instruction} has {len(at)} coordinates")
+
+    def step(warp, active):
+        lane, block = first_of(active), warp.block
+        if lanes_of(active) != 1:
+            raise Fault(f"the copy is begun by {lanes_of(active)} lanes")
+        tensor_map = map_at(block, int(descriptor(warp)[lane]))
+        if len(tensor_map.dims) != len(at):
+            raise Fault(f"{len(at)} coordinates for a tensor map of rank {len(tensor_map.dims)}")
+        where = [int(x(warp)[lane]) for x in at]
+        place, fenced = int(source(warp)[lane]), block.shared.fenced[warp.index]
+        block.counts["bulk stores"] += 1
+
+        def land():
+            store_box(block, tensor_map, where, place, fenced)
+
+        if block.is_late():
+            warp.stores[lane].append(land)
+        else:
+            land()
+
+    return step
+
+
+@rule(r"cp\.async\.bulk\.(commit|wait)_group(?:\.read)?")
+def _(operands, instruction, match):
+    left = None if match[1] == "commit" else int(instruction.operands[0], 0)
+
+    def step(warp, active):
+        for lane in np.flatnonzero(np.broadcast_to(True if active is None else active, 32)):
+            groups = warp.stores[lane]
+            groups.commit() if left is None else groups.wait(left)
 
     return step
 

@@ -107,3 +107,29 @@ def copy_box(block, tensor_map, at, destination):
     index, granules = places(destination, len(inside), width * size, size, tensor_map.swizzle)
     block.shared.views[bits][index] = data
     block.shared.written[granules] = 0  # by the async proxy itself
+
+
+def store_box(block, tensor_map, at, source, fenced):
+    """Write the box at ``at``, innermost first, from shared memory; what is outside is left out."""
+    size, width = tensor_map.itemsize, tensor_map.box[0]
+    bits = np.dtype(f"u{size}").type
+    if source % 128:
+        raise Fault(f"the copy's source {source:#x} is no multiple of 128")
+    if source + tensor_map.nbytes > len(block.shared.bytes):
+        raise Fault(
+            f"the copy's {tensor_map.nbytes} bytes at {source:#x} are outside shared memory"
+        )
+    place = tensor_map.rows + np.array(at[1:], np.int64)[:, None]  # [dims - 1, rows]
+    limits = np.array(tensor_map.dims[1:], np.int64)[:, None]
+    inside = ((place >= 0) & (place < limits)).all(0)  # [rows]
+    column = at[0] + np.arange(width)
+    columns = (column >= 0) & (column < tensor_map.dims[0])
+    index, granules = places(source, len(inside), width * size, size, tensor_map.swizzle)
+    for writer in block.shared.unfenced(granules, fenced)[:1]:
+        raise Fault(f"the copy reads what warp {writer} wrote and nobody fenced")
+    data = block.shared.views[bits][index]
+    offset = (place * np.array(tensor_map.strides, np.int64)[:, None]).sum(0)[inside]
+    addresses = tensor_map.address + offset[:, None] + column[columns] * size
+    block.launch.memory.store(
+        addresses.reshape(-1, 1), None, data[np.ix_(inside, columns)].reshape(-1, 1)
+    )
