@@ -88,6 +88,7 @@ setup(
         "skiparse.models.train",
         "skiparse.models.wfvae",
         "skiparse.bench",
+        "skiparse.bench.gpu",
     ],
     package_dir={
         "skiparse": "skiparse",

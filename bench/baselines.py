@@ -43,7 +43,7 @@ def skiparse_backend(case: Case, problem: Problem, backend: str) -> Contender:
         text_q, text_k, text_v = text
         return skiparse.joint_attention(q, k, v, text_q, text_k, text_v, p.pattern, backend=backend)
 
-    return Contender(name, _step(case, attend, p.inputs, (p.grad_out, p.grad_text_out)))
+    return Contender(name, step(case, attend, p.inputs, (p.grad_out, p.grad_text_out)))
 
 
 def dense(case: Case, problem: Problem) -> list[Contender]:
@@ -72,7 +72,7 @@ def dense(case: Case, problem: Problem) -> list[Contender]:
             with sdpa_kernel([kernel]):
                 return (F.scaled_dot_product_attention(q, k, v),)
 
-        return Contender(f"dense.{name}", _step(case, attend, (q, k, v), (grad,)))
+        return Contender(f"dense.{name}", step(case, attend, (q, k, v), (grad,)))
 
     return [contender(name, kernel) for name, kernel in kernels.items()]
 
@@ -119,11 +119,11 @@ def original(case: Case, problem: Problem) -> Contender:
         return out.contiguous(), text_out
 
     grads = (problem.grad_out, problem.grad_text_out)
-    return Contender("original", _step(case, attend, problem.inputs, grads))
+    return Contender("original", step(case, attend, problem.inputs, grads))
 
 
-def flex(case: Case, problem: Problem) -> Contender:
-    """FlexAttention, compiled, over tokens sorted by sub-sequence so that its blocks are sparse.
+def flex(case: Case, problem: Problem, *, compiled: bool = True) -> Contender:
+    """FlexAttention over tokens sorted by sub-sequence, so that its blocks are sparse.
 
     Sorted by its owner, the mask is nearly block-diagonal; in natural order FlexAttention would
     visit every block of single-skip. Text queries are repeated for each sub-sequence.
@@ -144,18 +144,18 @@ def flex(case: Case, problem: Problem) -> Contender:
         return (query_owner[row] == key_owner[key]) | (key_owner[key] == n)
 
     blocks = create_block_mask(attends, None, None, N + n * T, N + T, device=device)
-    compiled = torch.compile(flex_attention)
+    kernel = torch.compile(flex_attention) if compiled else flex_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *text: Tensor) -> tuple[Tensor, ...]:
         text_q, text_k, text_v = text
         query = torch.cat([q[:, order], text_q.repeat(1, n, 1, 1)], 1).transpose(1, 2)
         key = torch.cat([k[:, order], text_k], 1).transpose(1, 2)
         value = torch.cat([v[:, order], text_v], 1).transpose(1, 2)
-        rows = compiled(query, key, value, block_mask=blocks).transpose(1, 2)
+        rows = kernel(query, key, value, block_mask=blocks).transpose(1, 2)
         return rows[:, :N][:, back], rows[:, N:].unflatten(1, (n, T)).mean(1)
 
     grads = (problem.grad_out, problem.grad_text_out)
-    return Contender("flex", _step(case, attend, problem.inputs, grads))
+    return Contender("flex", step(case, attend, problem.inputs, grads))
 
 
 def natten(case: Case, problem: Problem) -> Contender:
@@ -180,10 +180,10 @@ def natten(case: Case, problem: Problem) -> Contender:
         out = library.na2d(q, key, v, kernel_size=(N // k**2, k), dilation=(k, 1), **extra)
         return (out.flatten(1, 2),)
 
-    return Contender("natten", _step(case, attend, problem.inputs, (problem.grad_out,)))
+    return Contender("natten", step(case, attend, problem.inputs, (problem.grad_out,)))
 
 
-def _step(
+def step(
     case: Case,
     attend: Callable[..., tuple[Tensor, ...]],
     inputs: tuple[Tensor, ...],

@@ -1,30 +1,57 @@
-"""The named problems everybody is measured on: training shapes of the released model, by pattern.
+"""The named problems everybody is measured on: shapes of released models, by pattern.
 
-A name reads ``<frames>x<height>x<width>[-<heads>h].k<k>.<pattern>[.skip].<fwd|fwdbwd>``: the video
-in pixels, 24 heads unless said, the pattern, tokens in natural order unless ``skip``, forward
-alone or forward and backward. 512 text tokens, head dimension 128, batch 1. Single-skip is the
-same operation in either order, so it has no ``skip``.
+A name reads ``<video>[-<heads>h][-b<batch>].k<k>.<pattern>[.skip].<fwd|fwdbwd>``: the video in
+pixels, ``<frames>x<height>x<width>``; the heads and the batch where they are not the model's own
+and 1; the pattern, tokens in natural order unless ``skip``; forward alone or forward and backward.
+The head dimension is 128. Single-skip is the same operation in either order, so it has no
+``skip``; nor has a length that ``k*k`` does not divide, for which there is no skip order. There
+the last period is cut short, and no padding makes up for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from skiparse.pattern import SkipPattern
+from skiparse.pattern import SkipPattern, has_skip_order
 
-TEXT_TOKENS = 512
 HEAD_DIM = 128
 SPARSITY = (2, 4, 8)
 
-# pixels -> video tokens: an 8x8x8 VAE (1 + (frames - 1) / 8 latent frames), patches of 1x2x2
-TOKENS = {
-    "1x288x512": 1 * 18 * 32,
-    "57x288x512": 8 * 18 * 32,
-    "121x288x512": 16 * 18 * 32,
-    "121x576x1024": 16 * 36 * 64,
+
+@dataclass(frozen=True)
+class Video:
+    """What a model makes of a video: tokens, beside how many text tokens, in how many heads."""
+
+    tokens: int
+    text: int
+    heads: int
+
+
+VIDEOS = {
+    # Open-Sora Plan v1.5: an 8x8x8 VAE (1 + (frames - 1) / 8 latent frames), patches of 1x2x2
+    "1x288x512": Video(1 * 18 * 32, 512, 24),
+    "57x288x512": Video(8 * 18 * 32, 512, 24),
+    "121x288x512": Video(16 * 18 * 32, 512, 24),
+    "121x576x1024": Video(16 * 36 * 64, 512, 24),
+    # Wan 2.1 14B (text in a cross-attention of its own): a 4x8x8 VAE, patches of 1x2x2
+    "81x480x832": Video(21 * 30 * 52, 0, 40),
+    "81x576x1024": Video(21 * 36 * 64, 0, 40),
+    "81x720x1280": Video(21 * 45 * 80, 0, 40),
+    # HunyuanVideo, its video tokens alone: the same VAE and patches
+    "117x768x1280": Video(30 * 48 * 80, 0, 24),
+    # of no model: so small that Triton's interpreter gets through it, for rehearsals
+    "1x128x128": Video(1 * 8 * 8, 8, 1),
 }
 HEADLINE = "121x576x1024"
-HEADS = {"": 24, "-2h": 2, "-1h": 1}  # few heads: for machines without an accelerator
+REHEARSAL = "1x128x128"
+FEW_HEADS = {  # for machines without an accelerator
+    "1x288x512": (2, 1),
+    "57x288x512": (2, 1),
+    "121x288x512": (2, 1),
+    "121x576x1024": (2, 1),
+}
+BATCHES = {HEADLINE: (8,), REHEARSAL: (2,)}
 
 
 @dataclass(frozen=True)
@@ -38,16 +65,18 @@ class Case:
     skip_order: bool
     backward: bool
     N: int
-    T: int = TEXT_TOKENS
+    T: int
     D: int = HEAD_DIM
     B: int = 1
 
     @property
     def name(self) -> str:
-        suffix = {count: text for text, count in HEADS.items()}[self.heads]
+        heads = "" if self.heads == VIDEOS[self.video].heads else f"-{self.heads}h"
+        batch = "" if self.B == 1 else f"-b{self.B}"
         pattern = "dense" if self.kind == "dense" else f"k{self.k}.{self.kind}"
         order = ".skip" if self.skip_order else ""
-        return f"{self.video}{suffix}.{pattern}{order}.{'fwdbwd' if self.backward else 'fwd'}"
+        end = "fwdbwd" if self.backward else "fwd"
+        return f"{self.video}{heads}{batch}.{pattern}{order}.{end}"
 
     @property
     def pattern(self) -> SkipPattern:
@@ -67,17 +96,26 @@ class Case:
 
 def _table() -> dict[str, Case]:
     cases = [
-        Case(video, heads, k, kind, skip_order, backward, N)
-        for video, N in TOKENS.items()
-        for heads in HEADS.values()
-        for backward in (False, True)
-        for k, kind, skip_order in (
-            (1, "dense", False),
-            *((k, kind, skip) for k in SPARSITY
-              for kind, skip in (("single", False), ("group", False), ("group", True))),
+        Case(video, heads, k, kind, skip_order, backward, about.tokens, about.text, B=batch)
+        for video, about in VIDEOS.items()
+        for heads, batch in (
+            *((heads, 1) for heads in (about.heads, *FEW_HEADS.get(video, ()))),
+            *((about.heads, batch) for batch in BATCHES.get(video, ())),
         )
-    ]  # fmt: skip
+        for backward in (False, True)
+        for k, kind, skip_order in _patterns(about.tokens)
+    ]
     return {case.name: case for case in cases}
+
+
+def _patterns(tokens: int) -> Iterator[tuple[int, str, bool]]:
+    """``k``, pattern and whether in skip order, of all that there are at a length."""
+    yield 1, "dense", False
+    for k in SPARSITY:
+        yield k, "single", False
+        yield k, "group", False
+        if has_skip_order(tokens, k):
+            yield k, "group", True
 
 
 CASES = _table()

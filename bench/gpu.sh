@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Tests and figures of everything there is for a GPU, from a checkout, with nothing to install:
-#   OUT=folder bench/gpu.sh             on the GPU, in less than 9 minutes
-#   OUT=folder bench/gpu.sh --dry-run   the same parts on a CPU, with small shapes
+# All there is to know of a GPU in two runs, from a checkout, with nothing to install:
+#   OUT=folder bench/gpu.sh 1           what matters most, in less than 6 minutes
+#   OUT=folder bench/gpu.sh 2           tests and all the rest, in less than 7
+#   OUT=folder bench/gpu.sh --dry-run   both on a CPU, tiny; fails if a run might not fit its limit
 # Needs torch, triton, numpy, einops, tqdm and pytest in PYTHON (python3), and no network. The last
-# lines printed are the table; OUT gets results.jsonl, copies.jsonl and log.txt.
+# lines printed are the table. CONTRIBUTING.md says how to use fifteen minutes of a GPU.
 set -euo pipefail
 checkout=$(cd "$(dirname "$0")/.." && pwd)
 out=${OUT:-gpu_out}

@@ -9,7 +9,10 @@ own ratios to dense attention.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
+import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -20,11 +23,11 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from skiparse import registry
@@ -33,7 +36,7 @@ from skiparse.bench.baselines import Contender, Work
 from skiparse.bench.cases import Case
 from skiparse.models.data.atomic import replacing
 from skiparse.pattern import attention_flops
-from skiparse.testing import Problem, check_sample, make_problem
+from skiparse.testing import Problem, check_sample
 
 BASELINES = ("dense", "original", "flex", "natten")
 RESULTS = Path(__file__).parent / "results.jsonl"
@@ -92,9 +95,23 @@ def run(
     return rows
 
 
-def _shared(case: Case) -> tuple[str, int, bool]:
+def _shared(case: Case) -> tuple[str, int, int, bool]:
     """Cases for which dense attention is the same work; they take turns with one run of it."""
-    return case.video, case.heads, case.backward
+    return case.video, case.heads, case.B, case.backward
+
+
+def draw(case: Case, dtype: torch.dtype, device: str) -> Problem:
+    """Random normal inputs of a case, drawn on the device: a GPU is a thousand times faster."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(rows: int) -> Tensor:
+        shape = case.B, rows, case.heads, case.D
+        return torch.randn(shape, generator=generator, dtype=dtype, device=device)
+
+    q, k, v = (normal(case.N) for _ in range(3))
+    text_q, text_k, text_v = (normal(case.T) for _ in range(3))
+    grads = normal(case.N), normal(case.T)
+    return Problem(q, k, v, text_q, text_k, text_v, *grads, case.pattern)
 
 
 def measure(
@@ -107,9 +124,7 @@ def measure(
 ) -> dict[Case, list[Timing]]:
     """Gate and time cases that differ in the pattern only; dense attention leads each list."""
     one = cases[0]
-    problem = make_problem(
-        one.pattern, B=one.B, N=one.N, T=one.T, H=one.heads, D=one.D, dtype=dtype, device=device
-    )
+    problem = draw(one, dtype, device)
     dense = _best(baselines.dense(one, problem), device)
     contenders: dict[Case, list[Contender]] = {}
     for case in tqdm(cases, desc="checking", unit="case", disable=None, leave=False):
@@ -300,6 +315,7 @@ def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         aside.write_text(old + "".join(json.dumps(r) + "\n" for r in rows))
 
 
+@functools.cache
 def device_name(device: str) -> str:
     """The processor's own name for itself."""
     if device.startswith("cuda"):
@@ -314,35 +330,37 @@ def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+@functools.cache
 def driver(device: str) -> str | None:
     """The GPU driver's version, None on a CPU."""
     if not device.startswith("cuda"):
         return None
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return _output(query).splitlines()[0] if _output(query) else None
+    return output(query).splitlines()[0] if output(query) else None
 
 
+@functools.cache
 def versions() -> dict[str, str | None]:
     """Of what the figures depend on."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in ("skiparse", "torch", "triton"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
+        there = importlib.util.find_spec(name) is not None
+        found[name] = importlib.import_module(name).__version__ if there else None
     return found
 
 
+@functools.cache
 def commit() -> str | None:
     """The checkout's commit, with ``+`` if it had changes; None outside a checkout."""
     here = ["git", "-C", str(Path(__file__).parent)]
-    head = _output([*here, "rev-parse", "--short=12", "HEAD"])
+    head = output([*here, "rev-parse", "--short=12", "HEAD"])
     code = ("../skiparse", "../models", "*.py")
-    changed = _output([*here, "status", "--porcelain", "--untracked-files=no", "--", *code])
+    changed = output([*here, "status", "--porcelain", "--untracked-files=no", "--", *code])
     return (head + ("+" if changed else "")) or None
 
 
-def _output(command: list[str]) -> str:
+def output(command: list[str]) -> str:
+    """What a program prints, nothing if it is not there or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

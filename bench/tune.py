@@ -21,7 +21,6 @@ from skiparse.backends import Inputs
 from skiparse.bench import run
 from skiparse.bench.cases import CASES, HEADLINE, SPARSITY, Case
 from skiparse.models.data.atomic import replacing
-from skiparse.testing import make_problem
 
 PATTERNS = ("single", "group", "group.skip")
 
@@ -33,28 +32,36 @@ def tune(
     shape: str = HEADLINE,
     sparsity: Sequence[int] = SPARSITY,
     rounds: int = 7,
+    text: Sequence[bool] = (True, False),
+    folder: Path | None = None,
 ) -> Path:
     """Time every backend that may be chosen by itself, forward and backward, with text and without.
 
     Args:
         shape: how names of cases begin, such as ``"121x576x1024"``.
         sparsity: of 2, 4 and 8.
+        text: whether there is any, each way by itself.
+        folder: for the file; where ``"auto"`` looks for it if None.
 
     Returns:
-        The file written, ``skiparse/orders/<device>.json``; the next process goes by it.
+        The file written, ``<folder>/<device>.json``; the next process goes by it.
     """
     on = torch.device(device).type
     backends = [row.name for row in registry.BACKENDS if on in row.auto + row.if_measured]
     rules = []
-    for k in sparsity:
-        for kind in PATTERNS:
-            for T in (CASES[f"{shape}.dense.fwd"].T, 0):
-                forward, both = (
-                    replace(CASES[f"{shape}.k{k}.{kind}.{end}"], T=T) for end in ("fwd", "fwdbwd")
-                )
-                rules += _rules(forward, both, device, dtype, rounds, backends)
+    for T in (CASES[f"{shape}.dense.fwd"].T if with_text else 0 for with_text in text):
+        forward, both = (
+            [
+                replace(CASES[f"{shape}.k{k}.{kind}.{end}"], T=T)
+                for k in sparsity
+                for kind in PATTERNS
+            ]
+            for end in ("fwd", "fwdbwd")
+        )
+        rules += _rules(forward, both, device, dtype, rounds, backends)
     here = torch.empty(0, device=device)
     path = registry.orders_file(registry.device_name(here))
+    path = path if folder is None else folder / path.name
     path.parent.mkdir(exist_ok=True)
     about = {
         "device": registry.device_name(here),
@@ -71,37 +78,46 @@ def tune(
 
 
 def _rules(
-    forward: Case,
-    both: Case,
+    forward: Sequence[Case],
+    both: Sequence[Case],
     device: str,
     dtype: torch.dtype,
     rounds: int,
     backends: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """The order for the forward pass, and for the backward pass by the difference."""
-    once, twice = (_times(case, device, dtype, rounds, backends) for case in (forward, both))
-    difference = {name: twice[name] - once[name] for name in twice if name in once}
-    p = make_problem(forward.pattern, N=forward.N, T=forward.T, H=1, D=forward.D, dtype=dtype)
-    inputs = Inputs(p.q, p.k, p.v, p.text_q, p.text_k, p.text_v, None, None, p.pattern, 1.0)
-    return [
-        registry.problem_like(inputs, backward=backward)
-        | {
-            "order": sorted(milliseconds, key=milliseconds.__getitem__),
-            "ms": {name: round(value, 3) for name, value in milliseconds.items()},
-            "case": forward.name,
-        }
-        for backward, milliseconds in ((False, once), (True, difference))
-    ]
+    """The orders for the forward passes, and for the backward passes by the difference."""
+    once, twice = (_times(cases, device, dtype, rounds, backends) for cases in (forward, both))
+    rules = []
+    for case, full in zip(forward, both, strict=True):
+        first, all_of_it = once[case], twice[full]
+        difference = {name: all_of_it[name] - first[name] for name in all_of_it if name in first}
+        x, text = (
+            torch.empty(1, rows, 1, case.D, dtype=dtype, device="meta") for rows in (case.N, case.T)
+        )
+        inputs = Inputs(x, x, x, text, text, text, None, None, case.pattern, 1.0)
+        rules += [
+            registry.problem_like(inputs, backward=backward)
+            | {
+                "order": sorted(milliseconds, key=milliseconds.__getitem__),
+                "ms": {name: round(value, 3) for name, value in milliseconds.items()},
+                "case": case.name,
+            }
+            for backward, milliseconds in ((False, first), (True, difference))
+        ]
+    return rules
 
 
 def _times(
-    case: Case, device: str, dtype: torch.dtype, rounds: int, backends: Sequence[str]
-) -> dict[str, float]:
-    """Milliseconds by backend, of those that take the case."""
-    found = run.measure([case], device, dtype, rounds, backends, [])[case]
-    print(run.table(case, found), flush=True)
-    return {
-        timing.name.removeprefix("skiparse."): timing.median * 1e3
-        for timing in found
-        if timing.seconds and timing.name.startswith("skiparse.")
-    }
+    cases: Sequence[Case], device: str, dtype: torch.dtype, rounds: int, backends: Sequence[str]
+) -> dict[Case, dict[str, float]]:
+    """Milliseconds by case and backend, of those that take the case."""
+    found = run.measure(cases, device, dtype, rounds, backends, [])
+    times = {}
+    for case, timings in found.items():
+        print(run.table(case, timings), flush=True)
+        times[case] = {
+            timing.name.removeprefix("skiparse."): timing.median * 1e3
+            for timing in timings
+            if timing.seconds and timing.name.startswith("skiparse.")
+        }
+    return times

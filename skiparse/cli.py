@@ -278,9 +278,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _info(options: argparse.Namespace) -> None:
+    import importlib
     import importlib.util
     import platform
-    from importlib.metadata import version
 
     import torch
 
@@ -290,7 +290,7 @@ def _info(options: argparse.Namespace) -> None:
     print(f"skiparse {skiparse.__version__}, Python {platform.python_version()}")
     for name in ("torch", "triton", "numpy", "einops"):
         there = importlib.util.find_spec(name) is not None
-        print(f"{name} {version(name) if there else 'not installed'}")
+        print(f"{name} {importlib.import_module(name).__version__ if there else 'not installed'}")
     print(f"\ncpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for index in range(torch.cuda.device_count()):
         capability = ".".join(map(str, torch.cuda.get_device_capability(index)))

@@ -183,7 +183,7 @@ def _check(
     if dtype not in _DTYPES:
         raise ValueError(f"q must be fp64, fp32, bf16 or fp16, got {q.dtype}; convert it")
     for name, x in (*video.items(), *text.items()):
-        if ops.autocast_dtype(x) != dtype:
+        if x.dtype != q.dtype and ops.autocast_dtype(x) != dtype:
             raise ValueError(f"{name} is {x.dtype} but q is {q.dtype}; convert one to the other")
         _check_device(name, x, q)
     for name, x in video.items():

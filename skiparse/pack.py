@@ -292,8 +292,12 @@ def _kernels(name: str, q: Tensor, text_q: Tensor, sparsity: int, run: int) -> A
     """The module of kernels that do it, or None; RuntimeError if they are named and cannot."""
     for row in PACKERS.values():
         if name == row.name or (name == "auto" and q.device.type in row.auto):
-            packed = SkipPattern(sparsity, run).packed(q.shape[1], text_q.shape[1])
-            inputs = Inputs(q, q, q, text_q, text_q, text_q, None, None, packed, 1.0)
+            (B, N, H, D), T = q.shape, text_q.shape[1]
+            buffer = q.new_empty(1).expand(B, N + sparsity * T, H, D)  # whose rows are counted too
+            packed = SkipPattern(sparsity, run).packed(N, T)
+            inputs = Inputs(
+                buffer, buffer, buffer, text_q, text_q, text_q, None, None, packed, 1.0
+            )  # fmt: skip
             reason = registry.load(row.name).why_not(inputs)
             if reason is None:
                 assert row.pack_kernels is not None

@@ -14,6 +14,7 @@ sub-sequences of different lengths, never padding. No other file contains an ind
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -196,6 +197,9 @@ class SkipPattern:
         Source: ``length_of``; of the last, incomplete period of ``sparsity * run`` tokens the
         first sub-sequences own a full run, at most one a part of a run, the others none.
         """
+        return list(_segments(self, N))
+
+    def _segments(self, N: int) -> list[Segment]:
         n, w = self.sparsity, self.run
         full = N % (n * w) // w
         cut = full + (1 if N % w and full < n else 0)
@@ -215,6 +219,11 @@ class SkipPattern:
             start = token_of(first, runs * w, n, w)
             boxes.append(Box(runs * w, start, (number, 1, rest), (w, n * w, 1)))
         return Segment(first, number, length, tuple(boxes))
+
+
+@functools.lru_cache(1024)  # a call asks several times, and a model has few patterns
+def _segments(pattern: SkipPattern, N: int) -> tuple[Segment, ...]:
+    return tuple(pattern._segments(N))
 
 
 # Skip order: one order of the tokens in which single-skip and group-skip of the same k are both

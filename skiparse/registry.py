@@ -62,16 +62,16 @@ BACKENDS = (
         "triton",
         ("cuda",),
         "fused kernels, text as a second key source, deterministic backward",
-        "interpreter: every test; compiled ahead of time for sm_80, sm_89, sm_90, sm_100, sm_120, "
-        "gfx942, gfx950. Not yet run on a GPU",
+        "interpreter: every test; sm_80 and sm_90a: the compiled PTX executed on a CPU; compiled "
+        "ahead of time for sm_89, sm_100, sm_120, gfx942, gfx950. Not yet run on a GPU",
         pack_kernels="skiparse.backends.triton.pack_kernel",
     ),
     Row(
         "triton.pingpong",
         (),
         "the same with another forward for Hopper: producer and consumer warps; no key masks",
-        "CPU: its schedule, on a model of barriers and copies; compiled ahead of time for sm_90. "
-        "Not yet run on a GPU",
+        "CPU: its schedule, on a model of barriers and copies; sm_90a: the compiled PTX executed "
+        "on a CPU. Not yet run on a GPU",
         if_measured=("cuda",),
     ),
     # The fused kernels are not chosen by themselves until they are measured to be faster.

@@ -5,7 +5,8 @@ are recorded instead of started, and each is specialised and compiled as Triton 
 device. Needs TRITON_INTERPRET unset, hence its own process (see test_aot.py).
 
 ``python aot_compile.py all --write data/aot.json`` puts the table that test_aot.py compares with
-anew, for the Triton that is installed; rows of other releases of Triton stay.
+anew, for the Triton that is installed; rows of other releases of Triton stay, and with the name of
+an architecture instead of ``all`` those of others.
 """
 
 import argparse
@@ -25,7 +26,14 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from skiparse import SkipPattern
 from skiparse.backends import Inputs, Outputs
-from skiparse.backends.triton import backward, device, forward, forward_kernel, pingpong
+from skiparse.backends.triton import (
+    backward,
+    backward_kernel,
+    device,
+    forward,
+    forward_kernel,
+    pingpong,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -56,7 +64,7 @@ PRODUCTS = r"\b(HGMMA|HMMA|UTCHMMA|v_mfma)"
 def launches(arch, pattern, N, D, dtype, masked):
     """What forward and backward would launch: a list of (kernel, args, kwargs).
 
-    Of the forward every kernel, where some need strides that these have and others have not.
+    Every kernel, where some need strides that these have and others have not.
     """
     B, T, H, n = 2, 512, 24, pattern.sparsity
 
@@ -69,12 +77,15 @@ def launches(arch, pattern, N, D, dtype, masked):
     lses = empty(B, H, N, dtype=torch.float32), empty(B, H, n, T, dtype=torch.float32)
     outputs = Outputs(empty(B, N, H, D), empty(B, n, T, H, D), *lses)
 
+    grads = outputs.out, outputs.text_out[:, :1].expand(-1, n, -1, -1, -1)  # as of a mean
+
     recorded = []
     JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: recorded.append(
         (kernel, args, kwargs)
     )
     device.architecture = lambda q: CONFIG_ROWS.get(arch, arch)
     device.exact_architecture = lambda q: arch
+    device.multiprocessors = lambda q: 132
     forward(inputs)
     tiles = forward_kernel.TMA_CONFIGS
     if arch in tiles and recorded[0][0] is forward_kernel.skiparse_forward_tma:
@@ -83,7 +94,13 @@ def launches(arch, pattern, N, D, dtype, masked):
         forward_kernel.TMA_CONFIGS = tiles
     if arch == "sm_90" and pingpong._takes(inputs) is None:
         pingpong.forward(inputs)
-    backward(inputs, outputs, outputs.out, outputs.text_out)
+    backward(inputs, outputs, *grads)
+    if recorded[-1][0] is backward_kernel.skiparse_dq_tma:
+        tiles = backward_kernel.DKDV_TMA_CONFIGS, backward_kernel.DQ_TMA_CONFIGS
+        backward_kernel.DKDV_TMA_CONFIGS = backward_kernel.DQ_TMA_CONFIGS = {}
+        backward(inputs, outputs, *grads)
+        backward_kernel.DKDV_TMA_CONFIGS, backward_kernel.DQ_TMA_CONFIGS = tiles
+        del recorded[-3]  # the sums of rows again
     return recorded
 
 
@@ -114,6 +131,24 @@ def resources(compiled, target):
 def main_loop(compiled, target):
     """How many instructions of each kind in ``COUNTED`` the loop over the video has."""
     return count(COUNTED[target.backend], loop_over_video(compiled, target), target)
+
+
+INSTRUCTION = {"cuda": r"^\s+/\*[0-9a-f]{4,}\*/", "hip": r"^\s+(s|v|ds|global|buffer|flat)_"}
+
+
+def turn(compiled, target, options):
+    """What the main loop issues each time: instructions in all, and for which rows.
+
+    ``rows`` are of queries and of keys. ``waits`` for products of a warpgroup: one for each
+    product, where ptxas could not leave them under way together.
+    """
+    loop = loop_over_video(compiled, target)
+    if not loop:
+        return {}
+    found = {"instructions": sum(bool(re.match(INSTRUCTION[target.backend], x)) for x in loop)}
+    found["rows"] = [options["BLOCK_M"], options["BLOCK_N"]]
+    waits = sum("WARPGROUP.DEPBAR" in x for x in loop)
+    return found | ({"waits": waits} if waits else {})
 
 
 def roles(compiled, target):
@@ -190,20 +225,23 @@ def rows_of(arch, D, *, dtype="bfloat16", masked=False, run=8, tokens=36864):
         compiled = compile_launch(kernel, arguments, options, target)
         row = {"kernel": kernel.__name__, "arch": arch, "D": D, "masked": masked}
         row |= resources(compiled, target) | {"offsets": offset_types(compiled)}
-        row |= {"loop": main_loop(compiled, target)}
+        row |= {"loop": main_loop(compiled, target), "turn": turn(compiled, target, options)}
         yield row | ({"roles": roles(compiled, target)} if kernel.is_gluon() else {})
 
 
-def write_table(path):
+def write_table(path, architectures):
     """Put the rows of the installed Triton into the table, a line each."""
     table = json.loads(path.read_text()) if path.exists() else {}
-    table[triton.__version__] = [
+    kept = [x for x in table.get(triton.__version__, ()) if x["arch"] not in architectures]
+    new = [
         row
-        for arch in TARGETS
+        for arch in architectures
         for D in TABLE_DIMS
         for masked in (False, True)
         for row in rows_of(arch, D, masked=masked)
     ]
+    order = list(TARGETS)
+    table[triton.__version__] = sorted(kept + new, key=lambda row: order.index(row["arch"]))
     parts = (
         f"{json.dumps(release)}: [\n" + ",\n".join(map(json.dumps, rows)) + "\n]"
         for release, rows in sorted(table.items())
@@ -222,7 +260,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=36864)
     args = parser.parse_args()
     if args.write:
-        write_table(args.write)
+        write_table(args.write, TARGETS if args.arch == "all" else [args.arch])
         return
     for D in args.dims:
         for masked in map(bool, args.masked):

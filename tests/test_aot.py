@@ -5,7 +5,6 @@ memory and what their main loops are made of, by release of Triton. After a chan
 for another release, ``python tests/aot_compile.py all --write tests/data/aot.json`` writes it anew.
 """
 
-import importlib.metadata
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import triton
 
 from skiparse import registry
 
@@ -29,11 +29,14 @@ SHARED_LIMIT = {  # bytes a block may have
 }
 ARCHITECTURES = ("sm_90", "sm_80", "gfx942")  # those with configurations of their own
 KERNELS = {"skiparse_forward", "skiparse_delta", "skiparse_dkdv", "skiparse_dq"}
+TILED = {"skiparse_forward_tma", "skiparse_dkdv_tma", "skiparse_dq_tma"}
 PINGPONG = "skiparse_forward_pingpong"
 TABLE = json.loads((Path(__file__).parent / "data/aot.json").read_text())
-RELEASE = importlib.metadata.version("triton")
+RELEASE = triton.__version__
 NAMED = {  # the kernels that spill: (release, architecture, kernel, D, masked) -> bytes
     ("3.6.0", "sm_80", "skiparse_forward", 128, True): 8,
+    ("3.6.0", "sm_89", "skiparse_dq", 128, True): 8,
+    ("3.6.0", "sm_90", "skiparse_dkdv", 256, True): 8,
     ("3.7.1", "sm_89", "skiparse_dq", 128, True): 8,
     ("3.7.1", "sm_100", "skiparse_delta", 256, False): 8,
     ("3.7.1", "sm_100", "skiparse_delta", 256, True): 8,
@@ -76,7 +79,7 @@ def test_every_kernel_is_there(compiled):
             for masked in (False, True):
                 key = (arch, D, masked)
                 rows = [r for r in compiled if (r["arch"], r["D"], r["masked"]) == key]
-                hopper = {"skiparse_forward_tma", *([PINGPONG] if not masked else [])}
+                hopper = TILED | ({PINGPONG} if not masked else set())
                 names = KERNELS | (hopper if arch == "sm_90" else set())
                 assert sorted(row["kernel"] for row in rows) == sorted(names)
 
@@ -141,6 +144,30 @@ def test_hopper_reads_tiles_by_descriptor():
                 assert counts.pop("UTMALDG") == 2, row
                 assert counts.pop("HGMMA") in (12, 16), row  # at D = 64 and 128, blocks of 128
                 assert set(counts) <= ({"LDG"} if row["masked"] else set()), row
+
+
+def hopper_rows(kernel):
+    """Of every release: ``{(D, masked): row}``."""
+    for rows in TABLE.values():
+        found = {(r["D"], r["masked"]): r for r in rows if (r["kernel"], r["arch"]) == kernel}
+        yield {key: row for key, row in found.items() if key[0] <= 128}
+
+
+@pytest.mark.parametrize("kernel", ["skiparse_dkdv", "skiparse_dq"])
+def test_hopper_turns_the_backward_by_descriptor(kernel):
+    """Two copies a turn; the products under way together; fewer instructions for the same rows."""
+    by_tiles, by_pointers = (list(hopper_rows((f"{kernel}{x}", "sm_90"))) for x in ("_tma", ""))
+    for tiled, pointed in zip(by_tiles, by_pointers, strict=True):
+        assert set(tiled) == {(64, False), (64, True), (128, False), (128, True)}
+        for key, row in tiled.items():
+            assert row["loop"]["UTMALDG"] == 2, row
+            assert "HMMA" not in row["loop"], row  # all products are of a warpgroup
+            if "dkdv" in kernel:
+                assert "LDG" not in row["loop"], row
+            turn, before = row["turn"], pointed[key]["turn"]
+            assert turn["waits"] <= 3, row
+            size, size_before = (x["rows"][0] * x["rows"][1] for x in (turn, before))
+            assert turn["instructions"] * size_before <= 0.9 * before["instructions"] * size, row
 
 
 def test_the_roles_of_pingpong():

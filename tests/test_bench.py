@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from skiparse import SkipPattern
+from skiparse import SkipPattern, pattern
 from skiparse.bench import baselines, cases, run, tables
 from skiparse.testing import WAYS, Answer, make_problem, oracle, within_budget
 
@@ -25,16 +25,41 @@ def assert_answer(tensors, problem, names):
 
 
 def test_the_table_of_cases_is_what_the_readme_says():
-    assert len(cases.CASES) == 4 * 3 * 2 * (1 + 3 * 3)
+    ours = 4 * 3 + 1 + 2  # shapes by heads; the headline in a batch; the rehearsal, also in one
+    others = 1 + 3 * 2 + 1, 1 + 3 * 3, 1 + 3 * 2 + 2, 1 + 3 * 3  # in skip order if k*k divides N
+    assert len(cases.CASES) == 2 * (ours * (1 + 3 * 3) + sum(others))
     head = cases.CASES["121x576x1024.k8.single.fwd"]
     assert (head.N, head.T, head.heads, head.D) == (36864, 512, 24, 128)
     assert f"{head.ceiling:.2f}" == "6.66"
     assert cases.CASES["57x288x512-1h.k4.group.skip.fwd"].pattern == SkipPattern.block(4, 4608)
     assert all(name == case.name for name, case in cases.CASES.items())
     for case in cases.CASES.values():
-        assert case.pattern.pairs(case.N, case.T) == SkipPattern.single(case.k).pairs(
-            case.N, case.T
+        pairs, single = (
+            p.pairs(case.N, case.T) for p in (case.pattern, SkipPattern.single(case.k))
         )
+        if case.N % case.k**2 == 0:
+            assert pairs == single
+        else:  # cut short, so that sub-sequences of group-skip are not equally long
+            assert single <= pairs <= 1.01 * single
+
+
+def test_shapes_that_others_publish():
+    """And what one dimension of tokens does at them: no padding, whatever k divides."""
+    published = {
+        "81x480x832": (32760, 40), "81x720x1280": (75600, 40), "81x576x1024": (48384, 40),
+        "117x768x1280": (115200, 24),
+    }  # fmt: skip
+    for name, (tokens, heads) in published.items():
+        case = cases.CASES[f"{name}.k8.group.fwd"]
+        assert (case.N, case.heads, case.T, case.D) == (tokens, heads, 0, 128)
+        in_skip_order = {k for k in (2, 4, 8) if f"{name}.k{k}.group.skip.fwd" in cases.CASES}
+        assert in_skip_order == {k for k in (2, 4, 8) if tokens % k**2 == 0}
+        for k in (2, 4, 8):
+            p = cases.CASES[f"{name}.k{k}.group.fwd"].pattern
+            lengths = [pattern.length_of(s, tokens, p.sparsity, p.run) for s in range(k)]
+            assert sum(lengths) == tokens
+            assert max(lengths) - min(lengths) <= k
+    assert cases.CASES["121x576x1024-b8.k8.group.fwd"].B == 8
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -1,8 +1,13 @@
 """The command line tells what is here, and turns bad arguments into one clear line."""
 
-import pytest
+import importlib.metadata
 
+import pytest
+import triton
+
+import skiparse
 from skiparse import registry
+from skiparse.bench import run
 from skiparse.cli import main
 
 
@@ -14,6 +19,20 @@ def test_info_lists_every_backend(capsys):
         assert row.verified in out
     assert "torch 2." in out
     assert "cpu:" in out
+
+
+def test_versions_are_what_the_modules_say(capsys, monkeypatch):
+    """A nightly of Triton is a distribution of another name, a bare checkout none at all."""
+
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(triton, "__version__", "3.9.0+git1234567")
+    assert main(["info"]) == 0
+    assert "triton 3.9.0+git1234567" in capsys.readouterr().out
+    found = run.versions()
+    assert (found["triton"], found["skiparse"]) == ("3.9.0+git1234567", skiparse.__version__)
 
 
 def test_bench_lists_its_cases(capsys):

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 
 import skiparse
-from skiparse import SkipPattern
+from skiparse import SkipPattern, pack
 from skiparse.models.suv import blocks
 from skiparse.models.suv.model import SUV
 from skiparse.models.suv.plan import Plan
@@ -410,6 +410,16 @@ def test_a_buffer_of_another_length_is_not_unpacked():
         skiparse.unpack(torch.ones(1, 15, 2, 4), SkipPattern.single(4), 12)
     with pytest.raises(ValueError, match="with N = 16"):
         skiparse.unpack(torch.ones(1, 12, 2, 4), SkipPattern.single(4), 16)
+
+
+@pytest.mark.parametrize("p", [SkipPattern.single(4000), SkipPattern.block(4000, 8000)], ids=str)
+def test_the_kernels_count_the_rows_of_the_buffer(p, monkeypatch):
+    """Which are many more than those of the video: 4000 times 600,000 rows of text."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    video, text = (torch.ones(1).expand(1, rows, 1, 2) for rows in (8000, 600_000))
+    with pytest.raises(RuntimeError, match=r"to \d+, not to 2400008000"):
+        pack._kernels("triton", video, text, p.sparsity, p.run)
+    assert pack._kernels("triton", video, text[:, :500_000], p.sparsity, p.run) is not None
 
 
 def test_named_kernels_run_or_say_why_not(monkeypatch):

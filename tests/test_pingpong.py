@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton as module
 from torch._subclasses import FakeTensorMode
 
 from skiparse import SkipPattern
@@ -171,10 +172,12 @@ class Steps(ast.NodeTransformer):
     def visit_Call(self, node):
         self.generic_visit(node)
         name = ast.unparse(node.func)
+        if name == "copy":
+            return ast.YieldFrom(node)
         if name not in CALLS:
             return node
         step = ast.Call(
-            ast.Name("step", ast.Load()), [ast.Constant(name), *node.args], node.keywords
+            ast.Name("a_step", ast.Load()), [ast.Constant(name), *node.args], node.keywords
         )
         return ast.Yield(step)
 
@@ -199,7 +202,9 @@ GLUON = SimpleNamespace(
     SliceLayout=nothing,
     DotOperandLayout=nothing,
     float32=torch.float64,
+    int32=torch.int32,
     constexpr=None,
+    static_range=range,
     convert_layout=lambda x, _: x,
     arange=lambda start, end, layout: torch.arange(start, end),
     full=lambda shape, value, dtype, _: torch.full(shape, value, dtype=dtype),
@@ -216,18 +221,19 @@ class Tiles:
     """A tensor map over ``[rows, HEAD_DIM]`` of one sub-sequence; rows behind the last are 0."""
 
     def __init__(self, rows, shape, sub, width):
-        blocks = -(-len(rows) // BLOCK)
-        self.blocks = torch.zeros(blocks, BLOCK, HEAD_DIM, dtype=rows.dtype)
-        self.blocks.flatten(0, 1)[: len(rows)] = rows
-        self.block_type = SimpleNamespace(shape=shape, nbytes=BLOCK * HEAD_DIM * rows.itemsize)
+        self.rows, self.block = rows, math.prod(shape) // HEAD_DIM
+        self.block_type = SimpleNamespace(shape=shape, nbytes=math.prod(shape) * rows.itemsize)
         self.sub, self.width = sub, width
 
     def read(self, at):
         b, run, sub, offset, column = at
         assert (b, sub, column) == (3, self.sub, 2 * HEAD_DIM)
         first = run * self.width + offset
-        assert first % BLOCK == 0
-        return self.blocks[first // BLOCK].reshape(self.block_type.shape)
+        assert first % self.block == 0
+        tile = torch.zeros(self.block, HEAD_DIM, dtype=self.rows.dtype)
+        found = self.rows[first : first + self.block]
+        tile[: len(found)] = found
+        return tile.reshape(self.block_type.shape)
 
 
 SCHEDULES = [f"late {who}" for who in (*ROLES, "land", "end")] + [f"drawn {i}" for i in range(20)]
@@ -241,54 +247,70 @@ def chooser(schedule):
     return lambda moves: min(moves, key=lambda move: what in move)
 
 
-def play(schedule, video, text, *, width=2, stages=2, change=("", "")):
+def play(schedule, video, text, *, width=2, stages=2, tasks=3, change=("", "")):
     """Run the roles over so many keys; the answer of both consumers, and the right one."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    k, v, text_k, text_v = (draw(rows, HEAD_DIM) for rows in (video, video, text, text))
-    queries = [draw(ROWS, HEAD_DIM) for _ in range(2)]
-    box = [1, BLOCK // min(width, BLOCK), 1, min(width, BLOCK), HEAD_DIM]
-    text_box = [1, BLOCK, 1, 1, HEAD_DIM]
-    tiles = (
-        *(Tiles(x, box, 1, width) for x in (k, v)),
-        *(Tiles(x, text_box, 0, 1) for x in (text_k, text_v)),
-    )
+    q, k, v = (draw(video, HEAD_DIM) for _ in "qkv")
+    text_q, text_k, text_v = (draw(text, HEAD_DIM) for _ in "qkv")
+
+    def maps(rows, text_rows, block):
+        short = min(width, block)
+        return (
+            Tiles(rows, [1, block // short, 1, short, HEAD_DIM], 1, width),
+            Tiles(text_rows, [1, block, 1, 1, HEAD_DIM], 0, 1),
+        )
+
+    tiles = maps(q, text_q, ROWS), maps(k, text_k, BLOCK), maps(v, text_v, BLOCK)
+    q_box, box = (tiles[i][0].block_type.shape for i in (0, 1))
     slots = tuple(Ring(Slot(box) for _ in range(stages)) for _ in "kv")
+    q_slots = Ring(Slot(q_box) for _ in range(2))
+    q_slots.shape, q_slots.dtype = [2, *q_box], torch.float64
     barriers = [Ring(Barrier(count) for _ in range(stages)) for count in (1, 1, 2, 2)]
-    barriers.append(Ring(Barrier(1) for _ in range(2)))
+    barriers += (Ring(Barrier(1) for _ in range(2)) for _ in range(3))
     barriers[-1][0].arrive()
     video_blocks = -(-video // BLOCK)
-    counts = video_blocks, video_blocks - (-text // BLOCK), video, text
+    blocks = video_blocks - (-text // BLOCK)
+    counts = video_blocks, blocks, video, text
 
-    names = {"ttgl": GLUON, "step": lambda name, *args, **options: (name, args, options)}
-    sources = [source_of(name) for name in ("attend", "produce", "softmax")]
+    names = {"ttgl": GLUON, "a_step": lambda name, *args, **options: (name, args, options)}
+    names["task_at"] = lambda task, *_: (torch.tensor(3), torch.tensor(2), 1, task)
+    names["kept"] = lambda x: x
+    sources = [source_of(name) for name in ("attend", "copy", "produce", "softmax")]
     if not any(change[0] in source for source in sources):
         raise LookupError(f"the kernel has no {change[0]!r} any more")
     for source in sources:
         python_of(source.replace(*change) if change[0] else source, names)
-    consumers = {
-        name: names["attend"](
-            q_slot(query), slots, barriers, counts, 0.7, HEAD_DIM, BLOCK, stages, group
-        )
-        for group, (name, query) in enumerate(zip(ROLES, queries, strict=False))
-    }
+
+    def consume(group):
+        """A task for each block of queries, as the kernel's own role takes them."""
+        found = []
+        for done in range(min(blocks, tasks)):
+            answer = yield from names["attend"](
+                q_slots, slots, barriers, counts, 0.7, done, HEAD_DIM, BLOCK, stages, group
+            )
+            found.append(answer)
+        return found
+
     producer = names["produce"](
-        tiles, slots, barriers, (3, 2, 1), counts, width, HEAD_DIM, BLOCK, stages
-    )
-    answers = Machine({**consumers, "producer": producer}, chooser(schedule)).run()
+        tiles, q_slots, slots, barriers, (video, text, 1, width, 1),
+        (0, min(blocks, tasks), 1, video_blocks, blocks), HEAD_DIM, BLOCK, BLOCK, stages,
+    )  # fmt: skip
+    roles = {"first": consume(0), "second": consume(1), "producer": producer}
+    answers = Machine(roles, chooser(schedule)).run()
     keys, values = torch.cat([k, text_k]), torch.cat([v, text_v])
-    for name, query in zip(ROLES, queries, strict=False):
-        acc, top, total = answers[name]
-        scores = query @ keys.T * 0.7 * math.log(2)  # the kernel's scale is for powers of two
-        torch.testing.assert_close(acc / total[:, None], scores.softmax(-1) @ values)
-        torch.testing.assert_close((top + total.log2()) * math.log(2), scores.logsumexp(-1))
-
-
-def q_slot(query):
-    return Slot(query.shape, SimpleNamespace(tile=query, readers=0))
+    for group, name in enumerate(ROLES[:2]):
+        for task, (acc, top, total) in enumerate(answers[name]):
+            source, block = (q, task) if task < video_blocks else (text_q, task - video_blocks)
+            query = source[block * BLOCK + group * ROWS :][:ROWS]
+            scores = query @ keys.T * 0.7 * math.log(2)  # the kernel's scale is for powers of two
+            rows = len(query)
+            out, lse = acc / total[:, None], (top + total.log2()) * math.log(2)
+            torch.testing.assert_close(out[:rows], scores.softmax(-1) @ values)
+            torch.testing.assert_close(lse[:rows], scores.logsumexp(-1))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -304,9 +326,9 @@ def test_runs_of_any_width(width):
 
 
 FIRST = "scores = warpgroup_mma_wait(0, [scores])"
-FREE_FIRST = "mbarrier.arrive(k_free.index(0), count=1)"
+FREE_FIRST = "mbarrier.arrive(k_free.index(slot), count=1)"
 WAIT_SCORES = "scores = warpgroup_mma_wait(1, [scores])"
-WAIT_ACC = "acc, weights = warpgroup_mma_wait(0, [acc, weights])"
+WAIT_ACC = "acc, p = warpgroup_mma_wait(0, [acc, p])"
 FREE_K = "mbarrier.arrive(k_free.index(slot), count=1)"
 FREE_V = "mbarrier.arrive(v_free.index(last), count=1)"
 WRONG = {
@@ -319,13 +341,24 @@ WRONG = {
     "the first lap waits": ("lap ^ 1", "lap"),
     "keys copied into a slot in use": ("mbarrier.wait(k_free.index(slot), lap ^ 1)", "pass"),
     "values copied into a slot in use": ("mbarrier.wait(v_free.index(slot), lap ^ 1)", "pass"),
-    "values read before they are there": ("(i - 1) // STAGES & 1)", "1)"),
+    "values read before they are there": ("(before + i - 1) // STAGES & 1)", "1)"),
     "keys read before they are there": (
-        "mbarrier.wait(k_ready.index(slot), i // STAGES & 1)",
+        "mbarrier.wait(k_ready.index(slot), (before + i) // STAGES & 1)",
         "pass",
     ),
     "the turn is kept": ("turn.index(1 - GROUP)", "turn.index(GROUP)"),
-    "too few bytes": ("k.block_type.nbytes", "k.block_type.nbytes // 2"),
+    "too few bytes": ("video.block_type.nbytes", "video.block_type.nbytes // 2"),
+    "queries read before they are there": ("mbarrier.wait(q_ready.index(GROUP), done & 1)", "pass"),
+    "queries copied into a slot in use": (
+        "mbarrier.wait(q_free.index(group), done & 1 ^ 1)",
+        "pass",
+    ),
+    "queries never freed": ("mbarrier.arrive(q_free.index(GROUP), count=1)", "pass"),
+    "every task begins at the first slot": ("before = done * blocks", "before = 0"),
+    "the last values of a task never freed": (
+        "acc = warpgroup_mma_wait(0, [acc])\n    mbarrier.arrive(v_free.index(last), count=1)",
+        "acc = warpgroup_mma_wait(0, [acc])",
+    ),
 }
 
 
@@ -333,7 +366,8 @@ WRONG = {
 def test_the_model_sees_what_is_wrong(slip):
     def every_schedule():
         for schedule in SCHEDULES:
-            play(schedule, 40, 19, change=WRONG[slip])
+            for text in (9, 19):  # 7 blocks and 8: tasks begin at either slot, or in either phase
+                play(schedule, 40, text, change=WRONG[slip])
 
     with pytest.raises((Broken, AssertionError)):
         every_schedule()
@@ -364,6 +398,7 @@ def test_reasons(monkeypatch):
     assert "(64, 128), not 32" in reason(shape=(2, 64, 3, 32))
     assert "positive scale, not -0.1" in reason(scale=-0.1)
     assert "positive scale, not 0.0" in reason(scale=0.0)
+    assert "positive scale, not 1e-50" in reason(scale=1e-50)  # 0 in fp32
     for odd in (SkipPattern(2, 3), SkipPattern(4, 24)):
         assert "no boxes" in reason(odd, shape=(2, 96, 3, 128))
     assert "no boxes" in reason(shape=(2, 63, 3, 128))
@@ -374,5 +409,19 @@ def test_reasons(monkeypatch):
     assert "capability 9.0" in reason()
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "does not run Gluon" in pingpong.why_not()
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: "3.9.0")
+    monkeypatch.setattr(module, "__version__", "3.9.0")
     assert "Triton 3.6 and 3.7, not 3.9.0" in pingpong.why_not()
+
+
+def test_a_nightly_of_triton_says_its_release_itself(monkeypatch):
+    """Its distribution is not called triton."""
+
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(module, "__version__", "3.6.0+git9844da95")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert pingpong.why_not() is None

@@ -1,22 +1,22 @@
 """What the sdpa backend asks of the CUDA libraries, seen without a GPU.
 
-Stand-ins compute on the CPU what a library would on the device. Those of torch's operators hold the
-arguments against torch's own schemas and give outputs the layout that torch's own shape functions
-say; those of FlashAttention 3 and 4 have the packages' signatures. What only a device can tell is
-in test_cuda.py.
+Stand-ins (fake_libraries.py) compute on the CPU what a library would on the device. What only a
+device can tell is in test_cuda.py.
 """
 
 import itertools
 import sys
-import types
+import warnings
 from contextlib import nullcontext
 
 import pytest
+import ran
 import torch
+from fake_libraries import Operators, fa3_module, fa4_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
+import skiparse
 from skiparse import SkipPattern
 from skiparse.backends import Inputs, sdpa
 from skiparse.testing import check, make_problem, run
@@ -30,200 +30,6 @@ PATTERNS = (
 )
 
 
-def attend(q, k, v, scale):
-    """Attention over ``[batch, heads, rows, D]`` and its log-sum-exp."""
-    scores = q.float() @ k.float().mT * scale
-    return scores.softmax(-1) @ v.float(), scores.logsumexp(-1)
-
-
-def attend_backward(grad, q, k, v, out, lse, scale):
-    """From the output and its log-sum-exp, as the libraries do it."""
-    grad, q, k, v, out = (x.float() for x in (grad, q, k, v, out))
-    p = (q @ k.mT * scale - lse[..., None]).exp()
-    ds = p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * scale
-    return ds @ k, ds.mT @ q, p.mT @ grad
-
-
-class Operators:
-    """Torch's attention operators for CUDA, on CPU tensors."""
-
-    def __init__(self):
-        self.plans = {}
-        self._scaled_dot_product_flash_attention_for_cpu = None  # not to be called
-
-    def outputs(self, name, args, kwargs):
-        """Empty outputs, in the layout that torch's shape function of the operator gives."""
-
-        def meta(x):
-            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-        args, kwargs = tree_map_only(torch.Tensor, meta, (args, kwargs))
-        return tree_map_only(
-            torch.Tensor,
-            lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype),
-            getattr(torch.ops.aten, name)(*args, **kwargs),
-        )
-
-    def _scaled_dot_product_cudnn_attention(self, *args, **kwargs):
-        assert args[4], "the log-sum-exp must be asked for"
-        found = self.outputs("_scaled_dot_product_cudnn_attention", args, kwargs)
-        out, lse = attend(*args[:3], kwargs["scale"])
-        found[0].copy_(out)
-        found[1].copy_(lse[..., None])  # [batch, heads, rows, 1]
-        return found
-
-    def _scaled_dot_product_cudnn_attention_backward(self, *args, **kwargs):
-        found = self.outputs("_scaled_dot_product_cudnn_attention_backward", args, kwargs)
-        grad, q, k, v, out, lse = args[:6]
-        assert lse.shape == (*q.shape[:3], 1)
-        assert lse.is_contiguous()
-        assert args[11:13] == (q.shape[2], k.shape[2])
-        # The plan of the first call with such q, k and v reads all others as it did that one.
-        key = tuple((x.shape, x.stride()) for x in (q, k, v))
-        strides = self.plans.setdefault(key, (grad.stride(), out.stride()))
-        grad, out = (
-            x.as_strided(x.shape, stride) if reaches(x, stride) else torch.full_like(x, torch.nan)
-            for x, stride in zip((grad, out), strides, strict=True)
-        )
-        for x, value in zip(
-            found,
-            attend_backward(grad, q, k, v, out, lse.squeeze(-1), kwargs["scale"]),
-            strict=True,
-        ):
-            x.copy_(value)
-        return found
-
-    def _scaled_dot_product_flash_attention(self, *args, **kwargs):
-        found = self.outputs("_scaled_dot_product_flash_attention", args, kwargs)
-        out, lse = attend(*args[:3], kwargs["scale"])
-        found[0].copy_(out)
-        found[1].copy_(lse)
-        return found
-
-    def _scaled_dot_product_flash_attention_backward(self, *args, **kwargs):
-        found = self.outputs("_scaled_dot_product_flash_attention_backward", args, kwargs)
-        grad, q, k, v, out, lse = args[:6]
-        assert lse.shape == q.shape[:3]
-        assert lse.is_contiguous()
-        assert args[8:10] == (q.shape[2], k.shape[2])
-        values = attend_backward(grad, q, k, v, out, lse, kwargs["scale"])
-        for x, value in zip(found, values, strict=True):
-            x.copy_(value)
-        return found
-
-
-def reaches(x, stride):
-    """Whether the storage of ``x`` holds all that these strides would read."""
-    last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, stride, strict=True))
-    return last * x.element_size() < x.untyped_storage().nbytes()
-
-
-def fa3_module(release):
-    """`flash_attn_interface`: ``[batch, rows, heads, D]``; two of its releases."""
-    module = types.ModuleType("flash_attn_interface")
-
-    def forward(q, k, v, others, softmax_scale, causal):
-        assert all(x is None for x in others)
-        assert not causal
-        assert all(x.stride(-1) == 1 for x in (q, k, v))
-        out, lse = attend(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale)
-        return out.transpose(1, 2).to(q.dtype).contiguous(), lse.contiguous(), None, None
-
-    def backward(dout, q, k, v, out, lse, others, grads, softmax_scale, causal, deterministic):
-        assert all(x is None for x in others)
-        assert not causal
-        module.deterministic = deterministic
-        assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
-        assert lse.is_contiguous()
-        rows = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-        values = attend_backward(*rows, lse, softmax_scale)
-        for x, value in zip(grads, values, strict=True):
-            x.copy_(value.transpose(1, 2))
-
-    if release == 2026:
-
-        def _flash_attn_forward(
-            q, k, v, k_new=None, v_new=None, qv=None, out_=None, cu_seqlens_q=None,
-            cu_seqlens_k=None, cu_seqlens_k_new=None, seqused_q=None, seqused_k=None,
-            max_seqlen_q=None, max_seqlen_k=None, page_table=None, kv_batch_idx=None,
-            leftpad_k=None, rotary_cos=None, rotary_sin=None, seqlens_rotary=None, q_descale=None,
-            k_descale=None, v_descale=None, softmax_scale=None, causal=False, window_size_left=-1,
-            window_size_right=-1, attention_chunk=0, softcap=0.0, rotary_interleaved=True,
-            scheduler_metadata=None, num_splits=1, pack_gqa=None, sm_margin=0,
-        ):  # fmt: skip
-            others = [
-                k_new, v_new, qv, out_, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q,
-                seqused_k, max_seqlen_q, max_seqlen_k, page_table, kv_batch_idx, leftpad_k,
-                rotary_cos, rotary_sin, seqlens_rotary, q_descale, k_descale, v_descale,
-            ]  # fmt: skip
-            assert (window_size_left, window_size_right, num_splits) == (-1, -1, 1)
-            return forward(q, k, v, others, softmax_scale, causal)
-
-        def _flash_attn_backward(
-            dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None,
-            sequed_k=None, max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None,
-            softmax_scale=None, is_causal=False, window_size_left=-1, window_size_right=-1,
-            softcap=0.0, deterministic=False, sm_margin=0,
-        ):  # fmt: skip
-            others = [cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k, max_seqlen_q, max_seqlen_k]
-            grads = (dq, dk, dv)
-            backward(
-                dout, q, k, v, out, softmax_lse, others, grads, softmax_scale, is_causal,
-                deterministic,
-            )  # fmt: skip
-
-    else:
-
-        def _flash_attn_forward(
-            q, k, v, k_new, v_new, qv, out, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new,
-            seqused_q, seqused_k, max_seqlen_q, max_seqlen_k, page_table, kv_batch_idx, leftpad_k,
-            rotary_cos, rotary_sin, seqlens_rotary, q_descale, k_descale, v_descale,
-            softmax_scale, causal, window_size=(-1, -1), attention_chunk=0, softcap=0.0,
-            rotary_interleaved=True, scheduler_metadata=None, num_splits=1, pack_gqa=None,
-            sm_margin=0,
-        ):  # fmt: skip
-            return forward(q, k, v, [k_new, out, v_descale], softmax_scale, causal)
-
-        def _flash_attn_backward(
-            dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, sequed_q, sequed_k,
-            max_seqlen_q, max_seqlen_k, dq, dk, dv, softmax_scale, causal, window_size=(-1, -1),
-            softcap=0.0, deterministic=False, sm_margin=0,
-        ):  # fmt: skip
-            others, grads = [cu_seqlens_q, max_seqlen_k], (dq, dk, dv)
-            backward(
-                dout, q, k, v, out, softmax_lse, others, grads, softmax_scale, causal,
-                deterministic,
-            )  # fmt: skip
-
-    module._flash_attn_forward = _flash_attn_forward
-    module._flash_attn_backward = _flash_attn_backward
-    return module
-
-
-def fa4_module():
-    """`flash_attn.cute.interface`: ``[batch, rows, heads, D]``, gradients returned."""
-    module = types.ModuleType("flash_attn.cute.interface")
-
-    def _flash_attn_fwd(q, k, v, *, softmax_scale=None, causal=False, return_lse=False):
-        assert return_lse
-        assert not causal
-        out, lse = attend(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale)
-        return out.transpose(1, 2).to(q.dtype).contiguous(), lse.contiguous()
-
-    def _flash_attn_bwd(
-        q, k, v, out, dout, lse, softmax_scale=None, causal=False, *, deterministic=False
-    ):
-        assert lse.is_contiguous()
-        assert not causal
-        module.deterministic = deterministic
-        rows = (x.transpose(1, 2) for x in (dout, q, k, v, out))
-        values = attend_backward(*rows, lse, softmax_scale)
-        return tuple(x.transpose(1, 2).to(q.dtype).contiguous() for x in values)
-
-    module._flash_attn_fwd, module._flash_attn_bwd = _flash_attn_fwd, _flash_attn_bwd
-    return module
-
-
 def library(name):
     return next(x for x in sdpa.LIBRARIES if x.name == name)
 
@@ -234,20 +40,22 @@ def stand_in(monkeypatch):
 
     def put(name):
         release = 2025 if name == "fa3-2025" else 2026
+        values = {"fa4-b18": 2, "fa4-b19": 4}.get(name, 5)
         monkeypatch.setattr(sdpa, "aten", Operators())
         monkeypatch.setitem(sys.modules, sdpa.FA3, fa3_module(release))
-        monkeypatch.setitem(sys.modules, sdpa.FA4, fa4_module())
+        monkeypatch.setitem(sys.modules, sdpa.FA4, fa4_module(values))
         chosen = library(name.partition("-")[0])._replace(why_not=lambda operands, backward: None)
         monkeypatch.setattr(sdpa, "LIBRARIES", (chosen,))
 
     return put
 
 
-NAMES = ("cudnn", "fa3", "fa3-2025", "fa4", "flash")
+NAMES = ("cudnn", "fa3", "fa3-2025", "fa4", "fa4-b18", "fa4-b19", "flash")
+LAYOUTS = ("contiguous", "packed", "heads_first", "expanded")
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("layout", ["contiguous", "packed", "heads_first"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("T", [0, 7])
 def test_answers_and_gradients(T, layout, name, stand_in):
     stand_in(name)
@@ -256,6 +64,48 @@ def test_answers_and_gradients(T, layout, name, stand_in):
         check(run(problem, "sdpa"), problem)
     problem = make_problem(SkipPattern.group(4), N=59, T=T, D=16, layout=layout)
     check(run(problem, "sdpa"), problem)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("moved", ["q", "k", "grad_out"])
+def test_rows_that_begin_anywhere(moved, name, stand_in):
+    """No multiple of 16 bytes from the beginning, or from each other."""
+    stand_in(name)
+    for p in (SkipPattern.single(4), SkipPattern.block(4, 64)):
+        problem = make_problem(p, B=2, N=64, D=16)
+        x = getattr(problem, moved)
+        wide = torch.zeros(*x.shape[:3], 18)
+        for odd in (wide.flatten()[2 : 2 + x.numel()].view(x.shape), wide[..., 2:]):
+            other = problem.__class__(**(problem.__dict__ | {moved: odd.copy_(x)}))
+            check(run(other, "sdpa"), other)
+
+
+def test_only_what_a_library_cannot_read_is_copied():
+    x = torch.empty(3, 64, 2, 16, dtype=torch.bfloat16).transpose(1, 2)
+    for name in ("cudnn", "fa3", "fa4", "flash", "cpu"):
+        assert library(name).readable(x) is x
+        assert (library(name).readable(x[:1].expand_as(x)).stride(0) == 0) is (
+            name in ("flash", "cpu")
+        )
+        odd = x[..., 4:]
+        assert (library(name).readable(odd) is odd) is (name == "cpu")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_ran_is_recorded(name, stand_in):
+    stand_in(name)
+    problem = make_problem(SkipPattern.single(2), N=16, T=3)
+    first = name.partition("-")[0]
+    with ran.recorded() as seen:
+        run(problem, "sdpa")
+        seen.only(f"{first} forward", f"{first} backward")
+        with torch.no_grad():
+            skiparse.attention(*problem.inputs[:3], problem.pattern, backend="sdpa")
+        seen.only(f"{first} forward")
+        run(problem, "reference")
+        seen.only()
+    run(problem, "sdpa")
+    seen.only()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -272,13 +122,105 @@ def test_strides_of_the_gradient_may_change_between_calls(name, stand_in):
 
 
 @pytest.mark.parametrize("name", ["fa3", "fa4"])
-@pytest.mark.parametrize("strict", [False, True])
-def test_packages_are_told_to_be_deterministic(strict, name, stand_in):
+@pytest.mark.parametrize("mode", ["default", "warn", "error"])
+def test_packages_are_told_to_be_deterministic(mode, name, stand_in):
+    """Where torch's own FlashAttention is: not under warn_only, which warns."""
     stand_in(name)
-    torch.use_deterministic_algorithms(strict)
-    run(make_problem(SkipPattern.single(2), N=16), "sdpa")
+    torch.set_deterministic_debug_mode(mode)
+    problem = make_problem(SkipPattern.single(2), N=16)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run(problem, "sdpa")
     module = sys.modules[sdpa.FA3 if name == "fa3" else sdpa.FA4]
-    assert module.deterministic is strict
+    assert module.deterministic is (mode == "error")
+    said = [str(w.message) for w in told if "non-deterministic" in str(w.message)]
+    assert len(said) == (1 if mode == "warn" else 0)
+    assert all(f"FlashAttention {name[2]}" in x and "warn_only=False" in x for x in said)
+
+
+# More than a library can count goes to it in several calls. Here the limits are as small as the
+# problems, and the stand-ins hold every call against them.
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    """Lets a library have so many heads and batch entries, and padded numbers, in a call."""
+
+    def put(grid=sdpa.GRID, padded=sdpa.PADDED):
+        monkeypatch.setattr(sdpa, "GRID", grid)
+        monkeypatch.setattr(sdpa, "PADDED", padded)
+        (chosen,) = sdpa.LIBRARIES
+        calls = {"forward": 0, "backward": 0}
+
+        def held(step, query):
+            batch, heads, rows, D = query.shape
+            calls[step] += 1
+            assert batch <= grid
+            assert heads <= grid
+            if step == "backward":
+                assert batch * heads * -(-rows // 128) * 128 * -(-D // 32) * 32 <= padded
+
+        def forward(operands, bias, scale):
+            held("forward", operands[0])
+            return chosen.forward(operands, bias, scale)
+
+        def backward(sources, bias, scale):
+            held("backward", sources.query)
+            return chosen.backward(sources, bias, scale)
+
+        held_library = chosen._replace(forward=forward, backward=backward)
+        monkeypatch.setattr(sdpa, "LIBRARIES", (held_library,))
+        return calls
+
+    return put
+
+
+@pytest.mark.parametrize("name", ["cudnn", "fa3", "fa4", "flash"])
+@pytest.mark.parametrize("T", [0, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "packed"])
+def test_many_heads_and_batch_entries_go_in_several_calls(layout, T, name, stand_in, limits):
+    stand_in(name)
+    calls = limits(grid=5)
+    cases = [(SkipPattern.dense(), 7), (SkipPattern.single(8), 2), (SkipPattern.single(3), 11)]
+    cases += [(SkipPattern.block(8, 64), 2), (SkipPattern.block(2, 64), 7), (SkipPattern(3, 2), 3)]
+    for p, B in cases:
+        calls.update(forward=0, backward=0)
+        problem = make_problem(p, B=B, N=64, T=T, H=2, D=16, layout=layout)
+        check(run(problem, "sdpa"), problem)
+        assert min(calls.values()) > 1
+
+
+@pytest.mark.parametrize("T", [0, 3])
+@pytest.mark.parametrize("p", PATTERNS, ids=str)
+def test_large_gradients_go_in_several_calls(p, T, stand_in, limits):
+    """Of FlashAttention 2, backward only: 128 rows of 2 heads of 64 numbers are the least."""
+    stand_in("flash")
+    calls = limits(padded=3 * 2 * 128 * 64)
+    problem = make_problem(p, B=5, N=64, T=T, H=2, D=16)
+    check(run(problem, "sdpa"), problem)
+    assert calls["backward"] > len(p.segments(64))
+    if p.run in (1, 16):
+        assert calls["forward"] == len(p.segments(64)) or T > 0  # views, not cut
+
+
+def test_calls_are_no_smaller_than_they_must_be(stand_in, limits):
+    stand_in("flash")
+    calls = limits(grid=8)
+    for p, B, number in (
+        (SkipPattern.single(8), 8, 2),  # 4 sub-sequences of 2 heads, 8 entries
+        (SkipPattern.block(4, 64), 4, 2),  # 4 sub-sequences of 2 entries
+        (SkipPattern.block(16, 64), 2, 4),  # 8 sub-sequences of 1 entry
+        (SkipPattern.single(4), 8, 1),
+    ):
+        calls.update(forward=0)
+        problem = make_problem(p, B=B, N=64, H=2, D=16)
+        sdpa.forward(inputs_of(problem))
+        assert calls["forward"] == number
+
+
+def inputs_of(problem):
+    p = problem
+    return Inputs(*p.inputs, p.mask, p.text_mask, p.pattern, p.q.shape[-1] ** -0.5)
 
 
 # On tensors that have a shape and no numbers: fake CUDA ones, or "meta" where they are indexed.
@@ -341,10 +283,12 @@ def test_order_of_the_libraries(libraries, capability, packages, first, device):
 
 
 def test_cudnn_gives_way_where_it_would_not_be_deterministic(device):
+    """Where torch would refuse, that is; with warn_only torch itself warns and runs it."""
     device("cudnn", "flash")
-    torch.use_deterministic_algorithms(True)
-    assert chosen(inputs(GIVEN)) == "cudnn"
-    assert chosen(inputs(GIVEN), backward=True) == "flash"
+    for mode, backward in (("default", "cudnn"), ("warn", "cudnn"), ("error", "flash")):
+        torch.set_deterministic_debug_mode(mode)
+        assert chosen(inputs(GIVEN)) == "cudnn"
+        assert chosen(inputs(GIVEN), backward=True) == backward
 
 
 def test_torchs_switch_for_flash_is_that_of_the_packages(device):
@@ -356,20 +300,28 @@ def test_torchs_switch_for_flash_is_that_of_the_packages(device):
         torch.backends.cuda.enable_flash_sdp(True)
 
 
-def test_expanded_tensors_go_to_flash(device):
+def test_expanded_tensors_stay_with_the_fastest_library(device):
+    """A copy costs less than a kernel half as fast."""
     device("cudnn", "flash", packages=BOTH)
 
     def expanded(shape, **options):
         return torch.empty((shape[0], 1, *shape[2:]), **options).expand(shape)
 
-    assert chosen(inputs(GIVEN, make=expanded)) == "flash"
+    assert chosen(inputs(GIVEN, make=expanded)) == "cudnn"
 
 
 def test_head_dimensions_of_the_packages(device):
     device("flash", packages=BOTH)
     assert chosen(inputs(GIVEN, D=256)) == "fa3"
     device("flash", packages=BOTH[1:])
-    assert chosen(inputs(GIVEN, D=256)) == "flash"
+    assert chosen(inputs(GIVEN, D=256)) == chosen(inputs(GIVEN, D=136)) == "fa4"
+    device("flash", capability=(10, 0), packages=BOTH)
+    assert chosen(inputs(GIVEN, D=128)) == chosen(inputs(GIVEN, D=256)) == "fa4"
+    assert chosen(inputs(GIVEN, D=136)) == "flash"
+    device(capability=(10, 0), packages=BOTH)
+    assert "fa4: it takes a head dimension up to 128 or 256, not 136" in chosen(
+        inputs(GIVEN, D=136)
+    )
 
 
 def test_torch_is_asked_about_the_backward_where_there_is_one(device, monkeypatch):
@@ -404,6 +356,63 @@ def test_reasons(device):
         assert part in reason
     with pytest.raises(RuntimeError, match="no library takes rows"):
         sdpa.forward(inputs(GIVEN, device="meta"))
+
+
+@pytest.mark.parametrize("name", ["cudnn", "fa3", "fa4", "flash"])
+def test_a_sub_sequence_that_is_too_large_is_refused(name, device):
+    """Before any work, with the numbers; the shape is asked for, without its memory."""
+    device(name, packages=BOTH)
+    if name in ("fa3", "fa4"):
+        device(packages=(sdpa.FA3 if name == "fa3" else sdpa.FA4,))
+    for p, shape in (
+        (SkipPattern.dense(), (1, 4, 65_536, 8)),
+        (SkipPattern.block(2, 4), (1, 4, 65_536, 8)),
+    ):
+        reason = sdpa.why_not(large(p, shape))
+        assert f"{name}: it takes up to 65535 batch entries, and heads" in reason
+        assert "65536" in reason
+    for p, shape in (
+        (SkipPattern.dense(), (70_000, 4, 2, 8)),
+        (SkipPattern.single(40_000), (1, 80_000, 2, 8)),
+        (SkipPattern.block(40_000, 80_000), (2, 80_000, 2, 8)),
+    ):
+        for backward in (False, True):
+            assert sdpa.why_not(large(p, shape), backward=backward) is None
+
+
+def test_a_gradient_that_is_too_large_is_refused(device):
+    device("flash")
+    given = large(SkipPattern.dense(), (1, 2**20, 16, 128))  # 2**31 numbers
+    assert sdpa.why_not(given) is None
+    reason = sdpa.why_not(given, backward=True)
+    assert "flash: its backward counts up to 2147483647 padded numbers of q" in reason
+    assert "not 2147483648" in reason
+    for p in (SkipPattern.single(2), SkipPattern.group(2)):
+        assert sdpa.why_not(large(p, (3, 2**20, 16, 128)), backward=True) is None
+    device("cudnn")
+    assert sdpa.why_not(given, backward=True) is None
+
+
+def test_the_real_length_is_asked(device, monkeypatch):
+    """One that torch refuses, which would be in the middle of the work: a single key for cuDNN."""
+    device("cudnn")
+    shapes = set()
+    monkeypatch.setattr(
+        torch.backends.cuda,
+        "can_use_cudnn_attention",
+        lambda params: not shapes.add(tuple(params.query.shape)) and params.key.shape[2] != 1,
+    )
+    assert sdpa.why_not(inputs(SkipPattern.single(4), N=65)) is None
+    assert shapes == {(1, 2, 17, 64), (1, 6, 16, 64)}
+    assert "no library takes rows [1, 8, 1, 64]" in sdpa.why_not(inputs(SkipPattern.single(4), N=4))
+
+
+def large(p, shape):
+    """A problem of that size in a row of memory."""
+    with FakeTensorMode():
+        x = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+        text = torch.empty((shape[0], 0, *shape[2:]), dtype=torch.bfloat16, device="cuda")
+        return Inputs(x, x, x, text, text, text, None, None, p, 1.0)
 
 
 class Recorder(TorchDispatchMode):

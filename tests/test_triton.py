@@ -220,6 +220,10 @@ def test_reasons(monkeypatch):
     few = torch.ones(1, 4, 1, 1)
     assert "not to 2147483648" in backend.why_not(_like(few, SkipPattern(2, 2**30)))
 
+    many = torch.ones(1).expand(2**10, 2**20, 2, 1)  # single tokens: a block for each
+    assert "not 2147483648" in backend.why_not(_like(many, SkipPattern(2**20)))
+    assert backend.why_not(_like(many[:-1], SkipPattern(2**20))) is None
+
     monkeypatch.delenv("TRITON_INTERPRET")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA or HIP device" in backend.why_not()

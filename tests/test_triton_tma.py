@@ -4,12 +4,15 @@ In Triton's interpreter, or on a GPU that has the tensor memory accelerator.
 """
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
+
+from ran import recorded
 
 from skiparse import SkipPattern
 from skiparse.backends import Inputs
@@ -30,6 +33,7 @@ CASES = {
     "group-alone": (SkipPattern.group(2), {"N": 72, "T": 0}),
     "block": (SkipPattern.block(2, 64), {"N": 64, "T": 19}),
     "long-runs": (SkipPattern(2, 32), {"N": 128, "T": 3}),  # several blocks in a run, two runs
+    "whole-blocks": (SkipPattern.single(2), {"N": 64, "T": 32}),
     "dense": (SkipPattern.dense(), {"N": 41, "T": 3}),
     "masked": (SkipPattern.group(2), {"N": 44, "T": 20, "masked": True}),
     "packed": (SkipPattern.group(2), {"B": 2, "N": 24, "T": 3, "H": 2, "layout": "packed"}),
@@ -64,7 +68,8 @@ def problem_of(p, arguments, dtype=torch.float16):
 
 def inputs_of(problem):
     p = problem
-    return Inputs(*p.inputs, p.mask, p.text_mask, p.pattern, p.q.shape[-1] ** -0.5)
+    scale = p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
+    return Inputs(*p.inputs, p.mask, p.text_mask, p.pattern, scale)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -72,10 +77,28 @@ def inputs_of(problem):
 def test_outputs(case, dtype):
     problem = problem_of(*CASES[case], dtype)
     assert forward_kernel._tma(inputs_of(problem)) is not None
-    outputs = forward_kernel.forward(inputs_of(problem))
+    with recorded() as ran:
+        outputs = forward_kernel.forward(inputs_of(problem))
+    if HAS_GPU:  # the interpreter launches nothing
+        ran.only("skiparse_forward_tma")
     right = run(problem, "reference")
     answer = Answer(outputs.out, outputs.text_out.mean(1), *outputs[2:], *right[4:])
     check(answer, problem)
+
+
+@pytest.mark.parametrize("case", ["single", "masked", "not-divided"])
+@pytest.mark.parametrize("scale", [2.0, -0.3, 0.0])
+def test_any_scale(case, scale):
+    problem = problem_of(*(CASES | REFUSED)[case])
+    problem = replace(problem, scale=scale)
+    assert (forward_kernel._tma(inputs_of(problem)) is None) == (case in REFUSED)
+    outputs = forward_kernel.forward(inputs_of(problem))
+    right = run(problem, "reference")
+    check(Answer(outputs.out, outputs.text_out.mean(1), *outputs[2:], *right[4:]), problem)
+
+
+def test_a_positive_scale_is_so_in_fp32():
+    assert [forward_kernel.positive(x) for x in (0.1, 1e-50, 0.0, -0.1)] == [True] + 3 * [False]
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -12,10 +12,12 @@ other runs, or any text     one packed buffer per tensor
 ==========================  ==========================================================
 
 Strides that allow neither view (a batch of slices of a packed qkv, say) cost one call for each
-batch entry, still without a copy. A length that does not divide leaves at most three groups of
-equally long sub-sequences, one call each: no padding, and no mask unless the caller gave one. On a
-CPU packed buffers are small, for a few sub-sequences at a time: fresh memory costs more than the
-copy into it.
+batch entry, still without a copy. Strides that the library can't read cost a copy: those that are
+no multiples of 16 bytes, and 0, of an expanded tensor, for all CUDA libraries but FlashAttention 2.
+A length that does not divide leaves at most three groups of equally long sub-sequences, one call
+each: no padding, and no mask unless the caller gave one. What is more than a CUDA library can count
+(``GRID``, ``PADDED``) goes to it in several calls. On a CPU packed buffers are small, for a few
+sub-sequences at a time: fresh memory costs more than the copy into it.
 
 Which library runs a call is the first of ``LIBRARIES`` that takes it. The order is ours, not that
 of torch, whose own prefers a kernel half as fast on Hopper; torch's switches (``sdpa_kernel``,
@@ -27,6 +29,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +42,10 @@ from skiparse.backends import Gradients, Inputs, Outputs, rows_of, tokens_of, wi
 from skiparse.pattern import Segment
 
 aten = torch.ops.aten
+
+# Where library kernels end. Ours are smaller calls before that, and a reason where one can't be.
+GRID = 65_535  # heads, or batch entries, of a call: a CUDA grid's y and z (pytorch#146704, #181235)
+PADDED = 2**31 - 1  # numbers in FlashAttention 2's gradient of q, which it counts in 32 bits
 
 
 def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | None:
@@ -58,9 +65,13 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
         return "the CUDA library kernels take no key masks"
     if D % 8:
         return f"the CUDA library kernels take a head dimension that is a multiple of 8, not {D}"
-    rows = q.new_empty(1, 1, 2, D)
-    library, reasons = _choose((rows, rows, rows), backward)
-    return None if library is not None else f"no library takes it: {reasons}"
+    row = q.new_empty(D)
+    for shape in {call.shape(inputs) for call in _calls(inputs, backward=backward)}:
+        rows = row.expand(*shape, D)  # no memory: what is asked is the shape
+        library, reasons = _choose((rows, rows, rows), backward)
+        if library is None:
+            return f"no library takes rows {list(rows.shape)}: {reasons}"
+    return None
 
 
 def forward(inputs: Inputs) -> Outputs:
@@ -73,7 +84,7 @@ def forward(inputs: Inputs) -> Outputs:
     lse = q.new_empty(B, H, N, dtype=wide)
     text_lse = q.new_empty(B, H, n, T, dtype=wide)
 
-    for call in _calls(inputs, tile=256, per_thread=16):
+    for call in _calls(inputs, backward=False):
         here, subs, L = call.batch, call.subs, call.segment.length
         bias, dead = call.key_masks(inputs, q.dtype)
         folded, folded_lse = _attend(*call.operands(inputs, q.dtype), bias, inputs.scale)
@@ -115,7 +126,7 @@ def _backward(
     video: list[Tensor | None] = [None, None, None]
     text = [q.new_empty(B, n, T, H, D, dtype=dtype) for _ in range(3)]
 
-    for call in _calls(inputs, tile=None, per_thread=4):
+    for call in _calls(inputs, backward=True):
         here, subs, L = call.batch, call.subs, call.segment.length
         query, key, value = call.operands(inputs, dtype)
         bias, dead = call.key_masks(inputs, dtype)
@@ -157,6 +168,13 @@ class _Call:
     @property
     def subs(self) -> slice:
         return slice(self.segment.first, self.segment.first + self.segment.number)
+
+    def shape(self, inputs: Inputs) -> tuple[int, int, int]:
+        """Batch entries, heads and rows of the operands."""
+        S, H = self.segment.number, inputs.q.shape[2]
+        entries = self.batch.stop - self.batch.start
+        rows = self.segment.length + inputs.text_q.shape[1]
+        return (entries, S * H, rows) if self.as_heads else (entries * S, H, rows)
 
     def operands(self, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, each ``[batch, heads, rows, D]``."""
@@ -253,37 +271,46 @@ class _Call:
         return rows
 
 
-def _calls(inputs: Inputs, *, tile: int | None, per_thread: int) -> Iterator[_Call]:
+def _calls(inputs: Inputs, *, backward: bool) -> Iterator[_Call]:
     """The library calls that make up one problem; none for rows that do not exist.
 
-    On a CPU the kernel gives a thread ``tile`` rows of a head at a time, or all if None; a call
-    should have ``per_thread`` such tasks for every thread, so that they end together.
+    None is larger than ``GRID`` and ``PADDED`` allow, if a sub-sequence of a batch entry is not.
+    On a CPU a call has some tasks for every thread, so that they end together: a task is 256 rows
+    of a head forward, all rows backward.
     """
-    B, N, H, _ = inputs.q.shape
-    T, pattern = inputs.text_q.shape[1], inputs.pattern
+    (B, N, H, D), T = inputs.q.shape, inputs.text_q.shape[1]
     if B * H == 0:
         return
-    for segment in pattern.segments(N):
-        if segment.length + T == 0:
+    for segment in inputs.pattern.segments(N):
+        rows = segment.length + T
+        if rows == 0:
             continue
-        is_whole = segment.number == pattern.sparsity
+        entries, subs = B, segment.number  # of a call, at most
+        as_heads = inputs.pattern.run == 1
         if T > 0 or not _one_stride(segment):
             if inputs.q.device.type == "cpu":
-                tasks = -(-(segment.length + T) // tile) if tile else 1  # of one head
-                parts = segment.split(-(-per_thread * torch.get_num_threads() // (B * H * tasks)))
-                for part in parts:
-                    yield _Call(slice(None), part, False, is_whole and len(parts) == 1)
-            else:
-                yield _Call(slice(None), segment, pattern.run == 1, is_whole)
-            continue
-        views = [tokens_of(x, segment.boxes[0]) for x in (inputs.q, inputs.k, inputs.v)]
-        if all(_merges(x, 1, 4) for x in views) and pattern.run == 1:
-            yield _Call(slice(None), segment, True, is_whole)
-        elif all(_merges(x, 0, 1) for x in views):
-            yield _Call(slice(None), segment, False, is_whole)
+                as_heads = False
+                tasks, per_thread = (1, 4) if backward else (-(-rows // 256), 16)  # tasks of a head
+                subs = -(-per_thread * torch.get_num_threads() // (B * H * tasks))
         else:
-            for b in range(B):
-                yield _Call(slice(b, b + 1), segment, False, is_whole and B == 1)
+            views = [tokens_of(x, segment.boxes[0]) for x in (inputs.q, inputs.k, inputs.v)]
+            as_heads = as_heads and all(_merges(x, 1, 4) for x in views)
+            if not as_heads and not all(_merges(x, 0, 1) for x in views):
+                entries = 1
+        pairs = PADDED // _padded(H, rows, D) if backward else B * subs  # sub-sequences of entries
+        pairs = max(pairs if as_heads else min(pairs, GRID), 1)
+        subs = max(min(subs, segment.number, pairs, GRID // H if as_heads else GRID), 1)
+        entries = min(entries, pairs // subs, GRID)
+        parts = segment.split(subs)
+        is_whole = entries == B and len(parts) == 1 and segment.number == inputs.pattern.sparsity
+        for b in range(0, B, entries):
+            for part in parts:
+                yield _Call(slice(b, min(b + entries, B)), part, as_heads, is_whole)
+
+
+def _padded(heads: int, rows: int, D: int) -> int:
+    """Numbers in the gradient of q that FlashAttention 2 sums up in fp32, or some more."""
+    return heads * -(-rows // 128) * 128 * -(-D // 64) * 64
 
 
 def _one_stride(segment: Segment) -> bool:
@@ -325,13 +352,42 @@ class Library(NamedTuple):
     why_not: Callable[[Three, bool], str | None]  # of query, key, value; True: for the backward
     forward: Callable[[Three, Tensor | None, float], tuple[Tensor, Tensor]]
     backward: Callable[[_Sources, Tensor | None, float], Three]
+    reads: Callable[[Tensor], bool]  # whether it can, in these strides; the last one is 1
+
+    def readable(self, x: Tensor) -> Tensor:
+        """``x``, copied, with its rows before its heads, only if the library can't read it."""
+        if self.reads(x):
+            return x
+        return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _any_strides(x: Tensor) -> bool:
+    return True
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 bytes, which wide loads need."""
+    begin = (x.storage_offset(), *_steps(x))
+    return all(elements * x.element_size() % 16 == 0 for elements in begin)
+
+
+def _aligned_apart(x: Tensor) -> bool:
+    """Besides, whether no stride is 0, as of an expanded tensor: bulk copies may not know that."""
+    return _aligned(x) and 0 not in _steps(x)
+
+
+def _steps(x: Tensor) -> list[int]:
+    """The strides between rows, heads and batch entries, of which there are several."""
+    return [x.stride(i) for i in range(3) if x.shape[i] > 1]
 
 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     operands = query, key, value
-    return _chosen(operands, False).forward(operands, bias, scale)
+    library = _chosen(operands, False)
+    query, key, value = (library.readable(x) for x in operands)
+    return library.forward((query, key, value), bias, scale)
 
 
 def _attend_backward(
@@ -344,8 +400,9 @@ def _attend_backward(
     lse: Tensor,
     scale: float,
 ) -> Three:
-    sources = _Sources(grad, query, key, value, out, lse.contiguous())
-    return _chosen((query, key, value), True).backward(sources, bias, scale)
+    library = _chosen((query, key, value), True)
+    rows = map(library.readable, (grad, query, key, value, out))
+    return library.backward(_Sources._make((*rows, lse.contiguous())), bias, scale)
 
 
 def _chosen(operands: Three, backward: bool) -> Library:
@@ -370,6 +427,32 @@ def _choose(operands: Three, backward: bool) -> tuple[Library | None, str]:
             return library, ""
         reasons.append(f"{library.name}: {reason}")
     return None, "; ".join(reasons)
+
+
+def _too_many(operands: Three) -> str | None:
+    """Of what the grid of a CUDA kernel has no room for."""
+    batch, heads = operands[0].shape[:2]
+    if max(batch, heads) > GRID:
+        return f"it takes up to {GRID} batch entries, and heads, not {batch} and {heads}"
+    return None
+
+
+# Determinism is what torch's own kernels make of it: under ``use_deterministic_algorithms(True)``
+# what is not deterministic is refused, or told to be; with ``warn_only`` it runs, with a warning.
+
+_REFUSE = 2  # of torch.get_deterministic_debug_mode()
+
+
+def _deterministic(package: str) -> bool:
+    """Whether the backward of a package is told to be, which is slower."""
+    mode = torch.get_deterministic_debug_mode()
+    if 0 < mode < _REFUSE:
+        warnings.warn(
+            f"{package} defaults to a non-deterministic algorithm. To explicitly enable "
+            "determinism call torch.use_deterministic_algorithms(True, warn_only=False).",
+            stacklevel=2,
+        )
+    return mode == _REFUSE
 
 
 # Torch's own for the CPU.
@@ -411,21 +494,10 @@ def _asks_torch(name: str, operands: Three, backward: bool) -> str | None:
     return f"torch.backends.cuda.{name} says no"
 
 
-def _repeats(operands: Three) -> bool:
-    """Whether some stride is 0, as of an expanded tensor: bulk copies may not know that."""
-    return any(
-        stride == 0 and size > 1
-        for x in operands
-        for size, stride in zip(x.shape, x.stride(), strict=True)
-    )
-
-
 def _cudnn_why_not(operands: Three, backward: bool) -> str | None:
-    if _repeats(operands):
-        return "a stride is 0"
-    if backward and torch.are_deterministic_algorithms_enabled():
+    if backward and torch.get_deterministic_debug_mode() == _REFUSE:
         return "its backward is not deterministic"  # and has no switch: pytorch#182551
-    return _asks_torch("can_use_cudnn_attention", operands, backward)
+    return _too_many(operands) or _asks_torch("can_use_cudnn_attention", operands, backward)
 
 
 def _cudnn(operands: Three, _: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -456,7 +528,11 @@ def _laid_out_like(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _flash_why_not(operands: Three, backward: bool) -> str | None:
-    return _asks_torch("can_use_flash_attention", operands, backward)
+    batch, heads, rows, D = operands[0].shape
+    numbers = batch * _padded(heads, rows, D)
+    if backward and numbers > PADDED:
+        return f"its backward counts up to {PADDED} padded numbers of q, not {numbers}"
+    return _too_many(operands) or _asks_torch("can_use_flash_attention", operands, backward)
 
 
 def _flash(operands: Three, _: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -478,8 +554,9 @@ def _flash_backward(sources: _Sources, _: Tensor | None, scale: float) -> Three:
 
 
 def _package_why_not(
-    operands: Three, module: str, majors: tuple[int, ...], most: int
+    operands: Three, module: str, head_dims: dict[int, tuple[int, ...]]
 ) -> str | None:
+    """``head_dims`` by the major compute capability: all up to the first one, and the others."""
     query = operands[0]
     if not _is_there(module):
         return f"{module} is not installed"
@@ -488,11 +565,13 @@ def _package_why_not(
     if not torch.backends.cuda.flash_sdp_enabled():
         return "torch.backends.cuda.flash_sdp_enabled() is False"
     major, minor = torch.cuda.get_device_capability(query.device)
-    if major not in majors:
-        return f"it is for compute capability {majors}, not {major}.{minor}"
-    if query.shape[-1] > most:
-        return f"it takes a head dimension up to {most}, not {query.shape[-1]}"
-    return "a stride is 0" if _repeats(operands) else None
+    if major not in head_dims:
+        return f"it is for compute capability {tuple(head_dims)}, not {major}.{minor}"
+    most, *others = head_dims[major]
+    if query.shape[-1] > most and query.shape[-1] not in others:
+        known = " or ".join(map(str, (most, *others)))
+        return f"it takes a head dimension up to {known}, not {query.shape[-1]}"
+    return _too_many(operands)
 
 
 @functools.cache
@@ -515,7 +594,7 @@ FA3, FA4 = "flash_attn_interface", "flash_attn.cute.interface"
 
 
 def _fa3_why_not(operands: Three, backward: bool) -> str | None:
-    return _package_why_not(operands, FA3, majors=(9,), most=256)
+    return _package_why_not(operands, FA3, {9: (256,)})
 
 
 def _fa3(operands: Three, _: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -533,18 +612,19 @@ def _fa3_backward(sources: _Sources, _: Tensor | None, scale: float) -> Three:
     grads = [torch.empty_like(x) for x in (query, key, value)]
     importlib.import_module(FA3)._flash_attn_backward(
         grad, query, key, value, out, lse, *[None] * 6, *grads, scale, False,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
+        deterministic=_deterministic("FlashAttention 3"),
     )  # fmt: skip
     dq, dk, dv = _rows_first(*grads)
     return dq, dk, dv
 
 
 def _fa4_why_not(operands: Three, backward: bool) -> str | None:
-    return _package_why_not(operands, FA4, majors=(9, 10), most=128)
+    return _package_why_not(operands, FA4, {9: (256,), 10: (128, 256)})
 
 
 def _fa4(operands: Three, _: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = importlib.import_module(FA4)._flash_attn_fwd(
+    # The output and its log-sum-exp come first; what follows them grew from release to release.
+    out, lse, *_rest = importlib.import_module(FA4)._flash_attn_fwd(
         *_rows_first(*operands), softmax_scale=scale, causal=False, return_lse=True
     )
     return out.transpose(1, 2), lse
@@ -553,18 +633,18 @@ def _fa4(operands: Three, _: Tensor | None, scale: float) -> tuple[Tensor, Tenso
 def _fa4_backward(sources: _Sources, _: Tensor | None, scale: float) -> Three:
     *rows, lse = sources
     grad, query, key, value, out = _rows_first(*rows)
-    grads = importlib.import_module(FA4)._flash_attn_bwd(
+    grad_q, grad_k, grad_v, *_rest = importlib.import_module(FA4)._flash_attn_bwd(
         query, key, value, out, grad, lse, softmax_scale=scale, causal=False,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
+        deterministic=_deterministic("FlashAttention 4"),
     )  # fmt: skip
-    dq, dk, dv = _rows_first(*grads)
+    dq, dk, dv = _rows_first(grad_q, grad_k, grad_v)
     return dq, dk, dv
 
 
 LIBRARIES = (
-    Library("cpu", _cpu_why_not, _cpu, _cpu_backward),
-    Library("cudnn", _cudnn_why_not, _cudnn, _cudnn_backward),
-    Library("fa3", _fa3_why_not, _fa3, _fa3_backward),
-    Library("fa4", _fa4_why_not, _fa4, _fa4_backward),
-    Library("flash", _flash_why_not, _flash, _flash_backward),
+    Library("cpu", _cpu_why_not, _cpu, _cpu_backward, _any_strides),
+    Library("cudnn", _cudnn_why_not, _cudnn, _cudnn_backward, _aligned_apart),
+    Library("fa3", _fa3_why_not, _fa3, _fa3_backward, _aligned_apart),
+    Library("fa4", _fa4_why_not, _fa4, _fa4_backward, _aligned_apart),
+    Library("flash", _flash_why_not, _flash, _flash_backward, _aligned),
 )

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from skiparse.backends import Gradients, Inputs, Outputs
+from skiparse.pattern import length_of
 
 _TOKENS = 2**31 - 256  # 32 bits, less the rows of a block that may hang over the end
+_BLOCKS = 2**31 - 1  # CUDA's x axis; of 16 rows or more. Triton launches none beyond, and is silent
 
 
 def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | None:
@@ -46,6 +48,11 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
     largest = max(q.shape[1], inputs.text_q.shape[1], period)
     if largest >= _TOKENS:
         return f"the kernels count tokens, and sparsity * run, to {_TOKENS - 1}, not to {largest}"
+    (B, N, H, _), T, n = q.shape, inputs.text_q.shape[1], inputs.pattern.sparsity
+    longest = length_of(0, N, n, inputs.pattern.run)
+    blocks = B * H * n * (-(-longest // 16) + -(-T // 16))
+    if blocks > _BLOCKS:
+        return f"the kernels take up to {_BLOCKS} blocks of rows, not {blocks}"
     return None
 
 

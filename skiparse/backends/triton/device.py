@@ -14,7 +14,8 @@ Which of the two a block reads is a scalar selection, so one loop runs over both
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from torch import Tensor
 
 from skiparse import pattern
 from skiparse.backends import Inputs
+from skiparse.backends.triton.plans import Launch, start
+from skiparse.pattern import SkipPattern
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SIZES = ["N", "T", "H", "longest", "n", "w"]  # not worth a kernel of their own
@@ -58,11 +61,16 @@ length_of = _formula(pattern.length_of)
 
 @device_function
 def program(blocks, n, H):
-    """Batch, head, sub-sequence and block of this program; blocks of one sub-sequence adjoin.
+    """Batch, head, sub-sequence and block of this program.
 
     Everything is on grid axis 0: CUDA ends the other two at 65535.
     """
-    i = tl.program_id(0)
+    return task_at(tl.program_id(0), blocks, n, H)
+
+
+@device_function
+def task_at(i, blocks, n, H):
+    """Batch, head, sub-sequence and block of a task; those of one sub-sequence adjoin."""
     block = i % blocks
     s = i // blocks % n
     head = i // (blocks * n)
@@ -175,21 +183,38 @@ def own(x: Tensor) -> Source:
 
 def lse_pair(lse: Tensor, text_lse: Tensor) -> Pair:
     """The argument for ``[B, H, N]`` and ``[B, H, n, T]``."""
-    return shared(lse.transpose(1, 2)), own(text_lse.permute(0, 2, 3, 1))
+    batch, head, row = (lse.stride(i) for i in range(3))
+    text_batch, text_head, sub, text_row = (text_lse.stride(i) for i in range(4))
+    return (lse, batch, 0, row, head), (text_lse, text_batch, sub, text_row, text_head)
 
 
 def mask_pair(inputs: Inputs) -> Pair | None:
-    """The argument for the key masks; if one is missing, it is all True."""
-    if inputs.mask is None and inputs.text_mask is None:
+    """The argument for the key masks, both there or both missing."""
+    if inputs.mask is None or inputs.text_mask is None:
         return None
-    (B, N, H, _), T = inputs.q.shape, inputs.text_q.shape[1]
-    everything = inputs.q.new_ones(1, dtype=torch.bool)
-    mask = everything.expand(B, N) if inputs.mask is None else inputs.mask
-    text_mask = everything.expand(B, T) if inputs.text_mask is None else inputs.text_mask
+    video, text = inputs.mask, inputs.text_mask
     return (
-        shared(mask.unsqueeze(-1).expand(-1, -1, H)),
-        shared(text_mask.unsqueeze(-1).expand(-1, -1, H)),
+        (video, video.stride(0), 0, video.stride(1), 0),
+        (text, text.stride(0), 0, text.stride(1), 0),
     )
+
+
+def tensors_of(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """The first eight of ``Inputs``; a mask that is missing beside the other one is all True."""
+    mask, text_mask = inputs.mask, inputs.text_mask
+    if mask is None and text_mask is not None:
+        mask = text_mask.new_ones(1).expand(inputs.q.shape[:2])
+    elif text_mask is None and mask is not None:
+        rows = inputs.text_q.shape[:2]
+        text_mask = mask.new_ones(1).expand(rows) if rows.numel() else mask[:, :0]
+    q, k, v = inputs.q, inputs.k, inputs.v
+    return q, k, v, inputs.text_q, inputs.text_k, inputs.text_v, mask, text_mask
+
+
+def inputs_of(tensors: Sequence[Any], pattern: SkipPattern, scale: float) -> Inputs:
+    """The way back from :func:`tensors_of`."""
+    q, k, v, text_q, text_k, text_v, mask, text_mask = tensors
+    return Inputs(q, k, v, text_q, text_k, text_v, mask, text_mask, pattern, scale)
 
 
 class Config(NamedTuple):
@@ -212,7 +237,13 @@ def architecture(q: Tensor) -> str:
         return "interpreter"
     if torch.version.hip is not None:
         return "gfx942"
-    return "sm_90" if torch.cuda.get_device_capability(q.device)[0] in (9, 10) else "sm_80"
+    return "sm_90" if _capability(q.device)[0] in (9, 10) else "sm_80"
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Asked of the driver once; every launch needs it."""
+    return torch.cuda.get_device_capability(device)
 
 
 def choose(configs: Configs, q: Tensor) -> Config:
@@ -227,7 +258,7 @@ def exact_architecture(q: Tensor) -> str:
     """The device of ``q`` itself, not its family: for tables that hold for some devices only."""
     if q.device.type == "cpu" or torch.version.hip is not None:
         return architecture(q)
-    major, minor = torch.cuda.get_device_capability(q.device)
+    major, minor = _capability(q.device)
     return f"sm_{major}{minor}"
 
 
@@ -237,9 +268,17 @@ def choose_if_any(configs: Configs, q: Tensor) -> Config | None:
     return next((config for D, config in row.items() if q.shape[-1] <= D), None)
 
 
-def launch(kernel: Any, inputs: Inputs, rows: int, *args: Any, **options: int) -> None:
+def multiprocessors(q: Tensor) -> int:
+    """How many the device of ``q`` has."""
+    return int(torch.cuda.get_device_properties(q.device).multi_processor_count)
+
+
+def launch(
+    kernel: Any, inputs: Inputs, rows: int, *args: Any, persistent: bool = False, **options: Any
+) -> None:
     """One program for each ``rows`` rows of each sub-sequence, head and batch entry.
 
+    Or, ``persistent``, at most one for each multiprocessor; these share the tasks.
     ``args`` are the kernel's own, ``options`` its block sizes and how to compile it; the sizes of
     the problem, which every kernel takes, are put between them.
     """
@@ -249,18 +288,18 @@ def launch(kernel: Any, inputs: Inputs, rows: int, *args: Any, **options: int) -
     programs = (triton.cdiv(longest, rows) + triton.cdiv(T, rows)) * n * H * B
     if programs == 0:
         return
+    if persistent:
+        programs = min(programs, multiprocessors(inputs.q))
     largest = max(size for name, size in options.items() if name.startswith("BLOCK"))
-    with torch.cuda.device_of(inputs.q):
-        kernel[(programs,)](
-            *args,
-            N=N,
-            T=T,
-            H=H,
-            longest=longest,
-            n=n,
-            w=tl.constexpr(w) if w in _SHIFTS else w,
-            WHOLE_RUNS=pattern.tiles_runs(largest, w),
-            HEAD_DIM=D,
-            BLOCK_D=max(16, triton.next_power_of_2(D)),
-            **options,
-        )
+    sizes = {
+        "N": N,
+        "T": T,
+        "H": H,
+        "longest": longest,
+        "n": n,
+        "w": tl.constexpr(w) if w in _SHIFTS else w,
+        "WHOLE_RUNS": pattern.tiles_runs(largest, w),
+        "HEAD_DIM": D,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+    }
+    start(inputs.q, Launch(kernel, programs, args, sizes | options))

@@ -2,7 +2,7 @@
 
 One finds every row by a pointer and takes anything. The other has whole tiles of keys and values
 copied by the tensor memory accelerator of Hopper and later, which needs regular strides and lengths
-(:func:`can_be_tiled`); it computes the same.
+(:mod:`skiparse.backends.triton.tiles`); it computes the same.
 
 Source: Dao et al. 2022, "FlashAttention", algorithm 1; Milakov and Gimelshein 2018, "Online
 normalizer calculation for softmax".
@@ -13,17 +13,16 @@ normalizer calculation for softmax".
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from skiparse import pattern
 from skiparse.backends import Inputs, Outputs
+from skiparse.backends.triton import tiles
 from skiparse.backends.triton.device import (
     LOG2E,
     SIZES,
@@ -33,6 +32,7 @@ from skiparse.backends.triton.device import (
     choose,
     choose_if_any,
     device_function,
+    inputs_of,
     launch,
     length_of,
     load_tile,
@@ -44,7 +44,11 @@ from skiparse.backends.triton.device import (
     rows_of,
     shared,
     store_tile,
+    tensors_of,
 )
+from skiparse.backends.triton.plans import planned
+from skiparse.backends.triton.tiles import Describe, text_tile, video_tile
+from skiparse.pattern import SkipPattern
 
 # Chosen to compile without spills; tests/test_aot.py has the registers and shared memory.
 CONFIGS: Configs = {
@@ -62,13 +66,22 @@ TMA_CONFIGS: Configs = {
 
 
 @device_function
-def online_softmax(q_tile, k_tile, attend, log2_scale, top):
-    """Weights of one more block of keys, the new ``top``, and by what the old sums decay."""
-    scores = tl.dot(q_tile, k_tile.T, input_precision="ieee") * log2_scale  # [M, N]
-    scores = tl.where(attend[None, :], scores, -float("inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))  # [M]
-    shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # no key yet: inf - inf is NaN
-    p = tl.exp2(scores - shift[:, None])  # [M, N]
+def online_softmax(scores, attend, log2_scale, top, POSITIVE: tl.constexpr):
+    """Weights of one more block of keys, the new ``top``, and by what the old sums decay.
+
+    ``attend`` is None where every key is attended to. A scale that is :func:`positive` leaves the
+    largest score the largest, so it can wait for the exponents: one instruction with their shift.
+    """
+    if not POSITIVE:
+        scores = scores * log2_scale  # [M, N]
+        log2_scale = 1.0
+    if attend is not None:
+        scores = tl.where(attend[None, :], scores, -float("inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * log2_scale)  # [M]
+    shift = new_top
+    if attend is not None:
+        shift = tl.where(new_top == -float("inf"), 0.0, new_top)  # no key yet: inf - inf is NaN
+    p = tl.exp2(scores * log2_scale - shift[:, None])  # [M, N]
     decay = tl.exp2(top - shift)  # [M]
     return p, new_top, decay
 
@@ -88,6 +101,7 @@ def skiparse_forward(
     longest,
     n,
     w,
+    POSITIVE: tl.constexpr,
     WHOLE_RUNS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -114,7 +128,8 @@ def skiparse_forward(
         )
         attend = attended(mask, key_is_video, b, s, key, h, key_exists)  # [N]
         k_tile = load_tile(k, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
-        p, top, decay = online_softmax(q_tile, k_tile, attend, log2_scale, top)
+        scores = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [M, N]
+        p, top, decay = online_softmax(scores, attend, log2_scale, top, POSITIVE)
         total = total * decay + tl.sum(p, 1)
         v_tile = load_tile(v, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
@@ -126,9 +141,87 @@ def skiparse_forward(
 
 
 @device_function
-def tile_at(tiles, b, run, s, offset, h, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """The block of rows ``[BLOCK_N, HEAD_DIM]`` that begins ``offset`` rows into a run."""
-    return tiles.load([b, run, s, offset, h * HEAD_DIM]).reshape(BLOCK_N, HEAD_DIM)
+def key_tile(
+    tiles, key_block, place, TEXT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """A block of keys or values ``[BLOCK_N, HEAD_DIM]``, of the video or of the text."""
+    b, h, s, w = place
+    batch, head = b.to(tl.int32), h.to(tl.int32)
+    if TEXT:
+        tile = text_tile(tiles, batch, key_block, 0, head, BLOCK_N, HEAD_DIM)
+    else:
+        tile = video_tile(tiles, batch, key_block, s, w, head, BLOCK_N, HEAD_DIM)
+    return tile
+
+
+@device_function
+def attend_tile(
+    key_block,
+    tiles,
+    place,
+    q_tile,
+    attend,
+    log2_scale,
+    sums,
+    TEXT: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The sums after one more block of keys."""
+    top, total, acc = sums
+    k, v = tiles
+    k_tile = key_tile(k, key_block, place, TEXT, HEAD_DIM, BLOCK_N)  # [N, D]
+    scores = tl.dot(q_tile, k_tile.T, input_precision="ieee")  # [M, N]
+    p, top, decay = online_softmax(scores, attend, log2_scale, top, POSITIVE)
+    total = total * decay + tl.sum(p, 1)
+    v_tile = key_tile(v, key_block, place, TEXT, HEAD_DIM, BLOCK_N)  # [N, D]
+    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
+    return top, total, acc
+
+
+@device_function
+def attend_tiles(
+    rows,
+    before,
+    tiles,
+    place,
+    sizes,
+    mask,
+    q_tile,
+    log2_scale,
+    sums,
+    TEXT: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    WHOLE_RUNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The sums after so many rows of the video, or of the text, whose blocks come ``before``.
+
+    Without key masks, whole blocks have a loop of their own, which asks for no key.
+    """
+    b, h, s, _ = place
+    top, total, acc = sums
+    whole = 0
+    if mask is None:
+        whole = rows // BLOCK_N
+        for key_block in range(whole):
+            top, total, acc = attend_tile(
+                key_block, tiles, place, q_tile, None, log2_scale, (top, total, acc),
+                TEXT, POSITIVE, HEAD_DIM, BLOCK_N,
+            )  # fmt: skip
+    video_blocks = tl.cdiv(sizes[0], BLOCK_N)
+    for key_block in range(whole, tl.cdiv(rows, BLOCK_N)):
+        is_video, key, exists = rows_of(
+            before + key_block, video_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
+        )
+        attend = attended(mask, is_video, b, s, key, h, exists)  # [N]
+        top, total, acc = attend_tile(
+            key_block, tiles, place, q_tile, attend, log2_scale, (top, total, acc),
+            TEXT, POSITIVE, HEAD_DIM, BLOCK_N,
+        )  # fmt: skip
+    return top, total, acc
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -148,13 +241,14 @@ def skiparse_forward_tma(
     longest,
     n,
     w,
+    POSITIVE: tl.constexpr,
     WHOLE_RUNS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The same, keys and values as tiles; one loop over those of the video, one over the text."""
+    """The same, keys and values as tiles: first those of the video, then those of the text."""
     video_blocks = tl.cdiv(longest, BLOCK_M)
     b, h, s, block = program(video_blocks + tl.cdiv(T, BLOCK_M), n, H)
     L = length_of(s, N, n, w)
@@ -162,36 +256,19 @@ def skiparse_forward_tma(
     is_video, row, exists = rows_of(block, video_blocks, s, sizes, WHOLE_RUNS, BLOCK_M)
     q_tile = load_tile(q, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     log2_scale = scale * LOG2E
-    batch, head = b.to(tl.int32), h.to(tl.int32)
 
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)  # [M], the largest score so far
     total = tl.zeros([BLOCK_M], tl.float32)  # [M], sum of 2**(score - top)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [M, D]
-
-    video_key_blocks = tl.cdiv(L, BLOCK_N)
-    for key_block in range(video_key_blocks):
-        key_is_video, key, key_exists = rows_of(
-            key_block, video_key_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
-        )
-        attend = attended(mask, key_is_video, b, s, key, h, key_exists)  # [N]
-        run = key_block * BLOCK_N // w
-        offset = key_block * BLOCK_N - run * w
-        k_tile = tile_at(k, batch, run, s, offset, head, BLOCK_N, HEAD_DIM)  # [N, D]
-        p, top, decay = online_softmax(q_tile, k_tile, attend, log2_scale, top)
-        total = total * decay + tl.sum(p, 1)
-        v_tile = tile_at(v, batch, run, s, offset, head, BLOCK_N, HEAD_DIM)  # [N, D]
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
-    for key_block in range(tl.cdiv(T, BLOCK_N)):
-        key_is_video, key, key_exists = rows_of(
-            video_key_blocks + key_block, video_key_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
-        )
-        attend = attended(mask, key_is_video, b, s, key, h, key_exists)  # [N]
-        first = key_block * BLOCK_N
-        k_tile = tile_at(text_k, batch, first, 0, 0, head, BLOCK_N, HEAD_DIM)  # [N, D]
-        p, top, decay = online_softmax(q_tile, k_tile, attend, log2_scale, top)
-        total = total * decay + tl.sum(p, 1)
-        v_tile = tile_at(text_v, batch, first, 0, 0, head, BLOCK_N, HEAD_DIM)  # [N, D]
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
+    place = (b, h, s, w)
+    top, total, acc = attend_tiles(
+        L, 0, (k, v), place, sizes, mask, q_tile, log2_scale, (top, total, acc),
+        False, POSITIVE, WHOLE_RUNS, HEAD_DIM, BLOCK_N,
+    )  # fmt: skip
+    top, total, acc = attend_tiles(
+        T, tl.cdiv(L, BLOCK_N), (text_k, text_v), place, sizes, mask, q_tile, log2_scale,
+        (top, total, acc), True, POSITIVE, WHOLE_RUNS, HEAD_DIM, BLOCK_N,
+    )  # fmt: skip
 
     total = tl.where(total == 0.0, 1.0, total)  # [M]; without a key acc is 0 and top -inf
     store_tile(out, is_video, b, s, row, h, exists, acc / total[:, None], HEAD_DIM, BLOCK_D)
@@ -199,72 +276,32 @@ def skiparse_forward_tma(
     tl.store(pair_pointers(lse, is_video, b, s, row, h), row_lse, mask=exists)
 
 
+def positive(scale: float) -> bool:
+    """Whether kernels may let the scale wait for the exponents: above 0, in fp32 too."""
+    return scale >= torch.finfo(torch.float32).tiny
+
+
 def can_be_tiled(inputs: Inputs, block: int) -> bool:
-    """Whether every ``block`` rows of a head are a box of ``[B, runs, n, w, H*D]``.
-
-    They are not if the last period is not whole, a block is neither whole runs nor a part of one,
-    or heads are not side by side.
-    """
-    w = inputs.pattern.run
-    segments = inputs.pattern.segments(inputs.q.shape[1])
-    regular = len(segments) == 1 and [box.shape[2] for box in segments[0].boxes] == [w]
-    short, long = sorted((w, block))
-    sources = (inputs.k, inputs.v, inputs.text_k, inputs.text_v)
-    return regular and pattern.tiles_runs(short, long) and all(map(_has_tiles, sources))
-
-
-Box = list[int]
-Describe = Callable[[Tensor, list[int], list[int], Box], Any]  # tensor, shape, strides, box
+    """Whether every ``block`` rows of the keys and values of a head are a box."""
+    return tiles.can_be_tiled(inputs, block, (inputs.k, inputs.v, inputs.text_k, inputs.text_v))
 
 
 def tile_views(
     inputs: Inputs, block: int, describe: Describe = TensorDescriptor
 ) -> tuple[Any, ...]:
-    """k, v, text_k and text_v as ``[B, runs, n, w, H*D]``, read ``block`` rows of a head at a time.
-
-    For problems that can be tiled so. Rows behind the last run read as 0.
-    """
-    n, w = inputs.pattern.sparsity, inputs.pattern.run
-    H, D = inputs.q.shape[2:]
-    sources = [inputs.k, inputs.v, inputs.text_k, inputs.text_v]
-    width = min(w, block)
-    if inputs.text_q.shape[1] == 0:
-        sources[2:] = sources[:2]  # never read, but there must be something
-
-    def view(x: Tensor, n: int, w: int, box: Box) -> Any:
-        B, rows = x.shape[:2]
-        step = x.stride(1)
-        shape = [B, rows // (n * w), n, w, H * D]
-        return describe(x, shape, [x.stride(0), n * w * step, w * step, step, 1], box)
-
-    video = [1, block // width, 1, width, D]
-    k, v = (view(x, n, w, video) for x in sources[:2])
-    text_k, text_v = (view(x, 1, 1, [1, block, 1, 1, D]) for x in sources[2:])
-    return k, v, text_k, text_v
+    """k, v, text_k and text_v, read ``block`` rows of a head at a time, if they can be tiled so."""
+    video, text = (inputs.k, inputs.v), (inputs.text_k, inputs.text_v)
+    return tuple(tiles.tile_views(inputs, block, video, text, describe))
 
 
-def _has_tiles(x: Tensor) -> bool:
-    """Heads side by side; batch and rows apart by multiples of 16 bytes, and beginning at one."""
-    B, _, H, D = x.shape
-    steps = [x.stride(i) for i in range(2) if x.shape[i] > 1]
-    begin = x.storage_offset()
-    return (
-        B * H > 0
-        and D >= 16
-        and triton.next_power_of_2(D) == D
-        and (H == 1 or x.stride(2) == D)
-        and 0 not in steps
-        and all(elements * x.element_size() % 16 == 0 for elements in (*steps, begin))
-    )
-
-
-def _tma(inputs: Inputs) -> tuple[Config, tuple[TensorDescriptor, ...]] | None:
+def _tma(inputs: Inputs) -> Config | None:
     """How the kernel with tiles would run this, if it can."""
-    q = inputs.q
-    config = choose_if_any(TMA_CONFIGS, q)
-    if config is None or q.element_size() > 2 or not can_be_tiled(inputs, config.BLOCK_N):
-        return None
-    return config, tile_views(inputs, config.BLOCK_N)
+    config = choose_if_any(TMA_CONFIGS, inputs.q)
+    return config if config is not None and _takes(inputs, config) else None
+
+
+def _takes(inputs: Inputs, config: Config) -> bool:
+    return inputs.q.element_size() <= 2 and can_be_tiled(inputs, config.BLOCK_N)
 
 
 def allocate(inputs: Inputs) -> Outputs:
@@ -281,27 +318,34 @@ def allocate(inputs: Inputs) -> Outputs:
 
 def forward(inputs: Inputs) -> Outputs:
     """Allocate, and launch over the blocks of query rows."""
+    q = inputs.q
+    configs = choose_if_any(TMA_CONFIGS, q), choose(CONFIGS, q)
+    return Outputs(*planned(_launches, tensors_of(inputs), inputs.pattern, inputs.scale, *configs))
+
+
+def _launches(
+    tensors: Sequence[Any], pattern: SkipPattern, scale: float, tma: Config | None, config: Config
+) -> Outputs:
+    inputs = inputs_of(tensors, pattern, scale)
     q, outputs = inputs.q, allocate(inputs)
     query = (shared(q), shared(inputs.text_q))
     results = (
         mask_pair(inputs),
         (shared(outputs.out), own(outputs.text_out)),
         lse_pair(outputs.lse, outputs.text_lse),
-        inputs.scale,
+        scale,
     )
-    tma = _tma(inputs)
-    if tma is not None:
-        config, tiles = tma
+    if tma is not None and _takes(inputs, tma):
         launch(
-            skiparse_forward_tma, inputs, config.BLOCK_M, query, *tiles, *results,
-            **config._asdict(),
+            skiparse_forward_tma, inputs, tma.BLOCK_M,
+            query, *tile_views(inputs, tma.BLOCK_N), *results,
+            POSITIVE=positive(scale), **tma._asdict(),
         )  # fmt: skip
         return outputs
-    config = choose(CONFIGS, q)
     keys = (shared(inputs.k), shared(inputs.text_k))
     values = (shared(inputs.v), shared(inputs.text_v))
     launch(
         skiparse_forward, inputs, config.BLOCK_M, query, keys, values, *results,
-        **config._asdict(),
+        POSITIVE=positive(inputs.scale), **config._asdict(),
     )  # fmt: skip
     return outputs

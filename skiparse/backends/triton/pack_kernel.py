@@ -26,6 +26,7 @@ from skiparse.backends.triton.device import (
     length_of,
     token_of,
 )
+from skiparse.backends.triton.plans import Launch, planned, start
 
 sub_of = _formula(pattern.sub_of)
 pos_of = _formula(pattern.pos_of)
@@ -322,7 +323,6 @@ Source = tuple[Tensor, int, int, int]
 
 def _source(x: Tensor) -> Source:
     """``[B, rows, H, D]`` as a kernel argument: the last dimension is dense."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
     return x, x.stride(0), x.stride(1), x.stride(2)
 
 
@@ -330,13 +330,13 @@ def _pairs(video: Sequence[Tensor], text: Sequence[Tensor]) -> list[tuple[Source
     return [(_source(x), _source(y)) for x, y in zip(video, text, strict=True)]
 
 
-def _norms(video: Sequence[Tensor], text: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return [(x.contiguous(), y.contiguous()) for x, y in zip(video, text, strict=True)]
+def _unit(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _blocks(q: Tensor, text_q: Tensor) -> tuple[int, int, int]:
+def _blocks(q: Tensor, text_q: Tensor, config: Config) -> tuple[int, int, int]:
     """Tokens in a block, blocks of the video and blocks of the text."""
-    pairs = CONFIGS[architecture(q)].pairs // (1 if q.shape[-1] % 64 == 0 else 4)
+    pairs = config.pairs // (1 if q.shape[-1] % 64 == 0 else 4)
     rows = max(pairs // _pairs_in_row(q), 1)
     return rows, triton.cdiv(q.shape[1], rows), triton.cdiv(text_q.shape[1], rows)
 
@@ -346,28 +346,29 @@ def _pairs_in_row(q: Tensor) -> int:
 
 
 def _launch(
-    kernel: Any, q: Tensor, text_q: Tensor, axes: Sequence[int], n: int, w: int, *args: Any
-) -> None:
+    kernel: Any, q: Tensor, text_q: Tensor, config: Config, axes: Sequence[int], n: int, w: int,
+    *args: Any,
+) -> None:  # fmt: skip
     """One program for each block of tokens; the sizes are put behind ``args``."""
     (B, N, H, D), T = q.shape, text_q.shape[1]
-    rows, *blocks = _blocks(q, text_q)
-    if B * H * sum(blocks) == 0:
+    rows, *blocks = _blocks(q, text_q, config)
+    programs = B * sum(blocks)
+    if programs * H == 0:
         return
-    with torch.cuda.device_of(q):
-        kernel[(B * sum(blocks),)](
-            *args,
-            N=N,
-            T=T,
-            H=H,
-            n=n,
-            w=w,
-            W=pattern.SkipPattern(n, w).packed(N, T).run,
-            AXES=tuple(axes),
-            HEAD_DIM=D,
-            BLOCK_P=_pairs_in_row(q),
-            BLOCK_M=rows,
-            num_warps=CONFIGS[architecture(q)].num_warps,
-        )
+    options = {
+        "N": N,
+        "T": T,
+        "H": H,
+        "n": n,
+        "w": w,
+        "W": pattern.SkipPattern(n, w).packed(N, T).run,
+        "AXES": axes,
+        "HEAD_DIM": D,
+        "BLOCK_P": _pairs_in_row(q),
+        "BLOCK_M": rows,
+        "num_warps": config.num_warps,
+    }
+    start(q, Launch(kernel, programs, args, options))
 
 
 def forward(
@@ -376,11 +377,21 @@ def forward(
     n: int, w: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Packed q, k and v; arguments as in ``skiparse.pack``."""
+    rows = (_unit(x) for x in (*video, *text))
+    tables = (x.contiguous() for x in (*norms, *text_norms, cos, sin))
+    config = CONFIGS[architecture(video[0])]
+    return tuple(planned(_forward, (*rows, *tables), config, tuple(axes), eps, n, w))
+
+
+def _forward(
+    tensors: Sequence[Any], config: Config, axes: Sequence[int], eps: float, n: int, w: int
+) -> Sequence[Tensor]:
+    video, text, norms, text_norms = tensors[:3], tensors[3:6], tensors[6:8], tensors[8:10]
     B, N, H, D = video[0].shape
-    packed = tuple(x.new_empty(B, N + n * text[0].shape[1], H, D) for x in video)
+    packed = [x.new_empty(B, N + n * text[0].shape[1], H, D) for x in video]
     _launch(
-        skiparse_pack, video[0], text[0], axes, n, w,
-        *_pairs(video, text), *_norms(norms, text_norms), cos.contiguous(), sin.contiguous(),
+        skiparse_pack, video[0], text[0], config, axes, n, w,
+        *_pairs(video, text), *zip(norms, text_norms, strict=True), *tensors[10:],
         *map(_source, packed), eps,
     )  # fmt: skip
     return packed
@@ -393,20 +404,33 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of the video and the text, three each, and of the four weights."""
     q, text_q = video[0], text[0]
-    video_grads, text_grads = ([x.new_empty(x.shape) for _ in grads] for x in (q, text_q))
-    _, video_blocks, text_blocks = _blocks(q, text_q)
-    dnorm = q.new_empty(q.shape[0], video_blocks + text_blocks, 2, q.shape[-1], dtype=torch.float32)
+    rows = (_unit(x) for x in (*video, *text, *grads))
+    tables = (x.contiguous() for x in (*norms, *text_norms, cos, sin))
+    config = CONFIGS[architecture(q)]
+    *results, dnorm = planned(_backward, (*rows, *tables), config, tuple(axes), eps, n, w)
     if q.shape[2] == 0:
         dnorm.zero_()
-    _launch(
-        skiparse_pack_backward, q, text_q, axes, n, w,
-        *map(_source, grads), *_pairs(video, text), *_norms(norms, text_norms),
-        cos.contiguous(), sin.contiguous(), *_pairs(video_grads, text_grads), dnorm, eps,
-    )  # fmt: skip
-    shares = dnorm.split([video_blocks, text_blocks], 1)
+    _, *blocks = _blocks(q, text_q, config)
     weights = (
         share[:, :, i].sum((0, 1)).to(norm.dtype)
-        for share, given in zip(shares, (norms, text_norms), strict=True)
+        for share, given in zip(dnorm.split(blocks, 1), (norms, text_norms), strict=True)
         for i, norm in enumerate(given)
     )
-    return (*video_grads, *text_grads, *weights)
+    return (*results, *weights)
+
+
+def _backward(
+    tensors: Sequence[Any], config: Config, axes: Sequence[int], eps: float, n: int, w: int
+) -> Sequence[Tensor]:
+    """Those of the video and the text, and shares ``[B, blocks, 2, D]`` of those of the weights."""
+    video, text, grads, tables = tensors[:2], tensors[2:4], tensors[4:7], tensors[7:]
+    q, text_q = video[0], text[0]
+    video_grads, text_grads = ([x.new_empty(*x.shape) for _ in grads] for x in (q, text_q))
+    _, *blocks = _blocks(q, text_q, config)
+    dnorm = q.new_empty(q.shape[0], sum(blocks), 2, q.shape[-1], dtype=torch.float32)
+    _launch(
+        skiparse_pack_backward, q, text_q, config, axes, n, w,
+        *map(_source, grads), *_pairs(video, text), *zip(tables[:2], tables[2:4], strict=True),
+        *tables[4:], *_pairs(video_grads, text_grads), dnorm, eps,
+    )  # fmt: skip
+    return *video_grads, *text_grads, dnorm

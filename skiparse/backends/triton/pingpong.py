@@ -6,7 +6,6 @@ name only, or where a table measured on the device puts it first.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 
 import torch
@@ -25,7 +24,9 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
     reason = triton.why_not(inputs, backward=backward)
     if reason is not None:
         return reason
-    release = importlib.metadata.version("triton")
+    import triton as module  # whose distribution may have another name: a nightly's has
+
+    release = module.__version__
     if not release.startswith(tuple(f"{known}." for known in RELEASES)):
         return f"the kernel is written for Triton {' and '.join(RELEASES)}, not {release}"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -37,7 +38,8 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
 
 
 def _takes(inputs: Inputs) -> str | None:
-    from skiparse.backends.triton.forward_kernel import can_be_tiled
+    from skiparse.backends.triton import tiles
+    from skiparse.backends.triton.forward_kernel import can_be_tiled, positive
     from skiparse.backends.triton.pingpong_kernel import HEAD_DIMS, TILES
 
     q = inputs.q
@@ -47,10 +49,12 @@ def _takes(inputs: Inputs) -> str | None:
         return f"the kernel takes fp16 and bf16, not {q.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
         return f"the kernel takes head dimensions {HEAD_DIMS}, not {q.shape[-1]}"
-    if not inputs.scale > 0:
+    if not positive(inputs.scale):
         return f"the kernel takes a positive scale, not {inputs.scale}"
     if not can_be_tiled(inputs, TILES["BLOCK_N"]):
         return "blocks of keys are no boxes in these strides, or this length and pattern"
+    if not tiles.can_be_tiled(inputs, TILES["BLOCK_M"] // 2, (q, inputs.text_q)):
+        return "blocks of queries are no boxes in these strides"
     return None
 
 
