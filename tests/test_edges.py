@@ -1,5 +1,6 @@
 """The edges: bad arguments are named before any work, empty and masked-out inputs just work."""
 
+import dataclasses
 import math
 
 import pytest
@@ -195,3 +196,22 @@ def test_list_backends_covers_the_registry():
     assert list(reasons) == [row.name for row in registry.BACKENDS]
     assert reasons["sdpa"] is None
     assert reasons["reference"] is None
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
+@pytest.mark.parametrize("p", [SkipPattern.dense(), SkipPattern.single(2), P], ids=str)
+@pytest.mark.parametrize("T", [0, 4])
+def test_masked_keys_and_values_may_be_as_large_as_numbers_are(T, p, backend):
+    """Finite is all that is asked of them: nothing of them is in outputs or gradients."""
+    problem = make_problem(p, B=2, N=32, T=T, D=32, masked=True, lse_grads=True)
+    right = run(problem, backend)
+    largest = torch.finfo(torch.float32).max
+    rows = {"k": problem.mask, "v": problem.mask}
+    rows |= {"text_k": problem.text_mask, "text_v": problem.text_mask} if T else {}
+    large = {
+        name: getattr(problem, name).masked_fill(~seen[..., None, None], sign * largest)
+        for sign, (name, seen) in zip((1, -1, -1, 1), rows.items(), strict=False)
+    }
+    found = run(dataclasses.replace(problem, **large), backend)
+    for name, x, y in zip(found._fields, found, right, strict=True):
+        assert torch.equal(x, y), name
