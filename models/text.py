@@ -186,6 +186,7 @@ class TextEncoders:
             self._cache[prompt] = self._encode(prompt)
         return self._cache[prompt]
 
+    @torch.inference_mode(False)  # or what is kept could not be trained on
     @torch.no_grad()
     def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
         t5, clip = self.encoder, self.encoder_2

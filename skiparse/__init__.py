@@ -9,7 +9,7 @@
 """
 
 from skiparse._version import __version__
-from skiparse.functional import attention, attention_with_lse, joint_attention
+from skiparse.functional import attention, attention_with_lse, joint_attention, key_mask
 from skiparse.pack import Packed, norm_rope_pack, packing_pays, unpack
 from skiparse.pattern import SkipPattern
 from skiparse.registry import list_backends
@@ -21,6 +21,7 @@ __all__ = [
     "attention",
     "attention_with_lse",
     "joint_attention",
+    "key_mask",
     "list_backends",
     "norm_rope_pack",
     "packing_pays",

@@ -2,12 +2,13 @@
 
 Shapes throughout: ``B`` batch, ``N`` video tokens, ``T`` text tokens, ``H`` heads, ``D`` head
 dimension, ``n`` sub-sequences. Tensors may have any strides; a last stride other than 1 costs a
-copy.
+copy. All calls are differentiable, once: in reverse, and in forward mode
+(:mod:`skiparse.forward_mode`), also under ``torch.func``.
 """
 
 from __future__ import annotations
 
-import math
+import sys
 
 import torch
 from torch import Tensor
@@ -33,8 +34,9 @@ def attention(
     Args:
         q, k, v: ``[B, N, H, D]``, fp64, fp32, bf16 or fp16, on one device. Any ``N``.
         pattern: who attends to whom; ``SkipPattern.single(k)`` or ``.group(k)``.
-        mask: ``[B, N]`` bool key mask, True = attend. Masked tokens still query, and their values
-            must be finite. A query whose keys are all masked gets 0, and passes no gradient.
+        mask: ``[B, N]`` key mask, True = attend: bool, or integers that are only 0 and 1. Masked
+            tokens still query, and their values must be finite. A query whose keys are all masked
+            gets 0, and passes no gradient.
         scale: factor on the scores; ``1 / sqrt(D)`` if None.
         backend: ``"auto"`` or a name from ``skiparse.list_backends()``.
 
@@ -66,13 +68,15 @@ def attention_with_lse(
 
     Returns:
         ``out [B, N, H, D]`` and ``lse [B, H, N]``: natural logarithm, fp32 (fp64 for fp64
-        inputs), -inf where every key is masked. ``lse`` is not differentiable.
+        inputs), -inf where every key is masked. Both are differentiable, so what is merged may be
+        trained; library backends compute the gradient of ``lse`` by two more calls.
 
     Raises:
         ValueError, RuntimeError: as :func:`attention`.
     """
     named = {"q": q, "k": k, "v": v}
-    scale = _check(named, {}, pattern, mask, None, scale, backend)
+    scale = _check(named, {}, pattern, scale, backend)
+    mask = _check_mask("mask", mask, (q.shape[0], q.shape[1]), q)
     empty = q.new_empty(q.shape[0], 0, *q.shape[2:])
     out, _, lse, _ = _call(q, k, v, empty, empty, empty, mask, None, pattern, scale, backend)
     return out, lse
@@ -101,8 +105,8 @@ def joint_attention(
         q, k, v: ``[B, N, H, D]``, the video; as for :func:`attention`.
         text_q, text_k, text_v: ``[B, T, H, D]``, any ``T``, 0 included; dtype and device of ``q``.
         pattern: as for :func:`attention`.
-        mask: ``[B, N]`` bool key mask of the video, True = attend.
-        text_mask: ``[B, T]`` bool key mask of the text, True = attend.
+        mask: ``[B, N]`` key mask of the video, True = attend; as for :func:`attention`.
+        text_mask: ``[B, T]`` key mask of the text, likewise.
         scale, backend: as for :func:`attention`.
 
     Returns:
@@ -122,7 +126,9 @@ def joint_attention(
             "or call skiparse.attention for video alone"
         )
     texts = {"text_q": text_q, "text_k": text_k, "text_v": text_v}
-    scale = _check(named, texts, pattern, mask, text_mask, scale, backend)
+    scale = _check(named, texts, pattern, scale, backend)
+    mask = _check_mask("mask", mask, (q.shape[0], q.shape[1]), q)
+    text_mask = _check_mask("text_mask", text_mask, (q.shape[0], text_q.shape[1]), q)
     out, text_out, _, _ = _call(
         q, k, v, text_q, text_k, text_v, mask, text_mask, pattern, scale, backend
     )
@@ -142,18 +148,16 @@ def _call(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = 1 if pattern.sparsity == 1 else pattern.run  # one sub-sequence: runs mean nothing
-    return ops.attention(
-        q, k, v, text_q, text_k, text_v, mask, text_mask, pattern.sparsity, run, scale, backend
-    )
+    return ops.call(
+        q, k, v, text_q, text_k, text_v, mask, text_mask, pattern.sparsity, pattern.run, scale,
+        backend,
+    )  # fmt: skip
 
 
 def _check(
     video: dict[str, Tensor],
     text: dict[str, Tensor],
     pattern: SkipPattern,
-    mask: Tensor | None,
-    text_mask: Tensor | None,
     scale: float | None,
     backend: str,
 ) -> float:
@@ -161,6 +165,11 @@ def _check(
     for name, x in (*video.items(), *text.items()):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor [batch, tokens, heads, dim], got {x!r}")
+        if x.is_nested or x.layout != torch.strided:
+            kind = "nested" if x.is_nested else str(x.layout)
+            raise ValueError(
+                f"{name} must be a dense tensor, got a {kind} one; pad it, or call x.to_dense()"
+            )
         if x.ndim != 4:
             raise ValueError(
                 f"{name} must have 4 dimensions [batch, tokens, heads, dim], got {list(x.shape)}"
@@ -182,7 +191,7 @@ def _check(
             raise ValueError(
                 f"{name} has shape {list(x.shape)} but q has {list(q.shape)}; they must be equal"
             )
-    B, N, H, D = q.shape
+    B, _, H, D = q.shape
     if D < 1:
         raise ValueError(f"q has head dimension {D}; it must be at least 1")
     for name, x in text.items():
@@ -192,13 +201,15 @@ def _check(
                 f"{name} has shape {list(x.shape)}, expected {[B, T, H, D]}: the batch, heads and "
                 "dim of q and the length of text_q"
             )
-    _check_mask("mask", mask, (B, N), q)
-    if text:
-        _check_mask("text_mask", text_mask, (B, text["text_q"].shape[1]), q)
     registry.check_name(backend)
     if scale is None:
         return D**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    # Compared, not asked whether it is finite: torch.compile follows that for any number.
+    if (
+        isinstance(scale, bool)
+        or not isinstance(scale, int | float)
+        or not -sys.float_info.max <= scale <= sys.float_info.max
+    ):
         raise ValueError(f"scale must be a finite number, got {scale!r}; None means 1/sqrt(dim)")
     return float(scale)
 
@@ -208,16 +219,51 @@ def _check_device(name: str, x: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name} is on {x.device} but q is on {q.device}; move one to the other")
 
 
-def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, int], q: Tensor) -> None:
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else repr(mask)
+def key_mask(mask: Tensor, name: str = "mask") -> Tensor:
+    """A key mask as the kernels take it, from what people have; True = attend.
+
+    Args:
+        mask: bool, returned as it is; or integers that are only 0 and 1, as tokenizers give
+            them. Their values are looked at, for which the host waits for a GPU.
+        name: for the error.
+
+    Returns:
+        A bool tensor of the same shape.
+
+    Raises:
+        ValueError: for anything else. An additive mask, in which 0 keeps a token, has the
+            opposite meaning of a mask of numbers, so neither is guessed.
+    """
+    what = f"{name} must be bool, or integers that are only 0 and 1 (True or 1 = attend)"
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"{what}, got {mask!r}")
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_floating_point() or mask.is_complex():
         raise ValueError(
-            f"{name} must be a bool tensor, True = attend, got {got}; try {name}.bool()"
+            f"{what}, got {mask.dtype}; of an additive mask (0 = keep) pass {name} == 0, of one "
+            f"with 1 = keep {name} == 1"
         )
-    if mask.shape != shape:
+    flags = mask == 1
+    sound = (flags | (mask == 0)).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(sound, f"{what}; of an image of 0 and 255 pass {name} > 0")
+    elif not sound:
+        raise ValueError(
+            f"{what}, got values from {mask.min()} to {mask.max()}; of an image of 0 and 255 pass "
+            f"{name} > 0, of an additive mask (0 = keep) {name} == 0"
+        )
+    return flags
+
+
+def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, int], q: Tensor) -> Tensor | None:
+    """The mask as bool; ValueError if it is none of these keys."""
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor) and mask.shape != shape:
         raise ValueError(
             f"{name} has shape {list(mask.shape)}, expected {list(shape)}: one flag per key token"
         )
+    mask = key_mask(mask, name)
     _check_device(name, mask, q)
+    return mask

@@ -6,21 +6,30 @@ autocast and the flop counter see. The choice of backend happens inside them, on
 
 from __future__ import annotations
 
-import importlib.machinery
-import sys
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from skiparse.after_import import after_import
 from skiparse.backends import Inputs, Outputs
+from skiparse.derivatives import (
+    LIBRARY,
+    below_autograd,
+    differentiate,
+    differentiate_once,
+    operator,
+    refuse_nested_forward_mode,
+)
+from skiparse.forward_mode import tangents
 from skiparse.pattern import SkipPattern, attention_flops
 from skiparse.registry import select
 
 
-@torch.library.custom_op("skiparse::attention", mutates_args=())
+@operator("attention")
 def attention(
     q: Tensor,
     k: Tensor,
@@ -38,13 +47,13 @@ def attention(
     """``(out [B,N,H,D], text_out [B,n,T,H,D], lse [B,H,N], text_lse [B,H,n,T])``.
 
     The contract is that of ``skiparse.backends.Outputs``; arguments are checked by the caller
-    (``skiparse.functional``). ``lse`` and ``text_lse`` are not differentiable.
+    (``skiparse.functional``).
     """
     inputs = _inputs(q, k, v, text_q, text_k, text_v, mask, text_mask, sparsity, run, scale)
     return tuple(select(backend, inputs).forward(inputs))  # type: ignore[return-value]  # a tuple of four
 
 
-@torch.library.custom_op("skiparse::attention_backward", mutates_args=())
+@operator("attention_backward")
 def attention_backward(
     grad_out: Tensor,
     grad_text_out: Tensor,
@@ -64,14 +73,46 @@ def attention_backward(
     run: int,
     scale: float,
     backend: str,
+    grad_lse: Tensor | None = None,
+    grad_text_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the six floating inputs of :func:`attention`."""
+    """Gradients of the six floating inputs of :func:`attention`.
+
+    The gradients of the two log-sum-exps are both there or both None, which is cheaper.
+    """
     inputs = _inputs(q, k, v, text_q, text_k, text_v, mask, text_mask, sparsity, run, scale)
     outputs = Outputs(out, text_out, lse, text_lse)
+    grads = (_unit(grad_out), _unit(grad_text_out), grad_lse, grad_text_lse)
     chosen = select(backend, inputs, backward=True)
-    return tuple(  # type: ignore[return-value]  # a tuple of six
-        chosen.backward(inputs, outputs, _unit(grad_out), _unit(grad_text_out))
-    )
+    return tuple(chosen.backward(inputs, outputs, *grads))  # type: ignore[return-value]  # a tuple of six
+
+
+@operator("attention_jvp")
+def attention_jvp(
+    tangent_q: Tensor,
+    tangent_k: Tensor,
+    tangent_v: Tensor,
+    tangent_text_q: Tensor,
+    tangent_text_k: Tensor,
+    tangent_text_v: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_q: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    mask: Tensor | None,
+    text_mask: Tensor | None,
+    sparsity: int,
+    run: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tangents of the four outputs of :func:`attention`; the same way for every backend."""
+    inputs = _inputs(q, k, v, text_q, text_k, text_v, mask, text_mask, sparsity, run, scale)
+    given = (
+        tangent_q, tangent_k, tangent_v, tangent_text_q, tangent_text_k, tangent_text_v,
+    )  # fmt: skip
+    return tuple(tangents(inputs, given))  # type: ignore[return-value]  # a tuple of four
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -93,25 +134,14 @@ def _inputs(
     scale: float,
 ) -> Inputs:
     q, k, v, text_q, text_k, text_v = (_unit(x) for x in (q, k, v, text_q, text_k, text_v))
-    pattern = SkipPattern(sparsity, run)
+    pattern = SkipPattern(sparsity, 1 if sparsity == 1 else run)  # runs of the only one: nothing
     return Inputs(q, k, v, text_q, text_k, text_v, mask, text_mask, pattern, scale)
 
 
-@attention.register_fake
-def _attention_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_q: Tensor,
-    text_k: Tensor,
-    text_v: Tensor,
-    mask: Tensor | None,
-    text_mask: Tensor | None,
-    sparsity: int,
-    run: int,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+# What they return, in shapes.
+
+
+def _like_outputs(q: Tensor, text_q: Tensor, sparsity: int) -> tuple[Tensor, ...]:
     B, N, H, D = q.shape
     T = text_q.shape[1]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -123,40 +153,91 @@ def _attention_fake(
     )
 
 
-@attention_backward.register_fake
-def _attention_backward_fake(
-    grad_out: Tensor, grad_text_out: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, text_q, text_k, text_v = args[:6]
-    return (
-        q.new_empty(q.shape),
-        k.new_empty(k.shape),
-        v.new_empty(v.shape),
-        text_q.new_empty(text_q.shape),
-        text_k.new_empty(text_k.shape),
-        text_v.new_empty(text_v.shape),
-    )
+@torch.library.register_fake(attention, lib=LIBRARY)
+def _attention_fake(*args: Any) -> tuple[Tensor, ...]:
+    return _like_outputs(args[0], args[3], args[8])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, sparsity, run, scale, backend = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.settings = (sparsity, run, scale, backend)
-    ctx.mark_non_differentiable(*output[2:])
+@torch.library.register_fake(attention_backward, lib=LIBRARY)
+def _attention_backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in args[2:8])
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_text_out: Tensor, *_: None) -> tuple[Any, ...]:
-    grads = attention_backward(grad_out, grad_text_out, *ctx.saved_tensors, *ctx.settings)
-    return (*grads, None, None, None, None, None, None)
+@torch.library.register_fake(attention_jvp, lib=LIBRARY)
+def _attention_jvp_fake(*args: Any) -> tuple[Tensor, ...]:
+    return _like_outputs(args[6], args[9], args[14])
 
 
-attention.register_autograd(_backward, setup_context=_setup_context)
+# How they are differentiated, and batched by `torch.vmap`: the new dimension joins the batch.
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return below_autograd(attention, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, sparsity, run, scale, backend = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_forward(*tensors)
+        ctx.settings = (sparsity, run, scale, backend)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        # Zeros where no gradient comes; of the log-sum-exps only if one comes to either.
+        needed = (True, True, *(grads[2] is not None or grads[3] is not None,) * 2)
+        given = [
+            torch.zeros_like(x) if grad is None and need else grad
+            for grad, x, need in zip(grads, saved[8:], needed, strict=True)
+        ]
+        found = attention_backward(*given[:2], *saved, *ctx.settings, *given[2:])
+        return (*found, *(None,) * 6)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        refuse_nested_forward_mode("attention")
+        tensors = ctx.saved_tensors[:8]
+        given = [
+            torch.zeros_like(x) if tangent is None else tangent
+            for tangent, x in zip(tangents[:6], tensors[:6], strict=True)
+        ]
+        found: tuple[Tensor, ...] = attention_jvp(*given, *tensors, *ctx.settings[:3])
+        return found
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return _in_batch(call, info, in_dims, *args)
+
+
+call = differentiate(attention, _Attention)
+differentiate_once(attention_backward, "the gradient of attention")
+differentiate_once(attention_jvp, "the forward-mode derivative of attention")
+
+
+def _in_batch(op: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    """``torch.vmap`` over ``op``, all of whose tensors begin with the batch."""
+
+    def fold(x: Any, dim: int | None) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        many = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return many.flatten(0, 1)
+
+    found = op(*map(fold, args, in_dims))
+    return tuple(x.unflatten(0, (info.batch_size, x.shape[0] // info.batch_size)) for x in found), (
+        0,
+    ) * len(found)
+
+
+for _op in (attention, attention_backward, attention_jvp):
+    torch.library.register_vmap(_op, functools.partial(_in_batch, _op), lib=LIBRARY)
 
 
 # Autocast: the six floating inputs go to the device's autocast dtype, as for torch's own SDPA.
 # `register_autocast` would fix the dtype at registration, so the rule is written out.
-
-_LIBRARY = torch.library.Library("skiparse", "FRAGMENT")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -173,20 +254,19 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 def _register_autocast(key: str) -> None:
-    op = torch.ops.skiparse.attention.default
     dispatch_key = getattr(torch._C.DispatchKey, key)
 
-    @op.py_impl(dispatch_key)
+    @attention.py_impl(dispatch_key)
     def cast_and_call(*args: Any) -> Any:
         # All of them before the guard, under which autocast counts as off.
         cast = [x.to(autocast_dtype(x)) if isinstance(x, Tensor) else x for x in args]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(dispatch_key)):
-            return op(*cast)
+            return attention(*cast)
 
     def kernel(_: torch._C.DispatchKeySet, *args: Any) -> Any:
         return cast_and_call(*args)
 
-    _LIBRARY.impl("attention", kernel, key, with_keyset=True)
+    LIBRARY.impl("attention", kernel, key, with_keyset=True)
 
 
 for _key in ("AutocastCPU", "AutocastCUDA", "AutocastPrivateUse1"):  # the last one: NPUs
@@ -220,30 +300,42 @@ def _register_flops(flop_counter: ModuleType) -> None:
     register(torch.ops.skiparse.attention_backward)(_backward_flops)
 
 
-class _AfterImport:
-    """A finder that calls ``then(module)`` once ``name`` has been imported by somebody else."""
-
-    def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
-        self.name, self.then = name, then
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != self.name:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                self.then(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # only this spec's
-        return spec
+after_import("torch.utils.flop_counter", _register_flops)
 
 
-_FLOP_COUNTER = "torch.utils.flop_counter"
-if _FLOP_COUNTER in sys.modules:
-    _register_flops(sys.modules[_FLOP_COUNTER])
-else:
-    sys.meta_path.insert(0, _AfterImport(_FLOP_COUNTER, _register_flops))
+# Sharded tensors: the batch or the heads may be cut, tokens may not.
+
+
+def _register_shardings(_: ModuleType) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.experimental import register_sharding
+
+    batch, whole = Shard(0), Replicate()
+    # Where heads are: of the outputs and of the tensors that go in, masks without any last.
+    outputs = [Shard(2), Shard(3), Shard(1), Shard(1)]
+    inputs = [Shard(2)] * 6 + [whole] * 2
+
+    def register(op: Any, results: list[Any], tensors: list[Any]) -> None:
+        def shardings(*args: Any) -> list[Any]:
+            heads = iter(tensors)
+            of_heads = [
+                next(heads) if "Tensor" in str(x.type) else None for x in op._schema.arguments
+            ]
+
+            def taken(place: Any) -> list[Any]:
+                there = zip(of_heads, args, strict=False)  # arguments left out are None
+                return [None if x is None or head is None else place or head for head, x in there]
+
+            return [
+                ([place or result for result in results], taken(place))
+                for place in (whole, batch, None)
+            ]
+
+        register_sharding(op)(shardings)
+
+    register(attention, outputs, inputs)
+    register(attention_backward, inputs[:6], [*outputs[:2], *inputs, *outputs, *outputs[2:]])
+    register(attention_jvp, outputs, inputs[:6] + inputs)
+
+
+after_import("torch.distributed.tensor", _register_shardings)

@@ -13,6 +13,7 @@ here, in plain PyTorch; and ``"triton"``, one kernel that reads and writes every
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,15 @@ from torch import Tensor
 
 from skiparse import functional, ops, registry
 from skiparse.backends import Inputs
+from skiparse.derivatives import (
+    LIBRARY,
+    below_autograd,
+    differentiate,
+    differentiate_once,
+    one_by_one,
+    operator,
+    refuse_nested_forward_mode,
+)
 from skiparse.pattern import SkipPattern
 
 PACKERS = {row.name: row for row in registry.BACKENDS if row.pack_kernels}
@@ -90,7 +100,7 @@ def norm_rope_pack(
     """
     video = {"q": q, "k": k, "v": v}
     text = {"text_q": text_q, "text_k": text_k, "text_v": text_v}
-    functional._check(video, text, pattern, None, None, None, "auto")
+    functional._check(video, text, pattern, None, "auto")
     norms = {
         "norm_q": norm_q, "norm_k": norm_k, "text_norm_q": text_norm_q, "text_norm_k": text_norm_k,
     }  # fmt: skip
@@ -98,7 +108,7 @@ def norm_rope_pack(
     packed = pattern.packed(q.shape[1], text_q.shape[1])
     run = 1 if packed.run == 1 else pattern.run
     rows = (x.to(ops.autocast_dtype(x)) for x in (*video.values(), *text.values()))
-    packed_q, packed_k, packed_v = pack(
+    packed_q, packed_k, packed_v = call(
         *rows, *norms.values(), cos, sin, list(axes), float(eps), pattern.sparsity, run, backend
     )
     return Packed(packed_q, packed_k, packed_v, packed)
@@ -174,7 +184,7 @@ def _check(
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
 
 
-@torch.library.custom_op("skiparse::norm_rope_pack", mutates_args=())
+@operator("norm_rope_pack")
 def pack(
     q: Tensor,
     k: Tensor,
@@ -204,7 +214,7 @@ def pack(
     return buffers
 
 
-@torch.library.custom_op("skiparse::norm_rope_pack_backward", mutates_args=())
+@operator("norm_rope_pack_backward")
 def pack_backward(
     grad_q: Tensor,
     grad_k: Tensor,
@@ -236,6 +246,48 @@ def pack_backward(
     )  # fmt: skip
 
 
+@operator("norm_rope_pack_jvp")
+def pack_jvp(
+    tangent_q: Tensor,
+    tangent_k: Tensor,
+    tangent_v: Tensor,
+    tangent_text_q: Tensor,
+    tangent_text_k: Tensor,
+    tangent_text_v: Tensor,
+    tangent_norm_q: Tensor,
+    tangent_norm_k: Tensor,
+    tangent_text_norm_q: Tensor,
+    tangent_text_norm_k: Tensor,
+    q: Tensor,
+    k: Tensor,
+    text_q: Tensor,
+    text_k: Tensor,
+    norm_q: Tensor,
+    norm_k: Tensor,
+    text_norm_q: Tensor,
+    text_norm_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    axes: Sequence[int],
+    eps: float,
+    sparsity: int,
+    run: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tangents of the packed buffers; in plain PyTorch, whatever the backend."""
+    tangents = (
+        (tangent_q, tangent_norm_q, tangent_text_q, tangent_text_norm_q),
+        (tangent_k, tangent_norm_k, tangent_text_k, tangent_text_norm_k),
+    )
+    primals = ((q, norm_q, text_q, text_norm_q), (k, norm_k, text_k, text_norm_k))
+    packed = []
+    for x, dx in zip(primals, tangents, strict=True):
+        rows, text = (_norm_jvp(*x[i : i + 2], *dx[i : i + 2], eps) for i in (0, 2))
+        rows = _rotate(rows, cos, sin, axes)
+        packed.append(_place(rows, text, sparsity, run, q.dtype))
+    values = _place(tangent_v, tangent_text_v, sparsity, run, q.dtype)
+    return packed[0], packed[1], values
+
+
 def _kernels(name: str, q: Tensor, text_q: Tensor, sparsity: int, run: int) -> Any:
     """The module of kernels that do it, or None; RuntimeError if they are named and cannot."""
     for row in PACKERS.values():
@@ -255,16 +307,23 @@ def _kernels(name: str, q: Tensor, text_q: Tensor, sparsity: int, run: int) -> A
     return None
 
 
-@pack.register_fake
-def _pack_fake(
-    q: Tensor, k: Tensor, v: Tensor, text_q: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _like_packed(q: Tensor, text_q: Tensor, sparsity: int) -> tuple[Tensor, Tensor, Tensor]:
     B, N, H, D = q.shape
-    rows = N + args[-3] * text_q.shape[1]
-    return q.new_empty(B, rows, H, D), k.new_empty(B, rows, H, D), v.new_empty(B, rows, H, D)
+    made = [q.new_empty(B, N + sparsity * text_q.shape[1], H, D) for _ in range(3)]
+    return made[0], made[1], made[2]
 
 
-@pack_backward.register_fake
+@torch.library.register_fake(pack, lib=LIBRARY)
+def _pack_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _like_packed(args[0], args[3], args[-3])
+
+
+@torch.library.register_fake(pack_jvp, lib=LIBRARY)
+def _pack_jvp_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _like_packed(args[10], args[12], args[-2])
+
+
+@torch.library.register_fake(pack_backward, lib=LIBRARY)
 def _pack_backward_fake(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
@@ -273,18 +332,45 @@ def _pack_backward_fake(
     return tuple(x.new_empty(x.shape) for x in like)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, _, text_q, text_k, _, *rest = inputs
-    ctx.save_for_backward(q, k, text_q, text_k, *rest[:6])
-    ctx.settings = rest[6:]
+class _Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return below_autograd(pack, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        q, k, _, text_q, text_k, _, *rest = inputs
+        kept = (q, k, text_q, text_k, *rest[:6])
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
+        ctx.likes = [(x.shape, x.dtype, x.device) for x in inputs[:10]]
+        ctx.settings = rest[6:]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        found = pack_backward(*grads, *ctx.saved_tensors, *ctx.settings)
+        return (*found, None, None, *(None for _ in ctx.settings))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        refuse_nested_forward_mode("norm_rope_pack")
+        given = [
+            torch.zeros(shape, dtype=dtype, device=device) if x is None else x
+            for x, (shape, dtype, device) in zip(tangents[:10], ctx.likes, strict=True)
+        ]
+        found: tuple[Tensor, ...] = pack_jvp(*given, *ctx.saved_tensors, *ctx.settings[:-1])
+        return found
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return one_by_one(call, info, in_dims, *args)
 
 
-def _autograd(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    found = pack_backward(*grads, *ctx.saved_tensors, *ctx.settings)
-    return (*found, None, None, *(None for _ in ctx.settings))
-
-
-pack.register_autograd(_autograd, setup_context=_setup_context)
+call = differentiate(pack, _Pack)
+differentiate_once(pack_backward, "the gradient of norm_rope_pack")
+differentiate_once(pack_jvp, "the forward-mode derivative of norm_rope_pack")
+for _op in (pack, pack_backward, pack_jvp):
+    torch.library.register_vmap(_op, functools.partial(one_by_one, _op), lib=LIBRARY)
 
 
 # The eager spelling.
@@ -349,6 +435,15 @@ def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Two:
     g = grad * weight.to(wide.dtype)
     dx = r * (g - normal * (g * normal).mean(-1, keepdim=True))
     return dx.to(x.dtype), (grad * normal).sum((0, 1, 2)).to(weight.dtype)
+
+
+def _norm_jvp(x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor, eps: float) -> Tensor:
+    """The tangent of :func:`_norm`: ``r * (dx - x r mean(dx x r)) * weight + x r dweight``."""
+    wide, dwide = _wide(x), _wide(dx)
+    r = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normal = wide * r
+    turned = r * (dwide - normal * (normal * dwide).mean(-1, keepdim=True))
+    return turned * weight.to(wide.dtype) + normal * dweight.to(wide.dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, axes: Sequence[int]) -> Tensor:

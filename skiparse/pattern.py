@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+LARGEST = 2**31 - 1  # a sparsity or a run, so that their product is a 64-bit number
+
 Index = Any  # a Python int, or an array, tensor or Triton value of integers
 
 # The four formulas. All arithmetic is on non-negative integers, so they mean the same for Python
@@ -104,11 +106,12 @@ class SkipPattern:
     """``sparsity`` interleaved sub-sequences of tokens, dealt out in runs of ``run`` tokens.
 
     Args:
-        sparsity: number of sub-sequences, an int >= 1 (``k`` or ``sparse_n`` in the reports).
-        run: consecutive tokens that stay together, an int >= 1.
+        sparsity: number of sub-sequences, an int in [1, 2**31) (``k`` or ``sparse_n`` in the
+            reports).
+        run: consecutive tokens that stay together, likewise.
 
     Raises:
-        ValueError: if either is not an int, or is less than 1.
+        ValueError: if either is not such an int.
 
     Source: Open-Sora Plan v1.3 report, "Skiparse attention"; v1.5 report, "SUV".
     """
@@ -120,8 +123,9 @@ class SkipPattern:
         for name, value in (("sparsity", self.sparsity), ("run", self.run)):
             if isinstance(value, bool) or not isinstance(value, int | np.integer):
                 raise ValueError(f"{name} must be an int >= 1, got {value!r}; 1 means dense")
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}; 1 means dense")
+            if not 1 <= value <= LARGEST:
+                raise ValueError(f"{name} must be in [1, 2**31), got {value}; 1 means dense")
+            object.__setattr__(self, name, int(value))  # numpy's overflow, and do not compile
 
     @classmethod
     def single(cls, k: int) -> SkipPattern:

@@ -38,6 +38,8 @@ class Problem:
     mask: Tensor | None = None  # [B, N] bool, True = attend
     text_mask: Tensor | None = None  # [B, T] bool
     scale: float | None = None
+    grad_lse: Tensor | None = None  # [B, H, N], fp32 or fp64
+    grad_text_lse: Tensor | None = None  # [B, H, n, T]
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same problem with its floating tensors in ``dtype``."""
@@ -82,6 +84,7 @@ def make_problem(
     device: str = "cpu",
     layout: str = "contiguous",
     masked: bool = False,
+    lse_grads: bool = False,
     scale: float | None = None,
     seed: int = 0,
 ) -> Problem:
@@ -90,6 +93,7 @@ def make_problem(
     ``layout`` of q, k, v and the text: ``"contiguous"``; ``"packed"`` (slices of one
     ``[B, N, 3, H, D]``); ``"heads_first"`` (transposed from ``[B, H, N, D]``); ``"expanded"``
     (batch stride 0). ``masked`` hides about a third of all keys, but never a whole row's.
+    ``lse_grads``: gradients come into the log-sum-exps too.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -122,9 +126,15 @@ def make_problem(
         if T == 0:
             mask[:, : pattern.sparsity * pattern.run] = True
         mask, text_mask = mask.to(device), text_mask.to(device)
+    grad_lse = grad_text_lse = None
+    if lse_grads:
+        wide = torch.promote_types(dtype, torch.float32)
+        shapes = (B, H, N), (B, H, pattern.sparsity, T)
+        grad_lse, grad_text_lse = (normal(*shape).to(device, wide) for shape in shapes)
     return Problem(
-        q, k, v, text_q, text_k, text_v, grad_out, grad_text_out, pattern, mask, text_mask, scale
-    )
+        q, k, v, text_q, text_k, text_v, grad_out, grad_text_out, pattern, mask, text_mask, scale,
+        grad_lse, grad_text_lse,
+    )  # fmt: skip
 
 
 def oracle(problem: Problem, dtype: torch.dtype = torch.float64, way: Way | None = None) -> Answer:
@@ -142,6 +152,9 @@ def oracle(problem: Problem, dtype: torch.dtype = torch.float64, way: Way | None
         out, lse = oracle_rows(leaves, rows, way)
         text_out = out[:, N:].unflatten(1, (n, T)).mean(1) if T else out[:, N:]
         loss = (out[:, :N] * problem.grad_out).sum() + (text_out * problem.grad_text_out).sum()
+        if problem.grad_lse is not None and problem.grad_text_lse is not None:
+            weights = torch.cat([problem.grad_lse, problem.grad_text_lse.flatten(2)], 2)
+            loss = loss + (lse * weights).sum()
     grads = torch.autograd.grad(loss, inputs)
     lse = lse.detach()
     text_lse = lse[:, :, N:].unflatten(2, (n, T)) if T else lse.new_empty(*lse.shape[:2], n, 0)
@@ -243,9 +256,10 @@ class _FromLse(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, p, out = ctx.saved_tensors
-        ds = p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * ctx.scale
+        delta = (grad * out).sum(-1, keepdim=True) - grad_lse.unsqueeze(-1)
+        ds = p * (grad @ v.mT - delta) * ctx.scale
         return ds @ k, ds.mT @ q, p.mT @ grad, None, None
 
 
@@ -258,10 +272,11 @@ def run(problem: Problem, backend: str) -> Answer:
         *inputs, p.mask, p.text_mask, p.pattern.sparsity, p.pattern.run, scale, backend
     )
     text_out = text_parts.mean(1)
-    grads = torch.autograd.grad(
-        (out, text_out), inputs, (p.grad_out, p.grad_text_out), materialize_grads=True
-    )
-    return Answer(out.detach(), text_out.detach(), lse, text_lse, *grads)
+    found, given = [out, text_out], [p.grad_out, p.grad_text_out]
+    if p.grad_lse is not None and p.grad_text_lse is not None:
+        found, given = [*found, lse, text_lse], [*given, p.grad_lse, p.grad_text_lse]
+    grads = torch.autograd.grad(found, inputs, given, materialize_grads=True)
+    return Answer(*(x.detach() for x in (out, text_out, lse, text_lse)), *grads)
 
 
 def run_forward(problem: Problem, backend: str) -> dict[str, Tensor]:
@@ -372,10 +387,11 @@ def budget(
     hold fp64 against: its eager error is that of fp32 scaled by the ratio of the two eps, to
     which rounding is proportional, and counts once more, because ``exact`` has it too.
     """
+    scales = {name: _largest(x[x.isfinite()]) for name, x in exact.items()}
     worst = 0.0
     for name, right in exact.items():
         finite = right.isfinite()
-        scale = _largest(right[finite])
+        scale = scales[name] or max(scales.values())  # what is exactly 0 is rounded as the others
         if scale > 0:
             errors = (_largest(x[name][finite].double() - right[finite]) for x in eagers)
             worst = max(worst, max(errors, default=0.0) / scale)

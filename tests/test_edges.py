@@ -1,5 +1,6 @@
 """The edges: bad arguments are named before any work, empty and masked-out inputs just work."""
 
+import dataclasses
 import math
 
 import pytest
@@ -35,19 +36,27 @@ def joint(q=None, k=None, v=None, text_q=None, text_k=None, text_v=None, pattern
         ({"k": x(device="meta")}, "k is on meta but q is on cpu; move"),
         ({"text_k": x(N=4)}, r"text_k has shape \[1, 4, 2, 16\], expected \[1, 3, 2, 16\]"),
         ({"text_q": x(N=3, B=2)}, r"text_q has shape \[2, 3, 2, 16\], expected \[1, 3, 2, 16\]"),
-        ({"mask": torch.ones(1, 8)}, r"mask must be a bool tensor, True = attend, .*mask.bool\(\)"),
+        ({"mask": torch.ones(1, 8)}, r"mask must be bool, .* \(0 = keep\) pass mask == 0"),
+        ({"mask": torch.zeros(1, 8) - 1e4}, r"got torch.float32; of an additive mask \(0 = keep\)"),
+        ({"mask": torch.full((1, 8), 255).byte()}, "values from 255 to 255; .* pass mask > 0"),
+        ({"mask": -torch.ones(1, 8).long()}, "got values from -1 to -1"),
+        ({"mask": [True] * 8}, "mask must be bool, or integers"),
         ({"mask": torch.ones(1, 7).bool()}, r"mask has shape \[1, 7\], expected \[1, 8\]"),
         ({"text_mask": torch.ones(3).bool()}, r"text_mask has shape \[3\], expected \[1, 3\]"),
         ({"text_mask": torch.ones(1, 3, device="meta").bool()}, "text_mask is on meta"),
         ({"pattern": 4}, r"pattern must be a SkipPattern, got 4; try SkipPattern.single\(4\)"),
         ({"scale": math.nan}, "scale must be a finite number, got nan"),
+        ({"scale": 10**400}, "scale must be a finite number, got 1000"),
+        ({"q": x().to_sparse()}, "q must be a dense tensor, got a torch.sparse_coo one"),
+        ({"k": x().to_mkldnn()}, "k must be a dense tensor, got a torch._mkldnn one"),
+        ({"text_v": torch.nested.nested_tensor([x()[0], x()[0]])}, "text_v must be a dense tensor"),
         ({"scale": "1"}, "scale must be a finite number, got '1'"),
         ({"scale": True}, "scale must be a finite number, got True"),
         ({"backend": "fastest"}, r"backend must be one of \['auto', .*got 'fastest'"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named_before_any_work(arguments, message, monkeypatch):
-    monkeypatch.setattr("skiparse.ops.attention", lambda *_: pytest.fail("launched"))
+    monkeypatch.setattr("skiparse.ops.call", lambda *_: pytest.fail("launched"))
     with pytest.raises(ValueError, match=message):
         joint(**arguments)
 
@@ -187,3 +196,22 @@ def test_list_backends_covers_the_registry():
     assert list(reasons) == [row.name for row in registry.BACKENDS]
     assert reasons["sdpa"] is None
     assert reasons["reference"] is None
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
+@pytest.mark.parametrize("p", [SkipPattern.dense(), SkipPattern.single(2), P], ids=str)
+@pytest.mark.parametrize("T", [0, 4])
+def test_masked_keys_and_values_may_be_as_large_as_numbers_are(T, p, backend):
+    """Finite is all that is asked of them: nothing of them is in outputs or gradients."""
+    problem = make_problem(p, B=2, N=32, T=T, D=32, masked=True, lse_grads=True)
+    right = run(problem, backend)
+    largest = torch.finfo(torch.float32).max
+    rows = {"k": problem.mask, "v": problem.mask}
+    rows |= {"text_k": problem.text_mask, "text_v": problem.text_mask} if T else {}
+    large = {
+        name: getattr(problem, name).masked_fill(~seen[..., None, None], sign * largest)
+        for sign, (name, seen) in zip((1, -1, -1, 1), rows.items(), strict=False)
+    }
+    found = run(dataclasses.replace(problem, **large), backend)
+    for name, x, y in zip(found._fields, found, right, strict=True):
+        assert torch.equal(x, y), name

@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 # Who may import whom: each layer may import those before it. "backends/x" is every single backend;
 # they never import each other.
 LAYERS = (
-    "pattern", "_version", "backends", "backends/x", "testing", "registry", "ops", "functional",
-    "pack", "skiparse", "models", "bench", "cli",
+    "pattern", "_version", "backends", "backends/x", "testing", "registry", "after_import",
+    "derivatives", "forward_mode", "ops", "functional", "pack", "skiparse", "models", "bench",
+    "cli",
 )  # fmt: skip
 ONLY = {
     "pattern": set(),
@@ -21,9 +22,12 @@ ONLY = {
     "backends/x": {"pattern", "backends"},
     "registry": {"backends"},
     "testing": {"pattern"},
-    "ops": {"pattern", "backends", "registry"},
+    "after_import": set(),
+    "derivatives": set(),
+    "forward_mode": {"pattern", "backends"},
+    "ops": {"pattern", "backends", "registry", "after_import", "derivatives", "forward_mode"},
     "functional": {"pattern", "ops", "registry"},
-    "pack": {"pattern", "backends", "registry", "ops", "functional"},
+    "pack": {"pattern", "backends", "registry", "derivatives", "ops", "functional"},
     "models": {"skiparse", "pattern"},
 }
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -39,6 +40,14 @@ def test_opcheck_of_the_backward():
     grads = (problem.grad_out, outputs[1])
     args = (*grads, *inputs, *outputs, *settings)
     torch.library.opcheck(torch.ops.skiparse.attention_backward, args)
+    torch.library.opcheck(torch.ops.skiparse.attention_backward, (*args, *outputs[2:]))
+
+
+def test_opcheck_of_the_forward_mode():
+    problem = make_problem(GROUP, B=2, N=20, T=5, masked=True)
+    inputs = (*problem.inputs, *problem.inputs, problem.mask, problem.text_mask)
+    args = (*inputs, GROUP.sparsity, GROUP.run, 0.25)
+    torch.library.opcheck(torch.ops.skiparse.attention_jvp, args)
 
 
 def both(q, k, v, text_q, text_k, text_v, mask):
@@ -100,20 +109,6 @@ def test_gradcheck_in_fp64(p, N, backend):
         )
 
     assert torch.autograd.gradcheck(call, leaves(problem))
-
-
-def test_lse_is_not_differentiable():
-    q, k, v = leaves(make_problem(GROUP, N=12))[:3]
-    out, lse = skiparse.attention_with_lse(q, k, v, GROUP)
-    assert out.requires_grad
-    assert not lse.requires_grad
-
-
-def test_second_derivative_is_refused():
-    q, k, v = leaves(make_problem(GROUP, N=12))[:3]
-    (grad,) = torch.autograd.grad(skiparse.attention(q, k, v, GROUP).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        grad.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -180,6 +175,51 @@ def test_thirty_runs_are_bitwise_equal(p, backend):
                 assert torch.equal(x, y)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_flops_are_counted_after_somebody_asked_for_the_counter():
+    code = (
+        "import importlib.util, torch, skiparse\n"
+        "importlib.util.find_spec('torch.utils.flop_counter')\n"
+        "from torch.utils.flop_counter import FlopCounterMode\n"
+        "x = torch.ones(1, 8, 1, 16)\n"
+        "with FlopCounterMode(display=False) as c:\n"
+        "    skiparse.attention(x, x, x, skiparse.SkipPattern.single(2))\n"
+        "print(c.get_total_flops())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 4 * 16 * 32
+
+
+def test_a_changing_scale_compiles():
+    torch._dynamo.reset()
+    q = make_problem(GROUP, N=20).q
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(q, scale):
+        return skiparse.attention(q, q, q, GROUP, scale=scale)
+
+    for scale in (0.1, 0.2, 0.3):
+        assert torch.equal(compiled(q, scale), skiparse.attention(q, q, q, GROUP, scale=scale))
+
+
+def test_numpy_numbers_in_a_pattern_compile():
+    torch._dynamo.reset()
+    q = make_problem(GROUP, N=20).q
+    compiled = torch.compile(skiparse.attention, fullgraph=True, backend="aot_eager")
+    numbers = SkipPattern(np.int64(2), np.int32(2))
+    assert torch.equal(compiled(q, q, q, numbers), skiparse.attention(q, q, q, GROUP))
+
+
+def test_integer_masks_compile():
+    torch._dynamo.reset()
+    problem = make_problem(GROUP, N=20, masked=True)
+    q, mask = problem.q, problem.mask
+    compiled = torch.compile(skiparse.attention, fullgraph=True, backend="aot_eager")
+    found = compiled(q, q, q, GROUP, mask=mask.long())
+    assert torch.equal(found, skiparse.attention(q, q, q, GROUP, mask=mask))
+    with pytest.raises(RuntimeError, match="integers that are only 0 and 1"):
+        compiled(q, q, q, GROUP, mask=mask.long() * 255)
 
 
 def test_meta_tensors_give_shapes():

@@ -485,7 +485,7 @@ def test_a_whole_suv_packs_unless_there_are_masks(monkeypatch):
         with torch.no_grad(), Calls() as calls:
             return model(*inputs, text_mask=mask), calls.packs
 
-    everything = torch.ones(2, 7)
+    everything = torch.ones(2, 7, dtype=torch.bool)
     plain, packs = run(everything)
     assert packs == 0
     monkeypatch.setattr(
@@ -501,7 +501,7 @@ def test_a_whole_suv_packs_unless_there_are_masks(monkeypatch):
     assert packs == sum(possible) > len(possible) / 2
     assert (packed - plain).abs().max() <= FORWARD * plain.abs().max()
     some = everything.clone()
-    some[0, 2] = 0
+    some[0, 2] = False
     assert run(some)[1] == 0
 
 

@@ -5,7 +5,7 @@ A block sees tokens, a pattern and a rotary table, whatever order the tokens are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ INIT_STD = 0.02  # of every matrix inside the blocks
 
 
 class Norm(nn.Module):
-    """The parameters of a LayerNorm (``"layer_norm"``) or an RMSNorm (``"rms_norm"``)."""
+    """A LayerNorm (``"layer_norm"``) or an RMSNorm (``"rms_norm"``), optionally modulated."""
 
     def __init__(self, width: int, kind: str, eps: float) -> None:
         super().__init__()
@@ -38,27 +38,28 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if kind == "layer_norm" else None
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., width]``, computed in fp32, in the dtype of ``x``."""
-        return recomputed(_plain_norm, x, self.weight, self.bias, self.eps)
+    def forward(
+        self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        """``[B, N, width]``, computed in fp32, in the dtype of ``x``.
+
+        With ``shift`` and ``scale``, fp32 ``[B, width]``: ``norm(x) * (1 + scale) + shift``.
+        """
+        if shift is None:
+            return recomputed(_plain_norm, x, self.weight, self.bias, self.eps)
+        return recomputed(modulated_norm, x, shift, scale, self.weight, self.bias, self.eps)
 
 
 def _plain_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     return norm(x.float(), weight, bias, eps).to(x.dtype)
 
 
-class AdaptiveLinear(nn.Linear):
-    """SiLU, then a linear layer in fp32, from the condition to ``parts`` vectors a sample."""
+class Fp32Linear(nn.Linear):
+    """A linear layer that computes in fp32, whatever the dtype of its weights and its input."""
 
-    def __init__(self, condition: int, width: int, parts: int) -> None:
-        super().__init__(condition, parts * width)
-        self.parts = parts
-
-    def forward(  # type: ignore[override]  # several tensors instead of one
-        self, condition: Tensor
-    ) -> tuple[Tensor, ...]:
-        """``[B, condition]`` fp32 to ``parts`` times ``[B, width]`` fp32."""
-        return recomputed(fp32_linear, condition, self.weight, self.bias).chunk(self.parts, -1)
+    def forward(self, input: Tensor) -> Tensor:
+        """``[B, C_in]`` to fp32 ``[B, C_out]``."""
+        return recomputed(fp32_linear, input, self.weight, self.bias)
 
 
 class AdaptiveNorm(nn.Module):
@@ -69,7 +70,7 @@ class AdaptiveNorm(nn.Module):
 
     def __init__(self, width: int, condition: int, kind: str, eps: float, *, text: bool) -> None:
         super().__init__()
-        self.linear = AdaptiveLinear(condition, width, 6)
+        self.linear = Fp32Linear(condition, 6 * width)
         self.norm = Norm(width, kind, eps)
         self.text_norm = Norm(width, kind, eps) if text else None
 
@@ -80,15 +81,12 @@ class AdaptiveNorm(nn.Module):
 
         Without a norm of its own, the text comes back as it is.
         """
-        shift, scale, gate, text_shift, text_scale, text_gate = self.linear(condition)
-        video = _modulate(self.norm, video, shift, scale)
+        parts = self.linear(F.silu(condition)).chunk(6, -1)
+        shift, scale, gate, text_shift, text_scale, text_gate = parts
+        video = self.norm(video, shift, scale)
         if self.text_norm is not None:
-            text = _modulate(self.text_norm, text, text_shift, text_scale)
+            text = self.text_norm(text, text_shift, text_scale)
         return video, text, gate, text_gate
-
-
-def _modulate(norm: Norm, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return recomputed(modulated_norm, x, shift, scale, norm.weight, norm.bias, norm.eps)
 
 
 class HeadNorm(nn.Module):
@@ -99,8 +97,15 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(head_dim))
         self.eps = eps
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """``[B, N, H, D]``; ``rotary`` is cos and sin, fp32 ``[N, D / 2]``."""
+    def forward(self, x: Tensor | None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """``[B, N, H, D]``; ``rotary`` is cos and sin, fp32 ``[N, D / 2]``.
+
+        Without ``x`` its weight ``[D]``, for a kernel that normalises among other things: asked
+        for here, because where weights are brought to the device and taken away again, they are
+        there while their module runs.
+        """
+        if x is None:
+            return self.weight.view_as(self.weight)
         if rotary is None:
             return recomputed(head_norm, x, self.weight, self.eps)
         return recomputed(head_norm_rotate, x, self.weight, *rotary, self.eps)
@@ -139,9 +144,9 @@ class JointAttention(nn.Module):
         packs = skiparse.packing_pays(q, pattern, backend) if self.packs is None else self.packs
         if packs and mask is None and text_mask is None:
             packed = skiparse.norm_rope_pack(
-                q, k, v, *rotary, self.norm_q.weight, self.norm_k.weight, pattern,
+                q, k, v, *rotary, self.norm_q(None), self.norm_k(None), pattern,
                 text_q=text_q, text_k=text_k, text_v=text_v,
-                text_norm_q=self.text_norm_q.weight, text_norm_k=self.text_norm_k.weight,
+                text_norm_q=self.text_norm_q(None), text_norm_k=self.text_norm_k(None),
                 axes=axis_dims(q.shape[-1]), eps=self.norm_q.eps,
             )  # fmt: skip
             attended = skiparse.attention(*packed, backend=backend)
@@ -257,3 +262,60 @@ class SUVBlock(nn.Module):
                 nn.init.normal_(module.weight, std=INIT_STD)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+
+class Stage(nn.ModuleList):
+    """Blocks of one sparsity, one after the other."""
+
+    def forward(
+        self,
+        video: Tensor,
+        text: Tensor,
+        condition: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        patterns: Sequence[SkipPattern],
+        mask: Tensor | None,
+        text_mask: Tensor | None,
+        again: str,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """As :class:`SUVBlock`, with a pattern for each.
+
+        Args:
+            again: what is computed again in the backward pass: ``"none"``, ``"feed_forward"`` or
+                ``"block"``.
+        """
+        again = again if torch.is_grad_enabled() else "none"
+        for block, pattern in zip(self, patterns, strict=True):
+            if _is_compiled(block):
+                _mark_lengths(video, text, rotary, mask, text_mask)
+            arguments = (video, text, condition, rotary, pattern, mask, text_mask)
+            if again == "block":
+                video, text = checkpoint(block, *arguments, False, backend, use_reentrant=False)
+            else:
+                video, text = block(*arguments, again == "feed_forward", backend)
+        return video, text
+
+
+def _is_compiled(block: nn.Module) -> bool:
+    return block._compiled_call_impl is not None and not torch.compiler.is_compiling()
+
+
+def _mark_lengths(
+    video: Tensor,
+    text: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    text_mask: Tensor | None,
+) -> None:
+    """Tell ``torch.compile`` that lengths change, so that it need not find out by a recompile."""
+    for x, dim in (
+        (video, 1),
+        (text, 1),
+        (rotary[0], 0),
+        (rotary[1], 0),
+        (mask, 1),
+        (text_mask, 1),
+    ):
+        if x is not None:
+            torch._dynamo.maybe_mark_dynamic(x, dim)

@@ -16,11 +16,12 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
+import skiparse
 from skiparse import SkipPattern
 from skiparse.models.strict import StrictModelMixin
-from skiparse.models.suv.blocks import AdaptiveLinear, Norm, SUVBlock
+from skiparse.models.suv.blocks import Fp32Linear, Norm, Stage, SUVBlock
 from skiparse.models.suv.config import PRESETS
-from skiparse.models.suv.parts import clamp_fp16, modulated_norm, recomputed
+from skiparse.models.suv.parts import clamp_fp16
 from skiparse.models.suv.plan import NATURAL, Plan
 from skiparse.models.suv.rope import axis_dims, rotary_angles
 
@@ -91,12 +92,12 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         self.checkpointing: tuple[str, ...] = ("none",) * len(layers)
         self._tables: dict[tuple[Any, ...], Any] = {}
 
-        self.patch_embed = PatchEmbed(in_channels, width, patch_size)
+        self.patch_embed = nn.Conv2d(in_channels, width, patch_size[1:], stride=patch_size[1:])
         self.timestep_embed = ConditionMLP(timestep_channels, timestep_channels)
         self.pooled_embed = ConditionMLP(pooled_channels, timestep_channels)
         self.text_embed = nn.Linear(text_channels, width)
         self.stages = nn.ModuleList(
-            nn.ModuleList(
+            Stage(
                 SUVBlock(
                     num_heads,
                     head_dim,
@@ -117,8 +118,8 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         self.norm_final = Norm(width, norm, eps)
         self.norm_out = OutputNorm(width, timestep_channels, norm, eps)
         self.proj_out = nn.Linear(width, pixels * out_channels)
-        for blocks in self._stages():
-            for block in blocks:
+        for stage in cast(list[list[SUVBlock]], self.stages):
+            for block in stage:
                 block.init_weights()
 
     def forward(
@@ -141,7 +142,8 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
             timestep: ``[B]``, 1000 * sigma, in [0, 1000].
             text: ``[B, L, text_channels]``.
             pooled: ``[B, pooled_channels]``.
-            text_mask: ``[B, L]``, True or 1 where there is text; all of it if None.
+            text_mask: ``[B, L]``, True or 1 where there is text, in bool or integers
+                (:func:`skiparse.key_mask`); all of it if None.
             video_mask: ``[B, t, h, w]``, True or 1 where there is video; a patch counts if any of
                 its pixels does; all of it if None.
             trim_text: drop what is padding in the whole batch. The velocity is the same, since
@@ -162,15 +164,15 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         keys, text, text_keys = self._keys(text, text_mask, video_mask, trim_text)
 
         order = plan.orders[0]
-        patches = self._take(self.patch_embed.patches(latents.to(dtype)), plan, NATURAL, order)
+        patches = self._take(self._patches(latents.to(dtype)), plan, NATURAL, order)
         keys = self._take(keys, plan, NATURAL, order)
-        video = self.patch_embed(patches)
+        video = self._embed(patches)
         text = self.text_embed(text.to(dtype))
         condition = self._condition(timestep, pooled.to(dtype))
 
         passed: list[tuple[Tensor, Tensor, int]] = []
         middle = len(self.stages) // 2
-        for stage, blocks in enumerate(self._stages()):
+        for stage, blocks in enumerate(self.stages):
             video, keys = (self._take(x, plan, order, plan.orders[stage]) for x in (video, keys))
             order = plan.orders[stage]
             if self.skips and stage > middle:
@@ -179,11 +181,11 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
                 video = self.skips[stage - middle - 1](video, before)
                 text = self.text_skips[stage - middle - 1](text, text_before)
             rotary = self._rotary(grid, plan, order, latents.device)
-            for layer, block in enumerate(blocks):
-                pattern = plan.pattern(stage, layer)
-                video, text = self._run(
-                    stage, block, video, text, condition, rotary, pattern, keys, text_keys, backend
-                )
+            patterns = [plan.pattern(stage, layer) for layer in range(len(blocks))]
+            again = "block" if self.gradient_checkpointing else self.checkpointing[stage]
+            video, text = blocks(
+                video, text, condition, rotary, patterns, keys, text_keys, again, backend
+            )
             if self.skips and stage < middle:
                 passed.append((video, text, order))
 
@@ -191,34 +193,6 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
             video = clamp_fp16(video)
         video = self.norm_out(self.norm_final(video), condition)
         return self._unpatchify(self._take(self.proj_out(video), plan, order, NATURAL), grid)
-
-    def _stages(self) -> list[list[SUVBlock]]:
-        return cast(list[list[SUVBlock]], self.stages)
-
-    def _run(
-        self,
-        stage: int,
-        block: nn.Module,
-        video: Tensor,
-        text: Tensor,
-        condition: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        pattern: SkipPattern,
-        keys: Tensor | None,
-        text_keys: Tensor | None,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        """One block, computed again in the backward pass if the stage is so set."""
-        kept = self.checkpointing[stage]
-        if self.gradient_checkpointing:
-            kept = "block"
-        training = torch.is_grad_enabled()
-        arguments = (video, text, condition, rotary, pattern, keys, text_keys)
-        if kept == "block" and training:
-            return torch.utils.checkpoint.checkpoint(
-                block, *arguments, False, backend, use_reentrant=False
-            )
-        return block(*arguments, kept == "feed_forward" and training, backend)
 
     def _check_inputs(
         self,
@@ -231,6 +205,11 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
     ) -> tuple[int, int, int]:
         """Raise ValueError for what does not fit; else the grid of tokens (t, h, w)."""
         config = self.config
+        for name, x in (
+            ("latents", latents), ("timestep", timestep), ("text", text), ("pooled", pooled),
+        ):  # fmt: skip
+            if not isinstance(x, Tensor):
+                raise ValueError(f"{name} must be a tensor, got {x!r}")
         if latents.ndim != 5 or latents.shape[1] != config.in_channels:
             raise ValueError(
                 f"latents must be [batch, {config.in_channels}, t, h, w], got {list(latents.shape)}"
@@ -270,16 +249,30 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         """
         keys = text_keys = None
         if video_mask is not None:
-            valid = F.max_pool3d((video_mask == 1).float(), self.config.patch_size)
+            there = skiparse.key_mask(video_mask, "video_mask")
+            valid = F.max_pool3d(there.float(), self.config.patch_size)
             keys = _unless_all(valid.flatten(1) > 0)
         if text_mask is not None:
-            text_keys = text_mask == 1
+            text_keys = skiparse.key_mask(text_mask, "text_mask")
             if trim:
-                there = text_keys.any(0).nonzero()
-                length = int(there[-1]) + 1 if len(there) else 0
+                used = text_keys.any(0).nonzero()
+                length = int(used[-1]) + 1 if len(used) else 0
                 text, text_keys = text[:, :length], text_keys[:, :length]
             text_keys = _unless_all(text_keys)
         return keys, text, text_keys
+
+    def _patches(self, latents: Tensor) -> Tensor:
+        """``[B, C, t, h, w]`` as ``[B, N, C, ph, pw]``, tokens in order of (t, h, w)."""
+        _, ph, pw = self.config.patch_size
+        return rearrange(latents, "b c t (h ph) (w pw) -> b (t h w) c ph pw", ph=ph, pw=pw)
+
+    def _embed(self, patches: Tensor) -> Tensor:
+        """``[B, N, C, ph, pw]``, in any order of tokens, to ``[B, N, width]``.
+
+        One below the other they are an image, whose convolution keeps their order.
+        """
+        column = rearrange(patches, "b n c ph pw -> b c (n ph) pw")
+        return self.patch_embed(column).squeeze(-1).transpose(1, 2)
 
     def _condition(self, timestep: Tensor, pooled: Tensor) -> Tensor:
         """``[B, timestep_channels]`` fp32 from the time and the pooled text."""
@@ -314,11 +307,14 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         """What ``make`` makes, from the last time if it was made before."""
         if torch._guards.detect_fake_mode() is not None:
             return make()  # what a tracer makes must not outlive it
-        if key not in self._tables:
+        found = self._tables.get(key)
+        if found is None:
+            with torch.inference_mode(False):  # or no backward pass could keep it
+                found = make()
             if len(self._tables) >= _TABLES:
                 self._tables.clear()
-            self._tables[key] = make()
-        return self._tables[key]
+            self._tables[key] = found
+        return found
 
     def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
         t, h, w = grid
@@ -338,6 +334,25 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         skipped = tuple(sparsity)
         _check_sparsity(self.config.num_layers, skipped)
         self.register_to_config(sparsity=skipped)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Diffusers' way to choose an attention kernel, which has none of this attention.
+
+        Raises:
+            ValueError: always, with the way to choose one here.
+        """
+        raise ValueError(
+            f"SUV has no attention of diffusers' that {backend!r} could compute; pass backend= to "
+            f"its forward, 'auto' or one of {list(skiparse.list_backends())}"
+        )
+
+    def enable_xformers_memory_efficient_attention(self, *_: Any, **__: Any) -> None:
+        """As :meth:`set_attention_backend`.
+
+        Raises:
+            ValueError: always.
+        """
+        self.set_attention_backend("xformers")
 
     def set_checkpointing(self, stages: Sequence[str]) -> None:
         """What each stage computes again in the backward pass instead of keeping it.
@@ -395,23 +410,6 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         return model.train(dense.training)
 
 
-class PatchEmbed(nn.Conv2d):
-    """A patch of latent pixels to a token. Stored as a convolution, applied to cut patches."""
-
-    def __init__(self, channels: int, width: int, patch_size: Sequence[int]) -> None:
-        size = (patch_size[1], patch_size[2])
-        super().__init__(channels, width, size, stride=size)
-
-    def patches(self, latents: Tensor) -> Tensor:
-        """``[B, C, t, h, w]`` as ``[B, N, C * ph * pw]``, tokens in order of (t, h, w)."""
-        ph, pw = self.kernel_size
-        return rearrange(latents, "b c t (h ph) (w pw) -> b (t h w) (c ph pw)", ph=ph, pw=pw)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """``[B, N, C * ph * pw]``, in any order of tokens, to ``[B, N, width]``."""
-        return F.linear(patches, self.weight.flatten(1), self.bias)
-
-
 class ConditionMLP(nn.Module):
     """Linear, SiLU, linear."""
 
@@ -452,14 +450,13 @@ class OutputNorm(nn.Module):
 
     def __init__(self, width: int, condition: int, kind: str, eps: float) -> None:
         super().__init__()
-        self.linear = AdaptiveLinear(condition, width, 2)
+        self.linear = Fp32Linear(condition, 2 * width)
         self.norm = Norm(width, kind, eps)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """``[B, N, C]`` and ``[B, condition]`` fp32 to ``[B, N, C]``."""
-        shift, scale = self.linear(condition)
-        norm = self.norm
-        return recomputed(modulated_norm, x, shift, scale, norm.weight, norm.bias, norm.eps)
+        shift, scale = self.linear(F.silu(condition)).chunk(2, -1)
+        return self.norm(x, shift, scale)
 
 
 def timestep_sinusoid(timestep: Tensor, channels: int) -> Tensor:

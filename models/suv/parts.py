@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from skiparse.models.suv.rope import rotate
 
@@ -53,9 +54,9 @@ def gated_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
         gate: ``[B, C]``, fp32.
     """
     with torch.autocast(x.device.type, enabled=False):
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return _add_gated(x, gate, update)
-        return _GatedResidual.apply(x, gate, update)
+        if _keeps_inputs(x, gate, update):
+            return _GatedResidual.apply(x, gate, update)
+        return _add_gated(x, gate, update)
 
 
 def _add_gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
@@ -92,8 +93,8 @@ def head_norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: f
 
 
 def fp32_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer of few rows, ``[B, C_in]`` to ``[B, C_out]``, in fp32 whatever its weights."""
-    return F.linear(F.silu(x), weight.float(), bias.float())
+    """A linear layer of few rows, ``[B, C_in]`` to ``[B, C_out]``, in fp32 whatever comes in."""
+    return F.linear(x.float(), weight.float(), bias.float())
 
 
 def clamp_fp16(x: Tensor) -> Tensor:
@@ -107,9 +108,22 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor | float | None) 
     Under ``torch.compile`` it is the bare call: the compiler makes that choice itself.
     """
     with torch.autocast(_device_type(inputs), enabled=False):
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return function(*inputs)
-        return _Recomputed.apply(function, *inputs)
+        if _keeps_inputs(*inputs):
+            return _Recomputed.apply(function, *inputs)
+        return function(*inputs)
+
+
+def _keeps_inputs(*inputs: Any) -> bool:
+    """Whether a graph for an ordinary backward is built here, of which memory is to be saved.
+
+    Compilers choose by themselves what they keep; forward mode and ``torch.func`` differentiate
+    the plain operations.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return False
+    return any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
 def _device_type(inputs: tuple[Any, ...]) -> str:

@@ -7,7 +7,8 @@ shared and stays as it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -64,16 +65,62 @@ class Backend(Protocol):
         """Attention over every sub-sequence."""
 
     def backward(
-        self, inputs: Inputs, outputs: Outputs, grad_out: Tensor, grad_text_out: Tensor
+        self,
+        inputs: Inputs,
+        outputs: Outputs,
+        grad_out: Tensor,
+        grad_text_out: Tensor,
+        grad_lse: Tensor | None = None,
+        grad_text_lse: Tensor | None = None,
     ) -> Gradients:
         """Gradients of the six inputs; ``outputs`` may come from another backend's forward.
 
         ``grad_out`` is ``[B, N, H, D]``, ``grad_text_out`` ``[B, n, T, H, D]``, any strides with
-        the last 1. Where ``lse`` is -inf the row's gradients are zero.
+        the last 1; the gradients of the log-sum-exps have their shapes, any strides, and are both
+        there or both None. Where ``lse`` is -inf the row's gradients are zero.
         """
 
 
-# What backends over library kernels share: the tokens of a box, as views.
+# The gradient of the log-sum-exp: for backends over library kernels, which do not take it.
+
+
+def with_lse_gradients(
+    forward: Callable[[Inputs], Outputs],
+    backward: Callable[[Inputs, Outputs, Tensor, Tensor], Gradients],
+    inputs: Inputs,
+    outputs: Outputs,
+    grads: Gradients,
+    grad_lse: Tensor | None,
+    grad_text_lse: Tensor | None,
+) -> Gradients:
+    """``grads`` and what the log-sum-exps add to them, by two more calls of a library.
+
+    With ``p = exp(scores - lse)``: ``dq = scale * dlse * (p k)`` is attention with the keys as
+    values, and ``dk = scale * p^T (dlse * q)`` is the gradient of the values if ``dlse * q`` is
+    that of the output.
+    """
+    if grad_lse is None or grad_text_lse is None:
+        return grads
+    weight = grad_lse.transpose(1, 2).unsqueeze(-1)  # [B, N, H, 1]
+    text_weight = grad_text_lse.permute(0, 2, 3, 1).unsqueeze(-1)  # [B, n, T, H, 1]
+    keys = forward(replace(inputs, v=inputs.k, text_v=inputs.text_k))
+    rows = (weight * inputs.q, text_weight * inputs.text_q.unsqueeze(1))
+    queries = backward(inputs, outputs, *(x.to(inputs.q.dtype) for x in rows))
+    more = {
+        "q": weight * keys.out,
+        "k": queries.v,
+        "text_q": (text_weight * keys.text_out).sum(1),
+        "text_k": queries.text_v,
+    }
+    return grads._replace(
+        **{
+            name: (getattr(grads, name) + inputs.scale * x.to(weight.dtype)).to(inputs.q.dtype)
+            for name, x in more.items()
+        }
+    )
+
+
+# The tokens of a box, as views: for backends over library kernels.
 
 
 def tokens_of(video: Tensor, box: Box) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skiparse.backends import Gradients, Inputs, Outputs
+from skiparse.backends import Gradients, Inputs, Outputs, with_lse_gradients
 
 _HEAD_DIMS = (64, 128)  # the kernels'; others are padded with zeros
 _HERE = Path(__file__).parent
@@ -53,6 +53,19 @@ def forward(inputs: Inputs) -> Outputs:
 
 
 def backward(
+    inputs: Inputs,
+    outputs: Outputs,
+    grad_out: Tensor,
+    grad_text_out: Tensor,
+    grad_lse: Tensor | None = None,
+    grad_text_lse: Tensor | None = None,
+) -> Gradients:
+    """The kernels' backward, and two more calls if the log-sum-exps have gradients."""
+    grads = _backward(inputs, outputs, grad_out, grad_text_out)
+    return with_lse_gradients(forward, _backward, inputs, outputs, grads, grad_lse, grad_text_lse)
+
+
+def _backward(
     inputs: Inputs, outputs: Outputs, grad_out: Tensor, grad_text_out: Tensor
 ) -> Gradients:
     """Row sums, one kernel for all gradients, and the sum of those of the text; no atomics race.

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from skiparse.backends import Gradients, Inputs, Outputs, rows_of, tokens_of
+from skiparse.backends import Gradients, Inputs, Outputs, rows_of, tokens_of, with_lse_gradients
 from skiparse.pattern import Segment
 
 # Limits of the library. Its documentation says 1K and 1M; the smaller reading is taken.
@@ -103,6 +103,19 @@ def forward(inputs: Inputs) -> Outputs:
 
 
 def backward(
+    inputs: Inputs,
+    outputs: Outputs,
+    grad_out: Tensor,
+    grad_text_out: Tensor,
+    grad_lse: Tensor | None = None,
+    grad_text_lse: Tensor | None = None,
+) -> Gradients:
+    """The library's backward, and two more calls if the log-sum-exps have gradients."""
+    grads = _backward(inputs, outputs, grad_out, grad_text_out)
+    return with_lse_gradients(forward, _backward, inputs, outputs, grads, grad_lse, grad_text_lse)
+
+
+def _backward(
     inputs: Inputs, outputs: Outputs, grad_out: Tensor, grad_text_out: Tensor
 ) -> Gradients:
     """The library's backward over the same calls; text gradients summed over sub-sequences.

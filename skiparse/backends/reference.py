@@ -48,11 +48,16 @@ def forward(inputs: Inputs) -> Outputs:
 
 
 def backward(
-    inputs: Inputs, outputs: Outputs, grad_out: Tensor, grad_text_out: Tensor
+    inputs: Inputs,
+    outputs: Outputs,
+    grad_out: Tensor,
+    grad_text_out: Tensor,
+    grad_lse: Tensor | None = None,
+    grad_text_lse: Tensor | None = None,
 ) -> Gradients:
     """The gradient of softmax attention from its log-sum-exp, sub-sequence by sub-sequence.
 
-    With ``p = exp(scores - lse)``: ``dv = p^T do``, ``ds = p * (do v^T - rowsum(do * o))``,
+    With ``p = exp(scores - lse)``: ``dv = p^T do``, ``ds = p * (do v^T - rowsum(do * o) + dlse)``,
     ``dq = scale ds k``, ``dk = scale ds^T q``.
 
     Source: Dao et al. 2022, "FlashAttention", appendix B.
@@ -72,6 +77,9 @@ def backward(
 
         p = _probabilities(_scores(inputs, q, tokens), lse)
         delta = (grad * out).sum(-1, keepdim=True)
+        if grad_lse is not None and grad_text_lse is not None:
+            grad_of_lse = torch.cat([grad_lse[:, :, tokens], grad_text_lse[:, :, s]], -1)
+            delta = delta - grad_of_lse.unsqueeze(-1)
         ds = p * (grad @ v.mT - delta) * inputs.scale
         for video, text, rows in (
             (dq, text_dq, ds @ k),

@@ -38,7 +38,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from skiparse.backends import Gradients, Inputs, Outputs, rows_of, tokens_of
+from skiparse.backends import Gradients, Inputs, Outputs, rows_of, tokens_of, with_lse_gradients
 from skiparse.pattern import Segment
 
 aten = torch.ops.aten
@@ -87,7 +87,8 @@ def forward(inputs: Inputs) -> Outputs:
     for call in _calls(inputs, backward=False):
         here, subs, L = call.batch, call.subs, call.segment.length
         bias, dead = call.key_masks(inputs, q.dtype)
-        folded, folded_lse = _attend(*call.operands(inputs, q.dtype), bias, inputs.scale)
+        query, key, value = call.operands(inputs, q.dtype, bias)
+        folded, folded_lse = _attend(query, key, value, bias, inputs.scale)
         rows, row_lse = call.unfold(folded), call.unfold(folded_lse.unsqueeze(-1))
         if dead is not None:
             rows = rows.masked_fill(dead, 0)
@@ -100,6 +101,19 @@ def forward(inputs: Inputs) -> Outputs:
 
 
 def backward(
+    inputs: Inputs,
+    outputs: Outputs,
+    grad_out: Tensor,
+    grad_text_out: Tensor,
+    grad_lse: Tensor | None = None,
+    grad_text_lse: Tensor | None = None,
+) -> Gradients:
+    """The library's backward, and two more calls if the log-sum-exps have gradients."""
+    grads = _backward(inputs, outputs, grad_out, grad_text_out)
+    return with_lse_gradients(forward, _backward, inputs, outputs, grads, grad_lse, grad_text_lse)
+
+
+def _backward(
     inputs: Inputs, outputs: Outputs, grad_out: Tensor, grad_text_out: Tensor
 ) -> Gradients:
     """The library's backward over the same calls; text gradients summed over sub-sequences.
@@ -115,8 +129,8 @@ def backward(
 
     for call in _calls(inputs, backward=True):
         here, subs, L = call.batch, call.subs, call.segment.length
-        query, key, value = call.operands(inputs, dtype)
         bias, dead = call.key_masks(inputs, dtype)
+        query, key, value = call.operands(inputs, dtype, bias)
         folded_out = call.fold(outputs.out, outputs.text_out[here, subs], dtype)
         folded_grad = call.fold(grad_out, grad_text_out[here, subs], dtype)
         folded_lse = call.fold(
@@ -163,18 +177,25 @@ class _Call:
         rows = self.segment.length + inputs.text_q.shape[1]
         return (entries, S * H, rows) if self.as_heads else (entries * S, H, rows)
 
-    def operands(self, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, each ``[batch, heads, rows, D]``."""
+    def operands(
+        self, inputs: Inputs, dtype: torch.dtype, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, each ``[batch, heads, rows, D]``.
+
+        Keys and values that ``bias`` hides are 0: what lies there may be large, and a kernel that
+        adds -inf to an infinite score, or multiplies by a weight of 0, would give NaN.
+        """
 
         def operand(video: Tensor, text: Tensor) -> Tensor:
             copies = text[self.batch, None].expand(-1, self.segment.number, -1, -1, -1)
             return self.fold(video, copies, dtype)
 
-        return (
-            operand(inputs.q, inputs.text_q),
-            operand(inputs.k, inputs.text_k),
-            operand(inputs.v, inputs.text_v),
-        )
+        query = operand(inputs.q, inputs.text_q)
+        key, value = operand(inputs.k, inputs.text_k), operand(inputs.v, inputs.text_v)
+        if bias is not None:
+            hidden = bias.mT == -torch.inf
+            key, value = key.masked_fill(hidden, 0), value.masked_fill(hidden, 0)
+        return query, key, value
 
     def fold(self, video: Tensor, text: Tensor, dtype: torch.dtype) -> Tensor:
         """``[B, N, H, D]`` and ``[B, S, T, H, D]`` as ``[batch, heads, rows, D]``."""

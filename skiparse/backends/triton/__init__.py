@@ -64,9 +64,14 @@ def forward(inputs: Inputs) -> Outputs:
 
 
 def backward(
-    inputs: Inputs, outputs: Outputs, grad_out: Tensor, grad_text_out: Tensor
+    inputs: Inputs,
+    outputs: Outputs,
+    grad_out: Tensor,
+    grad_text_out: Tensor,
+    grad_lse: Tensor | None = None,
+    grad_text_lse: Tensor | None = None,
 ) -> Gradients:
     """One kernel for dk and dv, one for dq, none with atomics; text summed over sub-sequences."""
     from skiparse.backends.triton.backward_kernel import backward as launch
 
-    return launch(inputs, outputs, grad_out, grad_text_out)
+    return launch(inputs, outputs, grad_out, grad_text_out, grad_lse, grad_text_lse)

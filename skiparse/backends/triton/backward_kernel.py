@@ -1,6 +1,6 @@
 """The backward kernels: one owns a block of keys (dk, dv), one a block of queries (dq).
 
-With ``p = exp(scores - lse)`` and ``delta = rowsum(do * out)``: ``dv = p^T do``,
+With ``p = exp(scores - lse)`` and ``delta = rowsum(do * out) - dlse``: ``dv = p^T do``,
 ``ds = p * (do v^T - delta)``, ``dq = scale ds k``, ``dk = scale ds^T q``. Each result is summed by
 one program in a fixed order, so there are no atomics and every run gives the same bits. The text
 takes part in every sub-sequence; its gradients are kept apart in fp32 and summed at the end.
@@ -102,6 +102,7 @@ def stats_at(stats, b, h, s, H, n, longest, T, ROWS: tl.constexpr):
 def skiparse_delta(
     out,
     grad,
+    grad_lse,
     lse,
     stats,
     N,
@@ -116,7 +117,7 @@ def skiparse_delta(
     BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """``delta = rowsum(grad * out)`` and log-sum-exp, of base 2, of ``ROWS`` query rows.
+    """``delta = rowsum(grad * out) - grad_lse`` and log-sum-exp, of base 2, of ``ROWS`` query rows.
 
     The latter is inf where there is no row or no key for it, so that every ``p`` of it is 0.
     """
@@ -136,7 +137,11 @@ def skiparse_delta(
         row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse)
         place = block * BLOCK_M + tl.arange(0, BLOCK_M)
         tl.store(log2_lse + place, row_lse)
-        tl.store(delta + place, tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1))
+        row_delta = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)  # [M]
+        if grad_lse is not None:
+            pointers = pair_pointers(grad_lse, is_video, b, s, row, h)  # [M]
+            row_delta -= tl.load(pointers, mask=exists, other=0.0)
+        tl.store(delta + place, row_delta)
 
 
 @device_function
@@ -472,14 +477,20 @@ def _dq_tiles(inputs: Inputs, config: Config | None) -> list[Any] | None:
 
 
 def backward(
-    inputs: Inputs, outputs: Outputs, grad_out: Tensor, grad_text_out: Tensor
+    inputs: Inputs,
+    outputs: Outputs,
+    grad_out: Tensor,
+    grad_text_out: Tensor,
+    grad_lse: Tensor | None = None,
+    grad_text_lse: Tensor | None = None,
 ) -> Gradients:
     """Launch delta, then dk and dv, then dq; sum the text gradients over sub-sequences.
 
     The two with tiles are chosen each by itself: a gradient with odd strides leaves dq its tiles.
     """
     q = inputs.q
-    tensors = (*tensors_of(inputs), *outputs, grad_out, grad_text_out)
+    grads = (grad_out, grad_text_out, grad_lse, grad_text_lse)
+    tensors = (*tensors_of(inputs), *outputs, *grads)
     configs = (
         _tiles(DKDV_TMA_CONFIGS, q), choose(DKDV_CONFIGS, q),
         _tiles(DQ_TMA_CONFIGS, q), choose(DQ_CONFIGS, q),
@@ -500,7 +511,7 @@ def _launches(
     """dq, dk and dv of the video, and of the text by sub-sequence, fp32."""
     inputs = inputs_of(tensors[:8], pattern, scale)
     outputs = Outputs(*tensors[8:12])
-    grad_out, grad_text_out = tensors[12:]
+    grad_out, grad_text_out, grad_lse, grad_text_lse = tensors[12:]
     q, n = inputs.q, pattern.sparsity
     (B, N, H, D), T = q.shape, inputs.text_q.shape[1]
     video = [q.new_empty(B, N, H, D) for _ in range(3)]
@@ -529,6 +540,7 @@ def _launches(
     launch(
         skiparse_delta, inputs, padded,
         (shared(outputs.out), own(outputs.text_out)), grad,
+        None if grad_lse is None else lse_pair(grad_lse, grad_text_lse),
         lse_pair(outputs.lse, outputs.text_lse), stats,
         BLOCK_M=DELTA_ROWS, ROWS=padded,
     )  # fmt: skip

@@ -66,7 +66,12 @@ def forward(inputs: Inputs) -> Outputs:
 
 
 def backward(
-    inputs: Inputs, outputs: Outputs, grad_out: Tensor, grad_text_out: Tensor
+    inputs: Inputs,
+    outputs: Outputs,
+    grad_out: Tensor,
+    grad_text_out: Tensor,
+    grad_lse: Tensor | None = None,
+    grad_text_lse: Tensor | None = None,
 ) -> Gradients:
     """The Triton backend's."""
-    return triton.backward(inputs, outputs, grad_out, grad_text_out)
+    return triton.backward(inputs, outputs, grad_out, grad_text_out, grad_lse, grad_text_lse)
