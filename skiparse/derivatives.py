@@ -95,7 +95,7 @@ def differentiate_once(op: Any, what: str) -> None:
     Without a rule its outputs would be constants to autograd, and second derivatives zero.
     """
 
-    def refuse(*_: Any) -> NoReturn:
+    def refuse() -> NoReturn:
         raise RuntimeError(
             f"{what} cannot be differentiated again: no formula for it is written; "
             "compute the attention with plain PyTorch operations for second derivatives"
@@ -112,8 +112,13 @@ def differentiate_once(op: Any, what: str) -> None:
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             """Nothing is kept."""
 
-        backward = staticmethod(refuse)
-        jvp = staticmethod(refuse)
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            refuse()
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            refuse()
 
     differentiate(op, Once)
 

@@ -274,16 +274,15 @@ def pack_jvp(
     run: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tangents of the packed buffers; in plain PyTorch, whatever the backend."""
-    tangents = (
-        (tangent_q, tangent_norm_q, tangent_text_q, tangent_text_norm_q),
-        (tangent_k, tangent_norm_k, tangent_text_k, tangent_text_norm_k),
-    )
-    primals = ((q, norm_q, text_q, text_norm_q), (k, norm_k, text_k, text_norm_k))
     packed = []
-    for x, dx in zip(primals, tangents, strict=True):
-        rows, text = (_norm_jvp(*x[i : i + 2], *dx[i : i + 2], eps) for i in (0, 2))
-        rows = _rotate(rows, cos, sin, axes)
-        packed.append(_place(rows, text, sparsity, run, q.dtype))
+    for rows, text in (
+        ((q, norm_q, tangent_q, tangent_norm_q),
+         (text_q, text_norm_q, tangent_text_q, tangent_text_norm_q)),
+        ((k, norm_k, tangent_k, tangent_norm_k),
+         (text_k, text_norm_k, tangent_text_k, tangent_text_norm_k)),
+    ):  # fmt: skip
+        video = _rotate(_norm_jvp(*rows, eps), cos, sin, axes)
+        packed.append(_place(video, _norm_jvp(*text, eps), sparsity, run, q.dtype))
     values = _place(tangent_v, tangent_text_v, sparsity, run, q.dtype)
     return packed[0], packed[1], values
 

@@ -92,7 +92,8 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         self.checkpointing: tuple[str, ...] = ("none",) * len(layers)
         self._tables: dict[tuple[Any, ...], Any] = {}
 
-        self.patch_embed = nn.Conv2d(in_channels, width, patch_size[1:], stride=patch_size[1:])
+        patch = (patch_size[1], patch_size[2])
+        self.patch_embed = nn.Conv2d(in_channels, width, patch, stride=patch)
         self.timestep_embed = ConditionMLP(timestep_channels, timestep_channels)
         self.pooled_embed = ConditionMLP(pooled_channels, timestep_channels)
         self.text_embed = nn.Linear(text_channels, width)
@@ -172,7 +173,7 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
 
         passed: list[tuple[Tensor, Tensor, int]] = []
         middle = len(self.stages) // 2
-        for stage, blocks in enumerate(self.stages):
+        for stage, blocks in enumerate(cast(list[Stage], self.stages)):
             video, keys = (self._take(x, plan, order, plan.orders[stage]) for x in (video, keys))
             order = plan.orders[stage]
             if self.skips and stage > middle:
@@ -205,11 +206,10 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
     ) -> tuple[int, int, int]:
         """Raise ValueError for what does not fit; else the grid of tokens (t, h, w)."""
         config = self.config
-        for name, x in (
-            ("latents", latents), ("timestep", timestep), ("text", text), ("pooled", pooled),
-        ):  # fmt: skip
-            if not isinstance(x, Tensor):
-                raise ValueError(f"{name} must be a tensor, got {x!r}")
+        given = {"latents": latents, "timestep": timestep, "text": text, "pooled": pooled}
+        for name, value in given.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} must be a tensor, got {value!r}")
         if latents.ndim != 5 or latents.shape[1] != config.in_channels:
             raise ValueError(
                 f"latents must be [batch, {config.in_channels}, t, h, w], got {list(latents.shape)}"
