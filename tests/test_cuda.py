@@ -36,6 +36,8 @@ PATTERNS = (
 HALVES = (torch.bfloat16, torch.float16)
 FORWARD = ("skiparse_forward", "skiparse_forward_tma")
 BACKWARD = ("skiparse_delta", "skiparse_dkdv", "skiparse_dq")
+TILES_FORWARD, TILES_BACKWARD = ((9, 0), (10, 0)), ((9, 0),)  # compute capabilities
+BACKWARD_TMA = ("skiparse_delta", "skiparse_dkdv_tma", "skiparse_dq_tma")
 
 
 @pytest.fixture(autouse=True)
@@ -65,14 +67,13 @@ def only(way):
 
 
 def names(way, *, tma=False, backward=True):
-    """What runs: of Triton the kernel that copies tiles, where rows are regular, or the other."""
+    """What runs: of Triton the kernels that copy tiles, where rows are regular, or the others."""
     if way == "triton":
-        return (FORWARD[tma and has_tiles()], *(BACKWARD if backward else ()))
+        capability = torch.cuda.get_device_capability()
+        forward = FORWARD[tma and capability in TILES_FORWARD]
+        back = BACKWARD_TMA if tma and capability in TILES_BACKWARD else BACKWARD
+        return (forward, *(back if backward else ()))
     return (f"{way} forward", *([f"{way} backward"] if backward else []))
-
-
-def has_tiles():
-    return torch.cuda.get_device_capability() in ((9, 0), (10, 0))
 
 
 def problem_of(p, dtype=torch.bfloat16, **shape):
@@ -184,7 +185,7 @@ def test_pingpong_gives_the_exact_answer(p, N, dtype, ran):
     for shape in ({"T": 0}, {"T": 1}, {"T": 400}, {"T": 128, "D": 128}):
         problem = problem_of(p, dtype, B=2, N=N, H=3, **shape)
         check(run(problem, "triton.pingpong"), problem)
-        ran.only("skiparse_forward_pingpong", *BACKWARD)
+        ran.only("skiparse_forward_pingpong", *BACKWARD_TMA)
 
 
 @pytest.mark.parametrize("way", WAYS)
