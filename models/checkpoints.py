@@ -27,7 +27,9 @@ _PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 _WRAPPERS = (
     "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module",
 )  # fmt: skip
-_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg)(?![a-z])|averag|shadow|polyak", re.IGNORECASE)
+_AVERAGED = re.compile(  # not Adam's exp_avg
+    r"(?<![a-z])(?<!exp_)(ema|swa|avg)(?![a-z])|averag|shadow|polyak", re.IGNORECASE
+)
 _LEVELS = 8  # to which weights are looked for
 
 
@@ -143,31 +145,32 @@ class _Search:
     averaged: list[tuple[str, str]] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
 
-    def look(self, held: Mapping[Any, Any], trail: tuple[str, ...] = ()) -> None:
-        """Note what ``held`` is, and go on below it."""
+    def look(
+        self, held: Mapping[Any, Any], trail: tuple[str, ...] = (), *, table: bool = True
+    ) -> None:
+        """Note what ``held`` is, a table or a group of names that begin alike, and go on below."""
         if id(held) in self.seen or len(trail) > _LEVELS:
             return
         self.seen.add(id(held))
         place = ".".join(trail)
         names = [n for n, value in held.items() if isinstance(n, str) and _is_tensor(value)]
-        if fits := bool(names) and self.roots <= {_first(n) for n in unwrapped(names, self.roots)}:
-            self.fitting[place] = held
-        elif names:
-            self.others[place] = held
-        inner: dict[str, Any] = {}
+        fits = bool(names) and self.roots <= {_first(n) for n in unwrapped(names, self.roots)}
+        if fits:
+            self.fitting[place] = _without_tables(held)
+        elif names and table:
+            self.others[place] = _without_tables(held)
+        groups: dict[str, dict[str, Any]] = {}
         for name, value in held.items():
-            if not isinstance(name, str):
-                continue
-            if not (fits or isinstance(value, Mapping)) and "." in name:
+            if isinstance(name, str) and not fits and "." in name:
                 first, _, rest = name.partition(".")
-                inner.setdefault(first, {})[rest] = value
-            else:
-                inner[name] = value
-        for name, value in inner.items():
-            if _AVERAGED.search(name) and (what := _substance(value)):
+                groups.setdefault(first, {})[rest] = value
+        tables = {name: value for name, value in held.items() if isinstance(name, str)}
+        for name, value in (groups | tables).items():
+            is_new = not _AVERAGED.search(place) and _AVERAGED.search(name)
+            if is_new and (what := _substance(value)):
                 self.averaged.append((".".join((*trail, name)), what))
             if isinstance(value, Mapping):
-                self.look(value, (*trail, name))
+                self.look(value, (*trail, name), table=name not in groups)
 
 
 def find(checkpoint: Any, key: str | None, path: Path, roots: frozenset[str]) -> Found:
@@ -185,7 +188,7 @@ def find(checkpoint: Any, key: str | None, path: Path, roots: frozenset[str]) ->
             weights of which not just one are averaged, or averaged ones that cannot be read.
     """
     if key is not None:
-        return Found(at(checkpoint, key, path), key)
+        return Found(_without_tables(at(checkpoint, key, path)), key)
     search = _Search(roots)
     if isinstance(checkpoint, Mapping):
         search.look(checkpoint)
@@ -327,6 +330,13 @@ def error(what: str, wrong: Mapping[str, Sequence[object]]) -> ValueError:
         if names
     ]
     return ValueError(f"{what}: {'; '.join(told)}")
+
+
+def _without_tables(held: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Without the tables that lie beside tensors, for they are places of their own."""
+    if not any(_is_tensor(value) for value in held.values()):
+        return dict(held)
+    return {name: value for name, value in held.items() if not isinstance(value, Mapping)}
 
 
 def _is_weight(name: object, value: object) -> bool:

@@ -404,6 +404,60 @@ def test_other_sources(small, tmp_path):
     assert holds(tmp_path / "b", small)
 
 
+@pytest.mark.parametrize(
+    ("found", "others", "make"),
+    [
+        ("ema_model", ("gen_model",), lambda s, t: {"gen_model": t, "ema_model": s}),
+        ("vae_ema", ("vae",), lambda s, t: {"vae": t, "vae_ema": {f"model.{n}": v for n, v in
+                                                                  s.items()}}),
+        ("model", ("ema",), None),
+    ],
+)  # fmt: skip
+def test_averaged_weights_are_preferred(small, tmp_path, found, others, make):
+    weights = {name: t for name, t in small.items() if "wavelet" not in name}
+    other = {name: t + 1 for name, t in weights.items()}
+    if make is None:
+        torch.save({"model": weights, "ema": [other]}, tmp_path / "in.ckpt")
+        with pytest.raises(ValueError, match=r"not read under ema \(a list\); give key"):
+            convert.convert_file(tmp_path / "in.ckpt", tmp_path / "out")
+        convert.convert_file(tmp_path / "in.ckpt", tmp_path / "out", key="model")
+    else:
+        torch.save(make(weights, other), tmp_path / "in.ckpt")
+        report = convert.convert_file(tmp_path / "in.ckpt", tmp_path / "out")
+        assert (report.found, report.others) == (found, others)
+    kept = WFVAE.from_pretrained(tmp_path / "out").state_dict()
+    assert torch.equal(kept["decoder.conv_in.weight"], weights["decoder.conv_in.conv.weight"])
+
+
+def test_values_and_dtypes(small, tmp_path):
+    bad = small | {"decoder.conv_in.conv.bias": torch.full((16,), math.nan)}
+    torch.save(bad, tmp_path / "in.ckpt")
+    match = r"1 not finite: decoder\.conv_in\.bias$"
+    with pytest.raises(ValueError, match=match):
+        convert.convert_file(tmp_path / "in.ckpt", tmp_path / "out")
+    with pytest.raises(ValueError, match=match):
+        convert.load_released(WFVAE(**convert.infer_config(bad)), bad)
+    torch.save(small, tmp_path / "in.ckpt")
+    with pytest.raises(ValueError, match="dtype must be float32"):
+        convert.convert_file(tmp_path / "in.ckpt", tmp_path / "out", dtype=torch.int32)
+    convert.convert_file(tmp_path / "in.ckpt", tmp_path / "out", dtype=torch.bfloat16)
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+    assert WFVAE.load_config(tmp_path / "out")["haar_gain"] == 0.3536  # as before it was cast
+
+
+def test_folders_of_ranks(small, tmp_path):
+    for rank in range(2):
+        (tmp_path / "in" / f"mp_rank_0{rank}").mkdir(parents=True)
+        torch.save({"model": small}, tmp_path / "in" / f"mp_rank_0{rank}" / "model_optim_rng.pt")
+    with pytest.raises(ValueError, match="is of 2 ranks, but a WFVAE is never cut"):
+        convert.convert_file(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "mp_rank_01" / "model_optim_rng.pt").unlink()
+    (tmp_path / "in" / "mp_rank_01").rmdir()
+    convert.convert_file(tmp_path / "in", tmp_path / "out")
+    assert holds(tmp_path / "out", small)
+
+
 def test_files_that_are_refused(small, tmp_path):
     source, out = tmp_path / "in.ckpt", tmp_path / "out"
 
