@@ -9,6 +9,7 @@ and what the pickle says of a storage against the archive, before anything is ta
 
 from __future__ import annotations
 
+import errno
 import math
 import pickletools
 import re
@@ -107,9 +108,9 @@ def read(path: Path, progress: Callable[[int], object] = int) -> Any:
                 raise ValueError("its bytes are in big-endian order; save it on another machine")
             storages = _Storages(path, file, members, f"{root}/data/")
             return _Machine(storages.tensor).run(data)
-        except OSError:  # the disk
-            raise
         except Exception as error:  # a file made to do harm can go wrong anywhere
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # the disk
+                raise
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise ValueError(
                 f"{path} is refused: {reason}. It must be what torch.save (since torch 1.6) "

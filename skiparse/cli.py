@@ -163,6 +163,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_argument(
         "--weights", choices=("ema", "model"), default="ema", help="averaged or last (%(default)s)"
     )
+    export.add_argument(
+        "--other-encoders",
+        action="store_true",
+        help="take a VAE or text encoders that are not those of the run",
+    )
     export.set_defaults(run=_export, extra="train")
 
     cache = commands.add_parser("cache", help="latents and text embeddings, computed once")
@@ -310,11 +315,9 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _device_and_dtype(options: argparse.Namespace) -> tuple[str, torch.dtype]:
-    import torch
+    from skiparse.models import devices
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch finds no GPU here; use --device cpu")
+    device = str(devices.chosen(options.device, setting="--device "))
     return device, _dtype(options.dtype or ("bfloat16" if device != "cpu" else "float32"))
 
 
@@ -551,8 +554,15 @@ def _export(options: argparse.Namespace) -> None:
 
     from skiparse.models.train.export import export
 
-    paths = (Path(options.run_folder), Path(options.out))
-    print(export(*paths, vae=options.vae, text=options.text, weights=options.weights))
+    made = export(
+        Path(options.run_folder),
+        Path(options.out),
+        vae=options.vae,
+        text=options.text,
+        weights=options.weights,
+        other_encoders=options.other_encoders,
+    )
+    print(made)
 
 
 def _train_vae(options: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -157,7 +157,7 @@ class Checkpoints:
     def _begin(self, hidden: Path, about: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".step-*"):  # by a process that was killed
-            shutil.rmtree(left)
+            _delete(left)
         hidden.mkdir()
         write_json(hidden / ABOUT, about)
 
@@ -197,8 +197,9 @@ class Checkpoint:
         """The one in the folder ``path``; its tensors are not read yet.
 
         Raises:
-            CheckpointError: if a file is missing, too many or of another size, or is damaged and
-                is none of tensors.
+            CheckpointError: if a file is missing or of another size, or is damaged and is none of
+                tensors; or if one of tensors is there that was not saved. Other strays, such as a
+                file browser leaves, are warned of.
         """
         complete = _read_json(path / COMPLETE)
         try:
@@ -210,7 +211,12 @@ class Checkpoint:
         for name in sorted(sizes.keys() - there):
             raise _damaged(path / name, "is missing")
         for name in sorted(there - sizes.keys()):
-            raise _damaged(path / name, f"is none of the files in {COMPLETE}")
+            if name.endswith(".safetensors") or name == ".metadata":  # which torch would read
+                raise CheckpointError(
+                    f"{path / name} is none of the files in {COMPLETE}; see where it is from, and "
+                    "remove it"
+                )
+            warnings.warn(f"{path / name} is none of the checkpoint's and is ignored", stacklevel=2)
         for name, size in sizes.items():
             found = (path / name).stat().st_size
             if found != size:
@@ -315,7 +321,16 @@ def _remove(path: Path) -> None:
     """First from sight: half removed, it must not look like a checkpoint."""
     hidden = path.with_name(f".{path.name}.old")
     path.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+    with suppress(OSError):  # what is left goes before the next one
+        _delete(hidden)
+
+
+def _delete(path: Path) -> None:
+    """A folder with all in it, or what else there is of that name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
