@@ -425,7 +425,7 @@ class _Machine:
             case (
                 "torch._tensor _rebuild_from_type_v2",
                 (_Global() as rebuild, _Global() as of, tuple(inner), _),
-            ) if of.what in _PLAIN_TENSORS and rebuild.what != kind.what:
+            ) if of.what in _PLAIN_TENSORS:
                 return self._made(rebuild, inner)
             case "torch._utils _rebuild_meta_tensor_no_storage", _:
                 return Inert("tensor without values, of the meta device")

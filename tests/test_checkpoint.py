@@ -292,6 +292,19 @@ def test_damage_is_named_and_nothing_loaded(saved, damage, file, message):
             saved.latest().read("model.")
 
 
+def test_checkpoints_from_before_nothing_was_learned_stay(saved):
+    for step, hold, kept in (
+        (3, None, [2, 3]),
+        (4, 3, [2, 3, 4]),
+        (5, 3, [2, 3, 5]),
+        (6, 3, [2, 3, 6]),
+        (7, None, [6, 7]),
+        (8, 8, [7, 8]),
+    ):
+        saved.save(step, tensors(step), ABOUT, hold=hold)
+        assert names(saved.folder) == [f"step-{number:08d}" for number in kept]
+
+
 @pytest.mark.parametrize("name", [".DS_Store", "notes.txt", ".nfs0001", "about.json~", "folder"])
 def test_strays_in_a_checkpoint_are_ignored(saved, name):
     path = saved.folder / "step-00000002" / name

@@ -320,7 +320,7 @@ def load(path: str | os.PathLike[str] | None = None, arguments: Sequence[str] = 
     return config
 
 
-class _Once(yaml.SafeLoader):
+class _Once(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is untyped
     """YAML in which no key is there twice: by itself the last one would win, without a word."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
