@@ -524,6 +524,19 @@ def test_where_weights_are(tmp_path):
             checkpoints.at(checkpoint, key, tmp_path)
 
 
+def test_a_beginning_that_all_names_share_may_be_the_models_own():
+    roots = frozenset({"encoder", "decoder"})
+    for given, left in (
+        (["encoder.a.b", "encoder.c"], ["encoder.a.b", "encoder.c"]),
+        (["model.encoder.a", "model.encoder.b"], ["encoder.a", "encoder.b"]),
+        (["x.y.a", "x.y.b"], ["a", "b"]),
+        (["x.a", "y.a"], ["x.a", "y.a"]),
+        (["x"], ["x"]),
+        ([], []),
+    ):
+        assert checkpoints.unwrapped(given, roots) == left
+
+
 # Loading a folder.
 
 
