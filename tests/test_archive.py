@@ -139,6 +139,15 @@ def test_tensors_of_an_npu_are_read(file, monkeypatch):
     assert torch.equal(archive.read(file), torch.zeros(4))
 
 
+@pytest.mark.parametrize("of", [b"torch\nTensor", b"torch.nn.parameter\nParameter", b"other\nInt4"])
+def test_tensors_of_a_type_of_their_own_are_inert(file, of):
+    """What their numbers mean is up to the type."""
+    inner = tensor_program()[2:-2].replace(b"ctorch._utils\n_rebuild_tensor_v2\n", b"", 1)
+    program = b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._utils\n_rebuild_tensor_v2\n"
+    made_of(file, program + b"c" + of + b"\n" + inner + b"}tR.", {"0": bytes(16)})
+    assert isinstance(archive.read(file), Inert if of.startswith(b"other") else torch.Tensor)
+
+
 class Evil:
     """Whatever is unpickled of it runs a function."""
 

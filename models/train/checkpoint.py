@@ -186,8 +186,8 @@ class Checkpoints:
             _remove(path)
         hidden.rename(path)
         shards.sync(self.folder)
-        complete = [old for old in _steps(self.folder) if _is_complete(old)]
-        after = [old for old in complete if hold is not None and _number(old) > hold]
+        complete = complete_ones(self.folder)
+        after = [old for old in complete if hold is not None and number_of(old) > hold]
         for old in [*complete[: len(complete) - len(after)][: -self.keep], *after[:-1]]:
             _remove(old)
 
@@ -326,11 +326,17 @@ class Checkpoint:
 def _steps(folder: Path) -> list[Path]:
     """What looks like a checkpoint, oldest first."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
-    return sorted(found, key=_number)
+    return sorted(found, key=number_of)
 
 
-def _number(path: Path) -> int:
+def number_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
     return int(path.name.removeprefix("step-"))
+
+
+def complete_ones(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder`` that are complete, oldest first."""
+    return [path for path in _steps(folder) if _is_complete(path)]
 
 
 def _is_complete(path: Path) -> bool:

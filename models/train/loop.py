@@ -37,7 +37,13 @@ from skiparse.models.data.draws import Use, torch_numbers
 from skiparse.models.data.features import Batch, Encoders, collate
 from skiparse.models.data.manifest import Manifest
 from skiparse.models.data.sampler import BucketBatchSampler
-from skiparse.models.train.checkpoint import FOLDER, CheckpointError, Checkpoints
+from skiparse.models.train.checkpoint import (
+    FOLDER,
+    CheckpointError,
+    Checkpoints,
+    complete_ones,
+    number_of,
+)
 from skiparse.models.train.checks import check, check_data, check_resumed, settings_of
 from skiparse.models.train.config import Config, Stage
 from skiparse.models.train.guards import alone, told_to_stop, undisturbed
@@ -307,10 +313,12 @@ def _give_up(
     if world.rank == 0:
         found = {name: str(value) for name, value in asdict(decision).items()}
         write_json(out / STOPPED, {"step": step, "stage": stage, **found, "keys": keys})
+    since = step if skipping is None else skipping
+    before = [path.name for path in complete_ones(out / FOLDER) if number_of(path) <= since]
+    back = f"; to go back to {' or '.join(before)}, first remove what is newer" if before else ""
     raise FloatingPointError(
         f"step {step} (stage {stage}) has a gradient of norm {decision.norm}, and the clipper "
         f"gives up; {out / STOPPED} names the samples. Nothing was learned since step "
-        f"{step if skipping is None else skipping}: continue with other learning rates of the "
-        "stage (learning_rate, then), or without those samples; to go further back, first remove "
-        f"the newest of {out / FOLDER}"
+        f"{since}: continue with other learning rates of the stage (learning_rate, then), or "
+        f"without those samples{back}"
     )
