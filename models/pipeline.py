@@ -131,8 +131,16 @@ class SUVPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers' classe
         """The latents ``(C, t, h, w)`` of a video of that size in pixels and frames.
 
         Raises:
-            ValueError: if the models cannot take it, with the nearest sizes that they can.
+            ValueError: if the models cannot take it, with the nearest sizes that they can; or if
+                the latents of the one are not those of the other.
         """
+        channels = self.transformer.config.in_channels
+        decoded = getattr(self.vae.config, "latent_channels", channels)
+        if decoded != channels:
+            raise ValueError(
+                f"the transformer makes latents of {channels} channels and the vae decodes "
+                f"{decoded}; give the vae it was trained with"
+            )
         space, time = self.vae.spatial_factor, self.vae.temporal_factor
         _, *patch = self.transformer.config.patch_size
         wrong = []
@@ -148,7 +156,6 @@ class SUVPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers' classe
             wrong.append(f"num_frames={num_frames} must be {time}n + 1: {near}")
         if wrong:
             raise ValueError("; ".join(wrong))
-        channels = self.transformer.config.in_channels
         return channels, (num_frames - 1) // time + 1, height // space, width // space
 
     @torch.no_grad()
@@ -233,22 +240,32 @@ class SUVPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers' classe
                 f"{self._callback_tensor_inputs}"
             )
 
+        batch = _count(prompt_embeds if prompt is None else prompt)
+        negatives = _count("" if not given else given[0])
+        if negatives not in (1, batch):
+            raise ValueError(
+                f"give one negative prompt or one for each of {batch} prompts, got {negatives}"
+            )
+        if isinstance(generator, list) and len(generator) != batch:
+            raise ValueError(
+                f"give one generator, or a list with one for each of {batch} prompts, got a list "
+                f"of {len(generator)}"
+            )
+        if latents is not None and latents.shape != (batch, *shape):
+            raise ValueError(
+                f"latents must be {[batch, *shape]} for {batch} prompts, got {list(latents.shape)}"
+            )
+
         device, dtype = self._execution_device, self.transformer.dtype
         if prompt is not None:
             prompt_embeds = self.text.encode(prompt, template=template, clean_caption=clean_caption)
         assert prompt_embeds is not None  # one of the two was given
         branches = [prompt_embeds.to(device, dtype)]
-        batch = len(prompt_embeds)
         if guided:
             if negative_prompt_embeds is None:
                 negative_prompt_embeds = self.text.encode(
                     NEGATIVE_PROMPT if negative_prompt is None else negative_prompt,
                     clean_caption=clean_caption,
-                )
-            if len(negative_prompt_embeds) not in (1, batch):
-                raise ValueError(
-                    f"give one negative prompt or one for each of {batch} prompts, got "
-                    f"{len(negative_prompt_embeds)}"
                 )
             negative = negative_prompt_embeds.to(device, dtype)
             copies = batch // len(negative)
@@ -262,10 +279,6 @@ class SUVPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers' classe
         if latents is None:
             latents = randn_tensor(
                 (batch, *shape), generator=generator, device=device, dtype=torch.float32
-            )
-        elif latents.shape != (batch, *shape):
-            raise ValueError(
-                f"latents must be {[batch, *shape]} for {batch} prompts, got {list(latents.shape)}"
             )
         latents = latents.to(device, torch.float32)
 
@@ -318,6 +331,11 @@ class SUVPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers' classe
             levels = video.float().add(1).mul(127.5).round().clamp(0, 255)
             videos.append(levels.to(torch.uint8).permute(1, 2, 3, 0).cpu())
         return torch.stack(videos).contiguous()
+
+
+def _count(texts: Any) -> int:
+    """How many prompts there are, encoded or not."""
+    return 1 if isinstance(texts, str) else len(texts)
 
 
 def _nearest(value: int, step: int, least: int) -> str:

@@ -12,8 +12,9 @@ import torch
 import skiparse
 from skiparse.models import vbench
 from skiparse.models.data import writer
-from skiparse.models.data.atomic import write_json
+from skiparse.models.data.atomic import check_writable, write_json
 from skiparse.models.pipeline import NEGATIVE_PROMPT, TEMPLATE, SUVPipeline
+from skiparse.models.text import check_text
 
 Job = tuple[str, int, Path, Path]  # prompt, seed, video, side-car
 
@@ -69,9 +70,7 @@ def run(options: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
                     "another folder for --vbench, or remove what is old"
                 )
 
-    for _, _, video, sidecar in jobs:
-        video.parent.mkdir(parents=True, exist_ok=True)
-        sidecar.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(*(file for *_, video, sidecar in jobs for file in (video, sidecar)))
 
     pipeline = SUVPipeline.from_pretrained(options.model, dtype=dtype)
     pipeline.latent_shape(options.height, options.width, options.frames)  # raises before any work
@@ -101,11 +100,17 @@ def run(options: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
 def plan(options: argparse.Namespace) -> list[Job]:
     """Prompt, seed, video and side-car of everything to make; for VBench, tells what is missing."""
     prompts = vbench.read_prompts(options.prompts) if options.prompts else [options.prompt]
+    for prompt in (*prompts, options.negative or ""):
+        check_text(prompt)
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed {options.seed}: give a number from 0, below 2**63")
     suffix = ".png" if options.frames == 1 else ".mp4"
     if options.vbench:
         if options.out or options.frames == 1:
             raise ValueError("--vbench DIR is for videos of several frames, and instead of --out")
         folder = Path(options.vbench)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--vbench {folder} is a file; give a folder")
         samples = vbench.SAMPLES if options.samples is None else options.samples
         missing = vbench.missing(folder, prompts, samples=samples)
         print(f"{folder}: {len(missing)} of {len(prompts) * samples} videos missing")

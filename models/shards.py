@@ -40,6 +40,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+HEAD = 512  # bytes that tell what a file is
 _CHUNK = 2**24  # bytes written, hashed and reported at once
 
 
@@ -59,6 +60,10 @@ class Lazy:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def to(self, dtype: torch.dtype) -> Lazy:
+        """One whose numbers are cast when it is made."""
+        return Lazy(self.shape, dtype, lambda: self.make().to(dtype))
 
 
 @contextmanager
@@ -158,28 +163,39 @@ def verify(folder: str | os.PathLike[str]) -> None:
             raise ValueError(f"{file} has {size} bytes, not those of {MANIFEST}. Copy it again")
         if sha256(file) != entry.get("sha256"):
             raise ValueError(f"{file} does not have the SHA-256 of {MANIFEST}. Copy it again")
-    left_out = sorted(set(_weight_map(folder).values()) - set(files))
+    index = _index(folder)
+    named = _weight_map(folder, index).values() if index else ()
+    left_out = sorted({*named} - set(files))
     if left_out:
-        raise ValueError(f"{MANIFEST} of {folder} leaves out {left_out}, which {INDEX} names")
+        raise ValueError(f"{MANIFEST} of {folder} leaves out {left_out}, which {index} names")
 
 
 def read(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors that the index of ``folder`` names, mapped from their files, not yet read.
 
-    They are as trustworthy as the files: :func:`verify` first where there is a manifest.
+    A folder with one safetensors file needs no index. The tensors are as trustworthy as the files:
+    :func:`verify` first where there is a manifest.
 
     Raises:
-        ValueError: if the index is damaged or leads out of the folder, or a file does not hold
-            exactly the tensors that the index expects in it.
+        ValueError: if there is neither or there are several; if the index is damaged or leads out
+            of the folder; or if a file does not hold exactly what the index expects in it.
     """
-    place = _weight_map(folder)
+    files = sorted(file.name for file in Path(folder).glob("*.safetensors"))
+    index = _index(folder)
+    if index is None:
+        if len(files) == 1:
+            return read_file(inside(folder, files[0]))
+        raise ValueError(
+            f"{folder} holds {len(files)} safetensors files and no index, {INDEX}; name the file"
+        )
+    place = _weight_map(folder, index)
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(place.values())):
         held = read_file(inside(folder, name))
         expected = {tensor for tensor, file in place.items() if file == name}
         if held.keys() != expected:
             wrong = sorted(held.keys() ^ expected)[:10]
-            raise ValueError(f"{INDEX} and {name} of {folder} disagree about {wrong}")
+            raise ValueError(f"{index} and {name} of {folder} disagree about {wrong}")
         tensors |= held
     return tensors
 
@@ -191,7 +207,35 @@ def read_file(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file, or damaged: {error}") from error
+        with file.open("rb") as opened:
+            head = opened.read(HEAD)
+        what = "" if is_safetensors(head) else f", but {described(head)}"
+        raise ValueError(f"{file} is no safetensors file, or damaged{what}: {error}") from error
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Whether a file that begins with ``head`` has a header as safetensors has."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27
+
+
+def described(head: bytes) -> str:
+    """What a file that begins with ``head``, and holds no weights, may be."""
+    text = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+    for start, what in (
+        (b"version https://git-lfs", "a pointer of Git LFS and not the file; run `git lfs pull`"),
+        (b"<", "a web page or XML, such as a site shows in place of the file"),
+        (b"{", "JSON, such as a site answers in place of the file"),
+        (b"pk\x03\x04", "a zip archive"),
+        (b"\x1f\x8b", "packed by gzip; unpack it"),
+        (b"7z\xbc\xaf", "packed by 7-Zip; unpack it"),
+        (b"rar!", "packed by RAR; unpack it"),
+        (b"\x28\xb5\x2f\xfd", "packed by zstd; unpack it"),
+        (b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", "by a torch before 1.6"),
+        (b"\x80", "a bare pickle"),
+    ):
+        if text.startswith(start.lower()):
+            return what
+    return "of an unknown kind" if head.strip(b"\0") else "empty, or begins with zeros alone"
 
 
 def inside(root: str | os.PathLike[str], name: object) -> Path:
@@ -290,9 +334,17 @@ def _table(content: object, key: str, path: Path) -> dict[str, Any]:
     return table
 
 
-def _weight_map(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """The file that holds each tensor, by the index of ``folder``."""
-    path = inside(folder, INDEX)
+def _index(folder: str | os.PathLike[str]) -> str | None:
+    """The name of the index in ``folder``, None if there is none."""
+    found = sorted(file.name for file in Path(folder).glob("*.safetensors.index.json"))
+    if len(found) > 1:
+        raise ValueError(f"{folder} has several indexes, {found}; leave one, or name a file")
+    return found[0] if found else None
+
+
+def _weight_map(folder: str | os.PathLike[str], index: str) -> dict[str, str]:
+    """The file that holds each tensor, by the ``index`` of ``folder``."""
+    path = inside(folder, index)
     place = _table(_read_json(path), "weight_map", path)
     if not all(isinstance(file, str) for file in place.values()):
         raise ValueError(f"{path} names files by something else than text; it is damaged")

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 from diffusers import ConfigMixin, ModelMixin
 
 
 class StrictModelMixin(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' are untyped
-    """diffusers' ``ModelMixin`` and ``ConfigMixin``, which by themselves warn and go on."""
+    """diffusers' ``ModelMixin`` and ``ConfigMixin``, which by themselves warn and go on.
+
+    Models come from folders alone, unless ``local_files_only=False`` asks for the network.
+    """
+
+    @classmethod
+    def load_config(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, but from a folder.
+
+        Raises:
+            FileNotFoundError: if ``path`` is no folder with a ``config.json``.
+        """
+        local = kwargs.setdefault("local_files_only", True)
+        folder = os.path.join(path, kwargs.get("subfolder") or "")
+        if local and not os.path.isfile(path) and not os.path.isfile(f"{folder}/config.json"):
+            raise FileNotFoundError(
+                f"{os.path.normpath(folder)}/config.json is not there; give the folder of a "
+                f"{cls.__name__}"
+            )
+        return super().load_config(path, *args, **kwargs)
 
     @classmethod
     def from_config(cls, config: Any = None, **kwargs: Any) -> Any:
@@ -32,8 +52,10 @@ class StrictModelMixin(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         """As in diffusers, but strict: every weight must be in the files, and nothing else.
 
         Raises:
+            FileNotFoundError: if ``path`` is no folder with a ``config.json``.
             ValueError: with the first ten keys that are missing, unexpected or misshapen.
         """
+        kwargs.setdefault("local_files_only", True)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
         wrong = [f"{kind}: {list(keys)[:10]}" for kind, keys in info.items() if keys]

@@ -153,14 +153,17 @@ class TextEncoders:
             clean_caption: whether prompts go through :func:`clean`, as those of the training did.
 
         Raises:
-            ValueError: if there are no prompts, the template has no place for one, cleaning left
-                nothing of one, or one is new and the encoders have been freed.
+            ValueError: if there are no prompts, the template has no place for one, one holds what
+                is no character or cleaning left nothing of it, or one is new and the encoders have
+                been freed.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("prompts is empty; give at least one, '' for none in particular")
         if "{prompt}" not in template:
             raise ValueError(f"template must contain {{prompt}}, got {template!r}")
+        for prompt in prompts:
+            check_text(prompt)
         texts = [clean(prompt) if clean_caption else prompt for prompt in prompts]
         for prompt, text in zip(prompts, texts, strict=True):
             if prompt.strip() and not text:
@@ -218,6 +221,16 @@ def clean(prompt: str) -> str:
     for pattern, replacement in _CLEANING:
         text = pattern.sub(replacement, text)
     return text.strip()
+
+
+def check_text(prompt: str) -> None:
+    """ValueError if ``prompt`` holds half a character, which no file or tokenizer takes."""
+    wrong = [f"U+{ord(letter):04X}" for letter in prompt if 0xD800 <= ord(letter) <= 0xDFFF]
+    if wrong:
+        raise ValueError(
+            f"prompt {prompt!a} holds {', '.join(wrong[:3])}, which is no character: text that "
+            "was not UTF-8, or half of a pair; write it anew"
+        )
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> tuple[Tensor, Tensor]:

@@ -89,14 +89,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     suv.add_argument("src", nargs="+", metavar="IN", help="a file, that of each rank, or a folder")
     suv.add_argument("dst", metavar="OUT", help="the folder to make; it must not exist")
     suv.add_argument("--sparsity", help="such as 1,2,4,8,4,2,1; default: that of the preset")
-    suv.add_argument("--key", help="where IN keeps the weights, such as ema_state_dict")
-    suv.set_defaults(run=_convert_suv, extra="models")
     vae = kinds.add_parser(
         "vae", help="WF-VAE, the video autoencoder: a .ckpt or .safetensors file"
     )
-    vae.add_argument("src", metavar="IN", help="a file, or a folder of indexed safetensors")
+    vae.add_argument("src", metavar="IN", help="a file, or a folder of safetensors")
     vae.add_argument("dst", metavar="OUT", help="the folder to make; it must not exist")
-    vae.add_argument("--key", help="where IN keeps the weights; default: averaged ones if any")
+    for each in (suv, vae):
+        each.add_argument("--key", help="where IN keeps the weights; default: averaged ones if any")
+        each.add_argument("--dtype", help="of the weights written; default: that of IN")
+    suv.set_defaults(run=_convert_suv, extra="models")
     vae.set_defaults(run=_convert_vae, extra="models")
 
     sample = commands.add_parser("sample", help="make videos from prompts with a trained model")
@@ -161,6 +162,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_argument("--text", required=True, metavar="DIR", help="with the text encoders")
     export.add_argument(
         "--weights", choices=("ema", "model"), default="ema", help="averaged or last (%(default)s)"
+    )
+    export.add_argument(
+        "--other-encoders",
+        action="store_true",
+        help="take a VAE or text encoders that are not those of the run",
     )
     export.set_defaults(run=_export, extra="train")
 
@@ -309,15 +315,20 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _device_and_dtype(options: argparse.Namespace) -> tuple[str, torch.dtype]:
+    from skiparse.models import devices
+
+    device = str(devices.chosen(options.device, setting="--device "))
+    return device, _dtype(options.dtype or ("bfloat16" if device != "cpu" else "float32"))
+
+
+def _dtype(name: str) -> torch.dtype:
     import torch
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch finds no GPU here; use --device cpu")
-    dtype = getattr(torch, options.dtype or ("bfloat16" if device != "cpu" else "float32"), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"--dtype {options.dtype}: give float32, bfloat16, float16 or float64")
-    return device, dtype
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    for dtype in dtypes:
+        if name == str(dtype).removeprefix("torch."):
+            return dtype
+    raise ValueError(f"--dtype {name}: give float32, bfloat16, float16 or float64")
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -446,18 +457,32 @@ def _convert_suv(options: argparse.Namespace) -> None:
         options.dst,
         sparsity=None if sparsity is None else [int(k) for k in sparsity],
         key=options.key,
+        dtype=_dtype(options.dtype) if options.dtype else None,
         progress=True,
     )
-    where = f"under {report.found}" if report.found else "at the top"
+    where = _where(report.found, report.others)
     print(f"{options.dst}: {report.names} names, {report.ranks} rank(s), weights found {where}")
     print(f"left out, without effect: {', '.join(report.dropped) or 'nothing'}")
+
+
+def _where(found: str, others: Sequence[str]) -> str:
+    """Under which key weights were, and under which there are some that were not taken."""
+    where = f"under {found}" if found else "at the top"
+    keys = ", ".join(f"--key {other}" if other else "--key ''" for other in others)
+    return f"{where}; not taken, but there: {keys}" if others else where
 
 
 def _convert_vae(options: argparse.Namespace) -> None:
     from skiparse.models.wfvae.convert import convert_file
 
-    report = convert_file(options.src, options.dst, key=options.key, progress=True)
-    where = f"under {report.found}" if report.found else "at the top"
+    report = convert_file(
+        options.src,
+        options.dst,
+        key=options.key,
+        dtype=_dtype(options.dtype) if options.dtype else None,
+        progress=True,
+    )
+    where = _where(report.found, report.others)
     latents = "none, so latents stay as they are"
     if report.config["shift"] is not None:
         latents = "of the weights" if "shift" in report.dropped else "of the preset of this size"
@@ -529,8 +554,15 @@ def _export(options: argparse.Namespace) -> None:
 
     from skiparse.models.train.export import export
 
-    paths = (Path(options.run_folder), Path(options.out))
-    print(export(*paths, vae=options.vae, text=options.text, weights=options.weights))
+    made = export(
+        Path(options.run_folder),
+        Path(options.out),
+        vae=options.vae,
+        text=options.text,
+        weights=options.weights,
+        other_encoders=options.other_encoders,
+    )
+    print(made)
 
 
 def _train_vae(options: argparse.Namespace) -> None:

@@ -292,6 +292,43 @@ def test_damage_is_named_and_nothing_loaded(saved, damage, file, message):
             saved.latest().read("model.")
 
 
+def test_checkpoints_from_before_nothing_was_learned_stay(saved):
+    for step, hold, kept in (
+        (3, None, [2, 3]),
+        (4, 3, [2, 3, 4]),
+        (5, 3, [2, 3, 5]),
+        (6, 3, [2, 3, 6]),
+        (7, None, [6, 7]),
+        (8, 8, [7, 8]),
+    ):
+        saved.save(step, tensors(step), ABOUT, hold=hold)
+        assert names(saved.folder) == [f"step-{number:08d}" for number in kept]
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "notes.txt", ".nfs0001", "about.json~", "folder"])
+def test_strays_in_a_checkpoint_are_ignored(saved, name):
+    path = saved.folder / "step-00000002" / name
+    path.mkdir() if name == "folder" else path.write_text("x")
+    with pytest.warns(UserWarning, match=f"{name} is none of the checkpoint's and is ignored"):
+        found = saved.latest()
+    filled = blank(tensors())
+    found.load(filled)
+    assert same(filled, tensors(2))
+
+
+def test_strays_beside_checkpoints_are_ignored(saved):
+    for name in (".step-00000002.swp", "step-00000002.bak", "latest", ".DS_Store"):
+        (saved.folder / name).write_text("x")
+    (saved.folder / ".step-link").symlink_to(saved.folder / "step-00000002")
+    (saved.folder / "step-00000003").write_text("x")
+    with pytest.warns(UserWarning, match="step-00000003 has no COMPLETE and is ignored"):
+        assert saved.latest().step == 2
+    saved.save(3, tensors(3), ABOUT)
+    assert saved.latest().step == 3
+    kept = [".DS_Store", "latest", "step-00000002", "step-00000002.bak", "step-00000003"]
+    assert sorted(path.name for path in saved.folder.iterdir()) == kept
+
+
 def test_what_does_not_fit_is_named_and_nothing_loaded(saved):
     found = saved.latest()
     filled = {

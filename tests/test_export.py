@@ -14,8 +14,10 @@ pytest.importorskip("diffusers")
 from test_text import save, tiny_encoders
 
 from skiparse.cli import main
+from skiparse.models.data.features import fingerprints
 from skiparse.models.pipeline import SUVPipeline
 from skiparse.models.suv.model import SUV
+from skiparse.models.text import TextEncoders
 from skiparse.models.train.checkpoint import CheckpointError, Checkpoints
 from skiparse.models.train.export import export
 from skiparse.models.wfvae.model import WFVAE
@@ -38,24 +40,27 @@ def model(seed):
     return made
 
 
-def save_run(run, step, **models):
-    """A checkpoint as a run has it: models, something of the optimiser, and the config."""
+def save_run(run, step, data=None, **models):
+    """A checkpoint as a run has it: models, something of the optimiser, the config, the data."""
     tensors = {"optimizer.x.step": torch.tensor(float(step))}
     for name, made in models.items():
         tensors |= {f"{name}.{key}": x for key, x in made.state_dict().items()}
     config = {k: v for k, v in made.config.items() if not k.startswith("_")}
-    Checkpoints(run / "checkpoints").save(step, tensors, {"model": config, "clipper": {}})
+    about = {"model": config, "clipper": {}} | ({"data": data} if data else {})
+    Checkpoints(run / "checkpoints").save(step, tensors, about)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A run of two checkpoints, a VAE and text encoders."""
     folder = tmp_path_factory.mktemp("made")
-    save_run(folder / "run", 1, model=model(1), ema=model(2))
-    save_run(folder / "run", 2, model=model(3), ema=model(4))
     torch.manual_seed(0)
-    WFVAE(**VAE).save_pretrained(folder / "vae")
+    vae = WFVAE(**VAE)
+    vae.save_pretrained(folder / "vae")
     save(folder / "text", tiny_encoders())
+    data = {"data": "x", **fingerprints(vae, TextEncoders.from_pretrained(folder / "text"))}
+    save_run(folder / "run", 1, data, model=model(1), ema=model(2))
+    save_run(folder / "run", 2, data, model=model(3), ema=model(4))
     return folder
 
 
@@ -98,6 +103,17 @@ def test_sample_takes_it(parts, tmp_path):
     assert json.loads(video.with_suffix(".json").read_text())["prompt"] == "cat"
 
 
+@pytest.mark.parametrize("spoiled", ["vae", "clip"])
+def test_other_encoders_are_taken_knowingly(parts, tmp_path, spoiled, capsys):
+    {"vae": another_vae, "clip": another_clip}[spoiled](parts)
+    command = ["export", str(parts["run"]), str(tmp_path / "out")]
+    command += ["--vae", str(parts["vae"]), "--text", str(parts["text"])]
+    assert main(command) == 2
+    assert "--other-encoders" in capsys.readouterr().err
+    assert main([*command, "--other-encoders"]) == 0
+    assert equal(SUVPipeline.from_pretrained(tmp_path / "out").transformer, model(4))
+
+
 def without(name):
     return lambda parts: shutil.rmtree(parts[name])
 
@@ -114,7 +130,27 @@ def damaged(parts):
 
 def of_another_size(parts):
     models = {name: SUV(**{**SUV.presets["tiny"], "num_heads": 3}) for name in ("model", "ema")}
-    save_run(parts["run"], 3, **models, small=model(1))
+    data = Checkpoints(parts["run"] / "checkpoints").latest().about["data"]
+    save_run(parts["run"], 3, data, **models, small=model(1))
+
+
+def another_vae(parts):
+    torch.manual_seed(1)
+    shutil.rmtree(parts["vae"])
+    WFVAE(**VAE).save_pretrained(parts["vae"])
+
+
+def of_more_channels(parts):
+    shutil.rmtree(parts["vae"])
+    WFVAE(**VAE | {"latent_channels": 8}).save_pretrained(parts["vae"])
+
+
+def another_clip(parts):
+    made = tiny_encoders()
+    with torch.no_grad():
+        next(made[3].parameters()).add_(1)
+    shutil.rmtree(parts["text"])
+    save(parts["text"], made)
 
 
 @pytest.mark.parametrize(
@@ -123,8 +159,16 @@ def of_another_size(parts):
         (None, {"weights": "best"}, ValueError, "weights must be one of ema, model, got 'best'"),
         (already_there, {}, ValueError, "out exists; give a new name"),
         (without("run"), {}, FileNotFoundError, "no complete checkpoint in .*run/checkpoints"),
-        (without("vae"), {}, FileNotFoundError, "vae/config.json is not there; give a WFVAE"),
+        (without("vae"), {}, FileNotFoundError, "vae/config.json is not there; give the fold"),
         (without("text"), {}, FileNotFoundError, "no text encoder in "),
+        (lambda parts: (parts["vae"] / "config.json").unlink(), {}, FileNotFoundError,
+         "vae/config.json is not there; give the folder of a WFVAE"),
+        (another_vae, {}, ValueError, "vae of .*/vae: not what .*step-00000002 was trained with"),
+        (another_clip, {}, ValueError, "^clip of .*/text: not what .*step-00000002 was trained"),
+        (of_more_channels, {}, ValueError, "latents of 8 channels, but the model of .* takes 4"),
+        (of_more_channels, {"other_encoders": True}, ValueError, "8 channels, but the model"),
+        (lambda parts: save_run(parts["run"], 3, model=model(1), ema=model(1)), {}, ValueError,
+         "step-00000003 does not tell which clip, t5, vae it was trained with"),
         (damaged, {}, CheckpointError, "step-00000002.*does not have the SHA-256"),
         (of_another_size, {}, ValueError, "step-00000003 does not hold its SUV: .*size mismatch"),
         (

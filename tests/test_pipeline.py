@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import shutil
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -255,7 +256,7 @@ def test_encoded_prompts_and_freed_encoders(pipe):
     ).frames
     assert torch.equal(given, first)
     with pytest.raises(ValueError, match="'high quality, a bird' was not encoded before"):
-        pipe("a bird", **asked)
+        pipe("a bird", **SIZE, negative_prompt="grey")
 
 
 def test_a_generator_for_each_video(pipe):
@@ -336,6 +337,11 @@ def test_spoilt_text_and_frames_are_refused(pipe):
         ({"schedule": "cosine"}, "schedule"),
         ({"prompt": None}, "give either prompt or prompt_embeds"),
         ({"negative_prompt": ["a", "b", "c"]}, "one negative prompt or one for each of 1 prompts"),
+        ({"generator": []}, "a list with one for each of 1 prompts, got a list of 0"),
+        ({"prompt": ["a", "b"], "generator": [generator()]}, "each of 2 prompts, got a list of 1"),
+        ({"generator": [generator()] * 2}, "each of 1 prompts, got a list of 2"),
+        ({"prompt": "a \ud800 cat"}, r"prompt 'a \\ud800 cat' holds U\+D800, which is no char"),
+        ({"negative_prompt": "\udcff"}, r"holds U\+DCFF, which is no character"),
         ({"latents": torch.zeros(1, 4, 2, 4, 4)}, r"latents must be \[1, 4, 2, 4, 6\] for 1"),
         ({"callback_on_step_end_tensor_inputs": ["text"]}, r"has \['text'\]; choose from"),
     ],
@@ -457,6 +463,11 @@ def test_sample_writes_nothing_that_is_not_finite(saved, tmp_path, capsys, monke
         (["--model", "nowhere"], "--model nowhere: nowhere/transformer/config.json is not there"),
         (["--offload"], "--offload moves models off a GPU"),
         (["--dtype", "int8"], "--dtype int8: give float32"),
+        (["--device", "mps"], "--device mps: models run on cpu and cuda alone"),
+        (["--device", "gpu"], "--device gpu: give cpu, cuda or cuda:1"),
+        (["--seed", "-1"], "--seed -1: give a number from 0"),
+        (["--seed", str(2**63)], "give a number from 0, below 2**63"),
+        (["--negative", "\udcff"], "holds U+DCFF, which is no character"),
     ],
 )
 def test_sample_refuses(saved, tmp_path, capsys, monkeypatch, arguments, message):
@@ -464,6 +475,64 @@ def test_sample_refuses(saved, tmp_path, capsys, monkeypatch, arguments, message
     assert sample(saved, "--prompt", "a cat", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("prompt", ["\udcff", "a \ud83d cat"])
+def test_sample_refuses_half_characters(saved, tmp_path, capsys, prompt):
+    command = [
+        "sample",
+        "--model",
+        str(saved),
+        "--prompt",
+        prompt,
+        "--out",
+        str(tmp_path / "x.mp4"),
+    ]
+    assert main(command) == 2
+    assert "is no character" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_sample_knows_before_the_work_that_it_cannot_write(saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "side.json").mkdir()
+    (tmp_path / "p.txt").write_text("a cat\na dog")
+
+    def never(*arguments, **options):
+        raise AssertionError("loaded the models")
+
+    monkeypatch.setattr(SUVPipeline, "from_pretrained", never)
+    before = sorted(tmp_path.rglob("*"))
+    for arguments, message in (
+        (["--out", "file/x.mp4"], "file/x.mp4 cannot be written: {folder}/file is a file"),
+        (["--out", "folder.mp4"], "folder.mp4 cannot be written: it is a folder"),
+        (["--out", "side.mp4"], "side.json cannot be written: it is a folder"),
+        (["--out", "x" * 300 + ".mp4"], "cannot be written: File name too long"),
+        (["--vbench", "file"], "--vbench file is a file; give a folder"),
+    ):
+        prompt = ["--prompts", "p.txt"] if "--vbench" in arguments else ["--prompt", "a cat"]
+        assert sample(saved, *prompt, *arguments, "--frames", 9) == 2
+        assert message.format(folder=tmp_path) in capsys.readouterr().err
+    assert sample(saved, "--prompts", "p.txt", "--out", "file", "--frames", 9) == 2
+    assert "00000.mp4 cannot be written: " in capsys.readouterr().err
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    assert sample(saved, "--prompt", "a cat", "--out", "x.mp4", "--frames", 9) == 2
+    assert "x.mp4 cannot be written: No space left on device" in capsys.readouterr().err
+    left = sorted(path for path in tmp_path.rglob("*") if "sidecars" not in path.name)
+    assert left == before
+
+
+def test_latents_of_other_channels_are_refused_before_any_work(pipe):
+    pipe.vae = TinyVAE(latent_channels=8)
+    pipe.transformer.forward = None
+    with pytest.raises(ValueError, match=r"latents of 4 channels and the vae decodes 8; give"):
+        pipe("a cat", **SIZE)
 
 
 def test_vbench_names():

@@ -1,6 +1,7 @@
 """Released weights come out under our names, bit for bit, or not at all."""
 
 import argparse
+import io
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -428,23 +430,24 @@ def test_files_that_are_refused(tiny, tmp_path):
 
     refused("is missing or no file")
     torch.save({**tiny, "x": Evil(tmp_path / "run")}, source)
-    refused(r"it holds a posix\.mkdir")
+    refused(r"1 others: x \(a posix\.mkdir\)$")
     torch.save(tiny, source, _use_new_zipfile_serialization=False)
-    refused("mmap can only be used with")
+    refused("is by a torch before 1.6, not what")
     source.write_bytes(b"")
-    refused("is refused")
+    refused("is empty, or begins with zeros alone, not what")
     source.write_text("hello" * 100)
-    refused("is refused")
+    refused("is of an unknown kind, not what")
     torch.save(tiny, source)
     whole = source.read_bytes()
     source.write_bytes(whole[: len(whole) // 2])
     refused("is refused")
     torch.save([1, 2], source)
     refused("holds a list, not weights by name")
-    torch.save({"model": tiny, "ema_state_dict": tiny}, source)
-    refused(r"weights under each of \['ema_state_dict', 'model'\]; give key")
-    refused(r"has no key 'other'; it has \['model', 'ema_state_dict'\]", key="other")
+    torch.save({"model": tiny, "state_dict": dict(tiny)}, source)
+    refused(r"weights under each of \['model', 'state_dict'\]; give key")
+    refused(r"has no key 'other'; it has \['model', 'state_dict'\]", key="other")
     refused("max_shard_bytes must be at least 1, got 0", key="model", max_shard_bytes=0)
+    refused("dtype must be float32, .* got torch.int8", key="model", dtype=torch.int8)
     torch.save({k: v for k, v in tiny.items() if "norm_out.linear" not in k}, source)
     refused(r"2 missing: norm_out\.linear\.weight, norm_out\.linear\.bias$")
     torch.save({k: v[:1] if k == "norm_final.bias" else v for k, v in tiny.items()}, source)
@@ -456,13 +459,6 @@ def test_key_chooses(tiny, tmp_path):
     report = convert.convert_file(tmp_path / "in.pt", tmp_path / "out", key="other.ema")
     assert report.found == "other.ema"
     assert holds(tmp_path / "out", tiny)
-
-
-def test_an_old_torch_may_not_read_pickles(tiny, tmp_path, monkeypatch):
-    torch.save(tiny, tmp_path / "in.pt")
-    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.9.1"))
-    with pytest.raises(ValueError, match=r"install torch >= 2\.10"):
-        convert.convert_file(tmp_path / "in.pt", tmp_path / "out")
 
 
 def test_what_exists_is_never_touched(tiny, tmp_path):
@@ -515,6 +511,312 @@ def test_all_is_on_disk_before_the_name(tiny, tmp_path, monkeypatch):
     at = events.index("rename")
     assert sorted(events[:at]) == sorted([*os.listdir(tmp_path / "out"), "out"])
     assert events[at + 1 :] == [tmp_path.name]
+
+
+# What programs wrap around weights.
+
+
+class MMConfig:
+    """Of MindSpeed-MM, which is not here when its checkpoints are read."""
+
+    def __init__(self, **values):
+        for name, value in values.items():
+            setattr(self, name, MMConfig(**value) if isinstance(value, dict) else value)
+
+
+def test_a_folder_of_mindspeed_is_read(tiny, tmp_path):
+    """With the objects that its checkpoints hold beside the weights."""
+    config = MMConfig(predictor={"sparse_n": [1, 2], "dtype": torch.bfloat16}, frames=121)
+    extra = io.BytesIO(b"recipe")
+    for rank, part in enumerate(cut(tiny, 2)):
+        weights = {f"module.{name}": tensor for name, tensor in part.items()}
+        weights |= dict.fromkeys([f"{name}._extra_state" for name in ("a", "b")], extra)
+        rng = {
+            "random_rng_state": (3, (1, 2), None),
+            "np_rng_state": ("MT19937", np.arange(624, dtype=np.uint32), 1, 0, 0.0),
+            "torch_rng_state": torch.get_rng_state(),
+            "rng_tracker_states": {"model-parallel-rng": torch.get_rng_state()},
+        }
+        (tmp_path / "in" / "iter_0000007" / f"mp_rank_{rank:02d}").mkdir(parents=True)
+        torch.save(
+            {
+                "args": argparse.Namespace(mm=config, np=np.float64(1.5), path=Path("x")),
+                "checkpoint_version": 3.0,
+                "iteration": 7,
+                "model": weights,
+                "optimizer": {"state": {0: {"exp_avg": torch.zeros(4)}}, "param_groups": [{}]},
+                "opt_param_scheduler": {"max_lr": 1e-4},
+                "rng_state": [rng],
+            },
+            tmp_path / "in" / "iter_0000007" / f"mp_rank_{rank:02d}" / "model_optim_rng.pt",
+        )
+    (tmp_path / "in" / "latest_checkpointed_iteration.txt").write_text("7")
+    report = convert.convert_file(tmp_path / "in", tmp_path / "out")
+    assert report == convert.Report("original", 2, ("a._extra_state", "b._extra_state"), "model")
+    assert holds(tmp_path / "out", tiny)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"model.{name}",
+        lambda name: f"_forward_module.{name}",
+        lambda name: f"module.module._orig_mod.model.predictor.{name}",
+        lambda name: f"base_model.model.{name}",
+        lambda name: re.sub(r"^(transformer_blocks\.\d+\.\d+\.)", r"\1_orig_mod.", name),
+        lambda name: (
+            "_fsdp_wrapped_module."
+            + re.sub(r"(\.\d+\.\d+\.)", r"\1_fsdp_wrapped_module._checkpoint_wrapped_module.", name)
+        ),
+    ],
+)
+def test_what_wrappers_put_into_names_is_undone(tiny, tmp_path, wrap):
+    torch.save({"model": {wrap(name): t for name, t in tiny.items()}}, tmp_path / "in.pt")
+    convert.convert_file(tmp_path / "in.pt", tmp_path / "out")
+    assert holds(tmp_path / "out", tiny)
+
+
+def test_wrappers_that_make_two_names_one_are_refused(small):
+    name = "transformer_blocks.0.0.attn1.to_q.weight"
+    twice = small | {name.replace("attn1", "attn1._orig_mod"): small[name]}
+    with pytest.raises(ValueError, match="same weights under several names: 2 names: transf"):
+        convert.from_released(twice)
+
+
+def test_our_own_names_need_no_conversion(tiny, tmp_path):
+    SUV(**TINY).save_pretrained(tmp_path / "in")
+    with pytest.raises(ValueError, match="have our names already"):
+        convert.convert_file(tmp_path / "in", tmp_path / "out")
+
+
+# Averaged weights.
+
+
+def other(state):
+    return {name: tensor + 1 for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("found", "others", "make"),
+    [
+        ("ema_model", ("model",), lambda s: {"model": other(s), "ema_model": s}),
+        ("ema", ("model",), lambda s: {"model": other(s), "ema": s, "ema_decay": 0.9}),
+        ("model_ema", ("state_dict",), lambda s: {"state_dict": other(s), "model_ema": s}),
+        ("averaged", ("",), lambda s: {**other(s), "averaged": s}),
+        ("state.ema", ("state.model",), lambda s: {"state": {"model": other(s), "ema": s}}),
+        ("ema.module", ("module",), lambda s: {"module": other(s), "ema": {"module": s}}),
+        ("swa_model", (), lambda s: {"swa_model": s}),
+        ("model", (), lambda s: {"model": s, "ema": {}, "ema_decay": 0.9, "ema_on": None}),
+        ("model", (), lambda s: {"model": s, "ema": {"decay": 0.9, "step": torch.tensor(3)}}),
+        ("model", (), lambda s: {"model": s, "schema": {"x": torch.zeros(2)}}),
+        ("model", (), lambda s: {"model": s, "adam": {"w": {"exp_avg": torch.zeros(2)}}}),
+        (
+            "state_dict.model_ema",
+            ("state_dict.model",),
+            lambda s: {
+                "state_dict": {f"model.{n}": t for n, t in other(s).items()}
+                | {f"model_ema.{n}": t for n, t in s.items()}
+            },
+        ),
+    ],
+)
+def test_averaged_weights_are_preferred(tiny, tmp_path, found, others, make):
+    torch.save(make(tiny), tmp_path / "in.pt")
+    report = convert.convert_file(tmp_path / "in.pt", tmp_path / "out")
+    assert (report.found, report.others) == (found, others)
+    assert holds(tmp_path / "out", tiny)
+    for number, key in enumerate(others):
+        convert.convert_file(tmp_path / "in.pt", tmp_path / f"o{number}", key=key)
+        assert holds(tmp_path / f"o{number}", other(tiny))
+
+
+@pytest.mark.parametrize(
+    ("match", "make"),
+    [
+        (r"\['model', 'net'\]; give key", lambda s: {"model": s, "net": other(s)}),
+        (r"\['model', 'ema', 'ema2'\]|\['model', 'ema_1', 'ema_2'\]; give key",
+         lambda s: {"model": s, "ema_1": other(s), "ema_2": dict(s)}),
+        (r"\['model'\], and averaged .* under ema \(a list\); give key",
+         lambda s: {"model": s, "ema": list(s.values())}),
+        (r"under ema_model \(a tests?\S*\.MMConfig|under ema_model \(a test_suv_convert.MMConfig",
+         lambda s: {"model": s, "ema_model": MMConfig(x=3)}),
+        (r"under ema \(a dict\); give key",
+         lambda s: {"model": s, "ema": {"shadow_params": list(s.values()), "decay": 0.9}}),
+        (r"under ema \(a dict\); give key",
+         lambda s: {"model": s, "ema": {n.replace(".", ""): t for n, t in s.items()}}),
+        (r"\['model'\], and averaged ones that are not read under model_ema \(a dict\)",
+         lambda s: {f"model.{n}": t for n, t in s.items()} | {f"model_ema.x{n}": t for n, t in
+                                                              s.items()}),
+    ],
+)  # fmt: skip
+def test_averaged_weights_are_never_passed_over(tiny, tmp_path, match, make):
+    torch.save(make(tiny), tmp_path / "in.pt")
+    with pytest.raises(ValueError, match=match):
+        convert.convert_file(tmp_path / "in.pt", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["in.pt"]
+    report = convert.convert_file(tmp_path / "in.pt", tmp_path / "out", key="model")
+    assert (report.found, report.others) == ("model", ())
+    assert holds(tmp_path / "out", tiny)
+
+
+def test_ranks_keep_their_weights_alike(tiny, tmp_path):
+    files = [tmp_path / "a.pt", tmp_path / "b.pt"]
+    for file, part, key in zip(files, cut(tiny, 2), ("ema", "model"), strict=True):
+        torch.save({key: part}, file)
+    with pytest.raises(ValueError, match="ranks 0 and 1 are under different keys, 'ema' and 'mo"):
+        convert.convert_file(files, tmp_path / "out")
+
+
+# Ranks.
+
+
+def test_a_rank_given_twice_is_refused(tiny, tmp_path):
+    parts = cut(tiny, 2)
+    ranks_in(tmp_path / "in", parts)
+    first, second = (tmp_path / "in" / f"mp_rank_0{n}" / "model_optim_rng.pt" for n in range(2))
+    copy, link, out = tmp_path / "copy.pt", tmp_path / "link.pt", tmp_path / "out"
+    copy.write_bytes(first.read_bytes())
+    link.symlink_to(first)
+    for files in ([first, first], [first, link]):
+        with pytest.raises(ValueError, match=r"the same rank is given twice"):
+            convert.convert_file(files, out)
+    with pytest.raises(ValueError, match="ranks 0 and 1 hold the same numbers"):
+        convert.convert_file([first, copy], out)
+    with pytest.raises(ValueError, match=r"of ranks \[1, 0\], .* ranks 0 to 1, in order"):
+        convert.convert_file([second, first], out)
+    model = SUV(**TINY)
+    with pytest.raises(ValueError, match="ranks 0 and 1 hold the same numbers"):
+        convert.load_released(model, [parts[0], dict(parts[0])])
+    assert not out.exists()
+
+
+def test_ranks_of_equal_numbers_are_no_rank_twice(tiny):
+    """A model in which all that is cut is one number says nothing."""
+    model = SUV(**TINY)
+    even = {name: torch.ones_like(tensor) for name, tensor in tiny.items()}
+    convert.load_released(model, cut(even, 2))
+    assert same(convert.to_released(model.state_dict()), even)
+
+
+@pytest.mark.parametrize("name", ["model_rng.pt", "model_optim_rng.pt"])
+def test_both_names_of_megatron(tiny, tmp_path, name):
+    ranks_in(tmp_path / "in", cut(tiny, 2))
+    for folder in (tmp_path / "in").iterdir():
+        (folder / "model_optim_rng.pt").rename(folder / name)
+        (folder / "distrib_optim.pt").write_bytes(b"x")
+    convert.convert_file(tmp_path / "in", tmp_path / "out")
+    assert holds(tmp_path / "out", tiny)
+
+
+# Values.
+
+
+def test_weights_without_finite_values_are_refused(tiny, tmp_path):
+    model = SUV(**TINY)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for value in (float("nan"), float("inf"), -float("inf")):
+        bad = {name: tensor.clone() for name, tensor in tiny.items()}
+        bad["norm_out.linear.bias"][-1] = value
+        bad["proj_out.weight"][0, 0] = value
+        torch.save(bad, tmp_path / "in.pt")
+        match = r"2 not finite: norm_out\.linear\.bias, proj_out\.weight$"
+        with pytest.raises(ValueError, match=match):
+            convert.convert_file(tmp_path / "in.pt", tmp_path / "out")
+        with pytest.raises(ValueError, match=match):
+            convert.load_released(model, bad)
+        second = cut(tiny, 2)
+        second[1]["transformer_blocks.0.0.attn1.to_q.bias"][0] = value
+        with pytest.raises(ValueError, match=r"1 not finite: stages\.0\.0\.attn\.to_q\.bias$"):
+            convert.load_released(model, second)
+    assert same(model.state_dict(), before)
+    assert os.listdir(tmp_path) == ["in.pt"]
+
+
+def test_tensors_without_values_are_refused(tiny, tmp_path):
+    bad = tiny | {"proj_out.weight": tiny["proj_out.weight"].to("meta")}
+    torch.save(bad, tmp_path / "in.pt")
+    with pytest.raises(ValueError, match=r"proj_out\.weight \(a tensor .* of the meta device\)$"):
+        convert.convert_file(tmp_path / "in.pt", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"1 on the meta device, without values: proj_out\.weight"):
+        convert.load_released(SUV(**TINY), bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_are_cast(tiny, tmp_path, dtype, ranks):
+    files = []
+    for rank, part in enumerate(cut(tiny, ranks)):
+        files.append(tmp_path / f"{rank}.pt")
+        torch.save(part, files[-1])
+    convert.convert_file(files, tmp_path / "out", dtype=dtype)
+    assert holds(tmp_path / "out", {name: tensor.to(dtype) for name, tensor in tiny.items()})
+
+
+def test_what_a_dtype_cannot_hold_is_refused(tiny, tmp_path):
+    large = tiny | {"proj_out.bias": tiny["proj_out.bias"] + 7e4}
+    torch.save(large, tmp_path / "in.pt")
+    with pytest.raises(ValueError, match=r"1 too large for torch\.float16: proj_out\.bias$"):
+        convert.convert_file(tmp_path / "in.pt", tmp_path / "out", dtype=torch.float16)
+    convert.convert_file(tmp_path / "in.pt", tmp_path / "out", dtype=torch.bfloat16)
+
+
+# Folders of safetensors.
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model", "model", "sora"])
+def test_a_folder_with_one_file_needs_no_index(tiny, tmp_path, name):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    save_file(tiny, folder / f"{name}.safetensors")
+    (folder / "config.json").write_text("{}")
+    convert.convert_file(folder, tmp_path / "out")
+    assert holds(tmp_path / "out", tiny)
+    save_file(tiny, folder / "another.safetensors")
+    with pytest.raises(ValueError, match="holds 2 safetensors files and no index"):
+        convert.convert_file(folder, tmp_path / "other")
+
+
+def test_an_index_of_any_name(tiny, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    lazy = {name: shards.Lazy.of(tensor) for name, tensor in tiny.items()}
+    shards.write(folder, lazy, max_shard_bytes=10**5, about={}, progress=int)
+    (folder / "manifest.json").unlink()
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.rename(folder / "model.safetensors.index.json")
+    convert.convert_file(folder, tmp_path / "out")
+    assert holds(tmp_path / "out", tiny)
+    (folder / "b.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="has several indexes"):
+        convert.convert_file(folder, tmp_path / "other")
+
+
+def test_a_folder_with_one_pickle(tiny, tmp_path):
+    (tmp_path / "in").mkdir()
+    torch.save(tiny, tmp_path / "in" / "a.pt")
+    (tmp_path / "in" / "README.md").write_text("x")
+    convert.convert_file(tmp_path / "in", tmp_path / "out")
+    assert holds(tmp_path / "out", tiny)
+    torch.save(tiny, tmp_path / "in" / "b.pt")
+    with pytest.raises(ValueError, match=r"it has \['a.pt', 'b.pt'\]. Name the files instead"):
+        convert.convert_file(tmp_path / "in", tmp_path / "other")
+
+
+def test_the_content_tells_the_kind(tiny, tmp_path):
+    save_file(tiny, tmp_path / "a.pt")
+    torch.save(tiny, tmp_path / "b.safetensors")
+    for number, name in enumerate(("a.pt", "b.safetensors")):
+        convert.convert_file(tmp_path / name, tmp_path / f"out{number}")
+        assert holds(tmp_path / f"out{number}", tiny)
+
+
+def test_names_from_files_are_fit_for_a_terminal(tiny, tmp_path):
+    torch.save(tiny | {"\x1b[31mred\ud800": torch.zeros(1)}, tmp_path / "in.pt")
+    with pytest.raises(ValueError, match="unknown: ") as caught:
+        convert.convert_file(tmp_path / "in.pt", tmp_path / "out")
+    assert str(caught.value).isprintable()
 
 
 # A folder that changed afterwards.
@@ -652,7 +954,7 @@ for source in (whole, ranks):
 def test_memory_stays_near_the_size_of_the_file(tmp_path):
     wide = SMALL | {3072: 256, 6144: 512, 12288: 1024, 18432: 1536, 1024: 128, 128: 16}
     shapes = released("original", wide)
-    state = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    state = tensors(shapes)
     files = []
     for number, part in enumerate([state, *cut(state, 2)]):
         files.append(tmp_path / f"{number}.pt")
@@ -684,5 +986,13 @@ def test_the_command(tiny, tmp_path, capsys):
     assert "--sparsity 1,x: give whole numbers" in capsys.readouterr().err
     assert main([*arguments, "--key", "other"]) == 2
     assert "has no key 'other'" in capsys.readouterr().err
-    assert main([*arguments, "--sparsity", "3,1,1,1,3", "--key", "model"]) == 0
+    assert main([*arguments, "--dtype", "int8"]) == 2
+    assert "--dtype int8: give float32" in capsys.readouterr().err
+    chosen = ["--sparsity", "3,1,1,1,3", "--key", "model", "--dtype", "bfloat16"]
+    assert main([*arguments, *chosen]) == 0
     assert SUV.from_pretrained(tmp_path / "other").config.sparsity == (3, 1, 1, 1, 3)
+    (file,) = (tmp_path / "other").glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+    torch.save({"ema": tiny, "model": other(tiny)}, tmp_path / "in.pt")
+    assert main(["convert", "suv", str(tmp_path / "in.pt"), str(tmp_path / "third")]) == 0
+    assert "under ema; not taken, but there: --key model" in capsys.readouterr().out

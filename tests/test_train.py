@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,12 @@ from skiparse.models.data.manifest import Manifest
 from skiparse.models.data.writer import write_video
 from skiparse.models.pipeline import SUVPipeline
 from skiparse.models.suv.model import SUV
-from skiparse.models.train import loop
+from skiparse.models.train import guards, loop
+from skiparse.models.train import log as log_module
 from skiparse.models.train.checkpoint import CheckpointError, Checkpoints
 from skiparse.models.train.config import Config, Samples, Stage
 from skiparse.models.train.loop import train
+from skiparse.models.train.parallel import World
 from skiparse.models.wfvae.model import WFVAE
 
 SIZE = (32, 48)
@@ -223,6 +226,58 @@ def test_sigterm_saves_and_exits(source, whole, tmp_path, monkeypatch):
     assert_same(whole, tmp_path)
 
 
+def test_signals_that_come_together_are_one_request(monkeypatch):
+    seen = []
+    outer = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    alone, two = (World(0, size, torch.device("cpu")) for size in (1, 2))
+    try:
+        with guards.told_to_stop(alone) as told:
+            assert not told()
+            for _ in range(3):
+                signal.raise_signal(signal.SIGTERM)
+            assert told()
+        assert seen == []
+        with guards.told_to_stop(two) as told:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # a terminal's and torchrun's
+            assert told()
+        with guards.told_to_stop(alone) as told:
+            signal.raise_signal(signal.SIGINT)
+            assert told()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(guards, "GRACE", -1.0)
+        with guards.told_to_stop(alone) as told:
+            signal.raise_signal(signal.SIGTERM)
+            assert seen == []
+            signal.raise_signal(signal.SIGTERM)  # somebody means it
+            assert seen == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, outer)
+
+
+def test_sigterm_to_every_process_of_a_job_saves(source, tmp_path):
+    """As SLURM and systemd send it; torchrun hands on its own, so that it comes twice."""
+    long = {"image": dataclasses.replace(stages()["image"], steps=500)}
+    given = config(source, tmp_path / "run", stages=long, save_every=1000, workers=1)
+    file = as_yaml(tmp_path / "config.yaml", given)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", "0", "--standalone", "-m", "skiparse.cli", "train", file]
+    log, limit = tmp_path / "run" / "log.jsonl", time.monotonic() + 300
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as job:
+        while not (log.exists() and log.read_bytes().count(b"\n") >= 2):
+            assert job.poll() is None, job.stdout.read()[-2000:]
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        os.killpg(job.pid, signal.SIGTERM)  # workers that read are among them
+        told = job.communicate(timeout=300)[0]
+    found = Checkpoints(tmp_path / "run" / "checkpoints").latest()
+    assert found is not None, told[-2000:]
+    assert found.step == len(rows(tmp_path / "run")) < 500
+
+
 def test_a_finished_run_stays(source, whole, tmp_path):
     before = rows(whole)
     assert train(config(source, whole)).name == "step-00000009"
@@ -325,6 +380,50 @@ def test_fifty_of_them_stop_the_run(source, tmp_path, monkeypatch):
     assert Checkpoints(tmp_path / "checkpoints").latest().step == 40
 
 
+def test_what_the_advice_after_divergence_says_can_be_done(source, tmp_path, monkeypatch):
+    """And the checkpoints from before the gradients went bad are still there."""
+    calls, real = iter(range(10**6)), loop.loss_of
+    monkeypatch.setattr(
+        loop, "loss_of", lambda *a: real(*a) * (float("nan") if next(calls) >= 3 else 1)
+    )
+    one = dataclasses.replace(stages()["image"], steps=60)
+    given = config(source, tmp_path / "run", stages={"image": one}, save_every=1)
+    with pytest.raises(
+        FloatingPointError,
+        match=r"since step 3: .*learning_rate, then.* to "
+        r"step-00000002 or step-00000003, first remove what is newer",
+    ):
+        train(given)
+    out = tmp_path / "run"
+    kept = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000003", "step-00000052"]
+    assert Checkpoints(out / "checkpoints").latest().about["skipping"] == 3
+    monkeypatch.undo()
+    shorter = dataclasses.replace(one, steps=54)
+    slower = dataclasses.replace(shorter, learning_rate=1e-3, then={53: 1e-4})
+    with pytest.raises(ValueError, match=r"other settings: ema, stages\.image\.learning_rate"):
+        train(dataclasses.replace(given, ema=0.6, stages={"image": slower}))
+    copy = tmp_path / "clips"
+    copy.mkdir()
+    for path in (source / "clips").iterdir():
+        if not path.name.startswith("0."):  # without those samples
+            (copy / path.name).write_bytes(path.read_bytes())
+    changed = dataclasses.replace(given, stages={"image": slower}, source=str(copy))
+    train(changed)
+    about = Checkpoints(out / "checkpoints").latest().about
+    settings, data = about["changes"]
+    assert settings["step"] == data["step"] == 52
+    assert settings["stages.image.learning_rate"] == [2e-3, 1e-3]
+    assert settings["stages.image.then"] == [{}, {"53": 1e-4}]
+    assert data["data"][1] == about["data"]["data"] != data["data"][0]
+    assert [row["learning_rate"] for row in rows(out)[52:]] == [1e-3, 1e-4]
+    assert not (out / "stopped.json").exists()
+    kept = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert kept == ["step-00000053", "step-00000054"]
+    with pytest.raises(ValueError, match=r"other settings: stages\.image\.learning_rate"):
+        train(dataclasses.replace(given, stages={"image": dataclasses.replace(one, steps=56)}))
+
+
 def test_a_full_disk_keeps_training_alive(source, whole, tmp_path, monkeypatch, capsys):
     real, calls = Checkpoints.save, []
 
@@ -339,6 +438,73 @@ def test_a_full_disk_keeps_training_alive(source, whole, tmp_path, monkeypatch, 
     assert calls == [2, 3, 4, 5, 6, 8, 9]
     assert "no space left; training goes on" in capsys.readouterr().out
     assert_same(whole, tmp_path)
+
+
+def lines(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+# TensorBoard's own thread ends with the error, which comes out at the next call too.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_does_not_end_the_log(tmp_path, capsys):
+    """A limit on the size of files, as a disk without room: a line is cut short, then none goes."""
+    import resource
+
+    row, file = {"loss": 1.0, "stage": "x" * 50}, tmp_path / "log.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with log_module.opened(tmp_path, 0) as log:
+        log.write(0, row)
+        size = file.stat().st_size
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + size // 2, before[1]))
+            for step in (1, 2, 3):
+                log.write(step, row)
+                log.sync(step + 1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert lines(file) == [0]
+        log.write(4, row)
+        assert lines(file) == [0, 1, 2, 3, 4]
+        log.sync(5)
+        log.write(5, row)
+    told = capsys.readouterr().out
+    assert told.count("log.jsonl cannot be written: [Errno 27]") == 1
+    assert told.count("tensorboard cannot be written") <= 1
+    assert lines(file) == [0, 1, 2, 3, 4, 5]
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_curves_that_cannot_be_written_end_nothing(tmp_path, monkeypatch, capsys):
+    real, full = log_module.SummaryWriter, []
+
+    class Writer(real):
+        def add_scalar(self, *arguments):
+            if full:
+                raise OSError(28, "No space left on device")
+            super().add_scalar(*arguments)
+
+    monkeypatch.setattr(log_module, "SummaryWriter", Writer)
+    with log_module.opened(tmp_path, 0) as log:
+        log.write(0, {"loss": 1.0})
+        full.append(True)
+        log.write(1, {"loss": 1.0})
+        log.write(2, {"loss": 1.0})
+        full.clear()
+        log.sync(3)
+        log.write(3, {"loss": 1.0})
+    assert capsys.readouterr().out.count("tensorboard cannot be written: [Errno 28]") == 1
+    assert lines(tmp_path / "log.jsonl") == [0, 1, 2, 3]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"step": 3, "lo', b'{"step": 3}', b"\0\0\n", b"[]\n"])
+@pytest.mark.parametrize("steps", [0, 2, 3, 5])
+def test_a_log_goes_on_after_the_steps_that_count(tmp_path, tail, steps):
+    written = "".join(json.dumps({"step": step}) + "\n" for step in range(3))
+    (tmp_path / "log.jsonl").write_bytes(written.encode() + tail)
+    with log_module.opened(tmp_path, steps) as log:
+        log.write(steps, {})
+    assert lines(tmp_path / "log.jsonl") == [*range(min(steps, 3)), steps]
 
 
 def test_the_last_checkpoint_must_be_written(source, tmp_path, monkeypatch):

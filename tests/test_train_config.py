@@ -96,6 +96,31 @@ def test_arguments_go_before_the_file(tmp_path):
         ({"model": {"depth": 9}}, "model has no depth"),
         ({"model": {"num_heads": "many"}}, r"model\.num_heads"),
         ({"model": {"num_layers": [1, 2.5, 1]}}, r"model\.num_layers"),
+        *(
+            (change, rf"run.yaml has null for {path}; give a value, or leave it out")
+            for change, path in (
+                ({"stages": {"image": {"then": None}}}, r"stages\.image\.then"),
+                ({"stages": {"image": {"rule": None}}}, r"stages\.image\.rule"),
+                ({"stages": {"image": {"rule": {"fps": None}}}}, r"stages\.image\.rule\.fps"),
+                ({"stages": {"image": None}}, r"stages\.image"),
+                ({"stages": None}, "stages"),
+                ({"optimizer": None}, "optimizer"),
+                ({"clip": {"mode": None}, "model": None}, r"clip\.mode, model"),
+                ({"keep": None}, "keep"),
+                ({"seed": None}, "seed"),
+            )
+        ),
+        ({"seed": -1}, "seed must be at least 0 and below"),
+        ({"seed": 2**63}, "seed must be at least 0 and below"),
+        ({"ema": 1.5}, r"ema must be in \[0, 1\]"),
+        ({"ema": float("nan")}, r"ema must be in \[0, 1\]"),
+        ({"workers": -1}, "workers must be at least 0"),
+        ({"optimizer": {"eps": -1.0}}, r"optimizer\.eps must be at least 0"),
+        ({"optimizer": {"betas": [0.9, 1.0]}}, r"optimizer\.betas must be in"),
+        ({"samples": {"every": -1}}, r"samples\.every must be at least 0"),
+        ({"stages": {"image": {"learning_rate": float("inf")}}}, "learning_rate must be above 0"),
+        ({"stages": {"image": {"then": {-1: 1e-4}}}}, "then must begin at steps"),
+        ({"stages": {"image": {"rule": {"fps": float("inf")}}}}, "fps must be above 0"),
     ],
 )  # fmt: skip
 def test_what_means_nothing_is_refused(tmp_path, change, message):
@@ -117,6 +142,40 @@ def test_what_is_no_table_is_refused(tmp_path, text):
     file = tmp_path / "run.yaml"
     file.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=str(file)):
+        load(file, GIVEN)
+
+
+@pytest.mark.parametrize("setting", ["stages.image.then", "optimizer", "clip.decay", "keep"])
+def test_null_arguments_are_refused(setting):
+    with pytest.raises(ValueError, match=r"null|Got value: None"):
+        load("mini", [*GIVEN, f"--{setting}", "null"])
+    assert load("mini", [*GIVEN, "--device", "null"]).device is None
+
+
+@pytest.mark.parametrize(
+    ("more", "key", "line"),
+    [
+        ("stages: {}\n", "stages", None),
+        ("seed: 3\nseed: 3\n", "seed", None),
+        ("samples: {every: 1,\n every: 2}\n", "every", 2),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(tmp_path, more, key, line):
+    file = tmp_path / "run.yaml"
+    base = CHAINS["mini"].read_text()
+    file.write_text(base + more)
+    at = base.count("\n") + (line or more.count("\n"))
+    with pytest.raises(ValueError, match=rf"(?s){key!r} is there twice; leave one.*line {at}"):
+        load(file, GIVEN)
+
+
+def test_the_same_stage_twice_is_refused(tmp_path):
+    file = tmp_path / "run.yaml"
+    table = yaml.safe_load(CHAINS["mini"].read_text())
+    stages = yaml.safe_dump(table.pop("stages"))
+    doubled = "".join(f"  {line}\n" for line in (stages + stages).splitlines())
+    file.write_text(yaml.safe_dump(table) + "stages:\n" + doubled)
+    with pytest.raises(ValueError, match=r"run.yaml is no YAML: 'image' is there twice"):
         load(file, GIVEN)
 
 

@@ -404,6 +404,60 @@ def test_other_sources(small, tmp_path):
     assert holds(tmp_path / "b", small)
 
 
+@pytest.mark.parametrize(
+    ("found", "others", "make"),
+    [
+        ("ema_model", ("gen_model",), lambda s, t: {"gen_model": t, "ema_model": s}),
+        ("vae_ema", ("vae",), lambda s, t: {"vae": t, "vae_ema": {f"model.{n}": v for n, v in
+                                                                  s.items()}}),
+        ("model", ("ema",), None),
+    ],
+)  # fmt: skip
+def test_averaged_weights_are_preferred(small, tmp_path, found, others, make):
+    weights = {name: t for name, t in small.items() if "wavelet" not in name}
+    other = {name: t + 1 for name, t in weights.items()}
+    if make is None:
+        torch.save({"model": weights, "ema": [other]}, tmp_path / "in.ckpt")
+        with pytest.raises(ValueError, match=r"not read under ema \(a list\); give key"):
+            convert.convert_file(tmp_path / "in.ckpt", tmp_path / "out")
+        convert.convert_file(tmp_path / "in.ckpt", tmp_path / "out", key="model")
+    else:
+        torch.save(make(weights, other), tmp_path / "in.ckpt")
+        report = convert.convert_file(tmp_path / "in.ckpt", tmp_path / "out")
+        assert (report.found, report.others) == (found, others)
+    kept = WFVAE.from_pretrained(tmp_path / "out").state_dict()
+    assert torch.equal(kept["decoder.conv_in.weight"], weights["decoder.conv_in.conv.weight"])
+
+
+def test_values_and_dtypes(small, tmp_path):
+    bad = small | {"decoder.conv_in.conv.bias": torch.full((16,), math.nan)}
+    torch.save(bad, tmp_path / "in.ckpt")
+    match = r"1 not finite: decoder\.conv_in\.bias$"
+    with pytest.raises(ValueError, match=match):
+        convert.convert_file(tmp_path / "in.ckpt", tmp_path / "out")
+    with pytest.raises(ValueError, match=match):
+        convert.load_released(WFVAE(**convert.infer_config(bad)), bad)
+    torch.save(small, tmp_path / "in.ckpt")
+    with pytest.raises(ValueError, match="dtype must be float32"):
+        convert.convert_file(tmp_path / "in.ckpt", tmp_path / "out", dtype=torch.int32)
+    convert.convert_file(tmp_path / "in.ckpt", tmp_path / "out", dtype=torch.bfloat16)
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+    assert WFVAE.load_config(tmp_path / "out")["haar_gain"] == 0.3536  # as before it was cast
+
+
+def test_folders_of_ranks(small, tmp_path):
+    for rank in range(2):
+        (tmp_path / "in" / f"mp_rank_0{rank}").mkdir(parents=True)
+        torch.save({"model": small}, tmp_path / "in" / f"mp_rank_0{rank}" / "model_optim_rng.pt")
+    with pytest.raises(ValueError, match="is of 2 ranks, but a WFVAE is never cut"):
+        convert.convert_file(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "mp_rank_01" / "model_optim_rng.pt").unlink()
+    (tmp_path / "in" / "mp_rank_01").rmdir()
+    convert.convert_file(tmp_path / "in", tmp_path / "out")
+    assert holds(tmp_path / "out", small)
+
+
 def test_files_that_are_refused(small, tmp_path):
     source, out = tmp_path / "in.ckpt", tmp_path / "out"
 
@@ -416,7 +470,7 @@ def test_files_that_are_refused(small, tmp_path):
     torch.save([1, 2], source)
     refused("holds a list, not weights by name")
     torch.save({"ema_state_dict": 3}, source)
-    refused("holds a int, not weights by name")
+    refused(r"holds no tensors by name; it has \['ema_state_dict'\]")
     torch.save({"state_dict": {"gen_model": small}}, source)
     refused("has no key 'disc'; it has", key="state_dict.disc")
     refused("1 others: gen_model", key="state_dict")
@@ -442,8 +496,8 @@ def test_the_command(small, tmp_path, capsys, monkeypatch):
     exact = WFVAE(**SMALL_CONFIG)
     torch.save({"mine": convert.to_released(exact)}, tmp_path / "in.ckpt")
     arguments = ["convert", "vae", str(tmp_path / "in.ckpt"), str(tmp_path / "other")]
-    assert main(arguments) == 2
-    assert "1 others: mine" in capsys.readouterr().err
+    assert main([*arguments, "--key", "other"]) == 2
+    assert "has no key 'other'; it has ['mine']" in capsys.readouterr().err
     assert main([*arguments, "--key", "mine"]) == 0
     told = capsys.readouterr().out
     assert "Haar gain exact; shift and scale: none, so latents stay as they are" in told
@@ -468,6 +522,19 @@ def test_where_weights_are(tmp_path):
     for key in ("n", "n.m"):
         with pytest.raises(ValueError, match="holds a int, not weights by name"):
             checkpoints.at(checkpoint, key, tmp_path)
+
+
+def test_a_beginning_that_all_names_share_may_be_the_models_own():
+    roots = frozenset({"encoder", "decoder"})
+    for given, left in (
+        (["encoder.a.b", "encoder.c"], ["encoder.a.b", "encoder.c"]),
+        (["model.encoder.a", "model.encoder.b"], ["encoder.a", "encoder.b"]),
+        (["x.y.a", "x.y.b"], ["a", "b"]),
+        (["x.a", "y.a"], ["x.a", "y.a"]),
+        (["x"], ["x"]),
+        ([], []),
+    ):
+        assert checkpoints.unwrapped(given, roots) == left
 
 
 # Loading a folder.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
+import stat
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +30,37 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(*paths: str | os.PathLike[str]) -> None:
+    """Find out whether :func:`replacing` could write ``paths``, for callers with long work before.
+
+    Makes their folders, and writes a megabyte in each that is removed again.
+
+    Raises:
+        ValueError: if it cannot, with the reason.
+    """
+    tried = set()
+    for path in paths:
+        target = Path(path).absolute()
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                if stat.S_ISDIR(os.stat(target).st_mode):
+                    raise IsADirectoryError(errno.EISDIR, "it is a folder")
+            if target.parent not in tried:
+                tried.add(target.parent)
+                with tempfile.TemporaryFile(dir=target.parent) as file:
+                    file.write(bytes(2**20))
+                    file.flush()
+        except OSError as error:
+            what = error.strerror or str(error)
+            if isinstance(error, FileExistsError):
+                what = f"{target.parent} is a file"
+            raise ValueError(
+                f"{target} cannot be written: {what}; choose another place, or see that there is "
+                "room and that it may be written to"
+            ) from error
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

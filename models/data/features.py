@@ -108,9 +108,10 @@ class Encoders:
             device, dtype: where and in what to compute.
 
         Raises:
-            FileNotFoundError: if a part of the text encoders is not there.
+            FileNotFoundError: if the autoencoder or a part of the text encoders is not there.
             OSError, ValueError: if weights are not there, or not those of the model.
         """
+        WFVAE.load_config(vae)  # so that both are known to be there before either is loaded
         encoders = TextEncoders.from_pretrained(text, dtype=dtype)
         return cls(WFVAE.from_pretrained(vae, torch_dtype=dtype), encoders, device)
 
@@ -153,13 +154,20 @@ class Encoders:
         return Text(found.text[found.text_mask].float(), found.pooled[0].float())
 
     def fingerprints(self) -> dict[str, str]:
-        """SHA-256 of what the features depend on: config, weights and tokenizer of each encoder."""
-        text = self.text
-        return {
-            "vae": _fingerprint(self.vae, self.vae.config),
-            "t5": _fingerprint(text.encoder, _settings(text.encoder, text.tokenizer)),
-            "clip": _fingerprint(text.encoder_2, _settings(text.encoder_2, text.tokenizer_2)),
-        }
+        """As :func:`fingerprints` of the autoencoder and the text encoders."""
+        return fingerprints(self.vae, self.text)
+
+
+def fingerprints(vae: WFVAE, text: TextEncoders) -> dict[str, str]:
+    """SHA-256 of what features depend on: config, weights and tokenizer of each encoder.
+
+    Its keys are ``vae``, ``t5`` and ``clip``.
+    """
+    return {
+        "vae": _fingerprint(vae, vae.config),
+        "t5": _fingerprint(text.encoder, _settings(text.encoder, text.tokenizer)),
+        "clip": _fingerprint(text.encoder_2, _settings(text.encoder_2, text.tokenizer_2)),
+    }
 
 
 def collate(

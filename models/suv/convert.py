@@ -8,12 +8,11 @@ shape; what does not fit exactly is refused.
 from __future__ import annotations
 
 import inspect
-import os
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +20,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from skiparse.models import checkpoints, shards
-from skiparse.models.checkpoints import State
+from skiparse.models.checkpoints import Source, State
 from skiparse.models.shards import Lazy
 from skiparse.models.suv.model import SUV
-
-Source = str | os.PathLike[str]
 
 # Module names. A row is ours, the original release's, MindSpeed-MM's.
 _ROWS = ("ours", "original", "mindspeed")
@@ -77,11 +74,13 @@ _NO_BIAS = ("attn.norm_", "attn.text_norm_", "ff.linear_", "text_ff.linear_")
 # Nothing reads the text after the last block, yet with tensor parallelism the original built these.
 _INERT = ("attn.text_to_out", "norm2.text_norm", "text_ff.linear_1", "text_ff.linear_2")
 
-# Under which the programs that write checkpoints keep the weights.
-_KEYS = ("ema_state_dict", "state_dict", "model", "module")
-_RANK = re.compile(r"mp_rank_([0-9]+)")
-_MEGATRON = "model_optim_rng.pt"
-_LATEST = "latest_checkpointed_iteration.txt"
+# First components of names: of all released ones, and of those that every SUV has.
+_ROOTS = frozenset(
+    prefix.rstrip(".") or module.partition(".")[0]
+    for (_, prefix, _), _, modules in _GROUPS
+    for _, module, _ in modules
+)
+_MUST = frozenset({"patch_embed", "transformer_blocks", "proj_out"})
 
 
 @dataclass(frozen=True)
@@ -92,15 +91,17 @@ class Report:
     ranks: int  # tensor-parallel shards that were merged; 1 if the weights were whole
     dropped: tuple[str, ...]  # released names without a counterpart here; they affect no output
     found: str = ""  # the key in the file that held the weights, "" for the file itself
+    others: tuple[str, ...] = ()  # keys of other weights of such a model, which were not taken
 
 
 def from_released(state: State | Sequence[State]) -> tuple[dict[str, Tensor], Report]:
     """Released weights under our names.
 
     Args:
-        state: names and tensors of the original release or of MindSpeed-MM, a leading ``module.``
-            allowed; or those of every tensor-parallel rank, in order. ``_extra_state`` and the
-            text half of the last block, which has no effect, are dropped and reported.
+        state: names and tensors of the original release or of MindSpeed-MM, with or without what
+            wrappers put into names (``module.``, ``_orig_mod.``); or those of every
+            tensor-parallel rank, in order. ``_extra_state`` and the text half of the last block,
+            which has no effect, are dropped and reported.
 
     Returns:
         The tensors, in the same dtypes (not copied unless merged), and what was found.
@@ -127,14 +128,16 @@ def load_released(model: nn.Module, state: State | Sequence[State]) -> Report:
         state: as :func:`from_released` takes it.
 
     Raises:
-        ValueError: with the first ten names that are missing, unexpected or misshapen; and as
-            :func:`from_released`. The model is as before.
+        ValueError: with the first ten names that are missing, unexpected, misshapen or not finite;
+            and as :func:`from_released`. The model is as before.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("model has no memory to load into; build it on a real device")
     parts, report = _collect(_as_states(state))
     merged, wrong = _merge(parts, _shapes(model))
     checkpoints.refuse("the weights do not fit the model, so none were loaded", wrong)
+    checkpoints.check_values(parts)
+    _refuse_one_twice(parts, _shapes(model))
     model.load_state_dict({name: tensor.make() for name, tensor in merged.items()}, strict=True)
     return report
 
@@ -193,41 +196,57 @@ def convert_file(
     *,
     sparsity: Sequence[int] | None = None,
     key: str | None = None,
+    dtype: torch.dtype | None = None,
     max_shard_bytes: int = 4 * 2**30,
     progress: bool = False,
 ) -> Report:
     """Turn a released checkpoint into a folder for ``SUV.from_pretrained``.
 
     The source is mapped and copied tensor by tensor, so memory stays at its size, all of it pages
-    the system can take back. Dtypes stay as they are.
+    the system can take back. Nothing in it is run: see :mod:`skiparse.models.archive`.
 
     Args:
-        src: a ``.pt`` (as ``torch.save`` writes it, with nothing but tensors, plain values and
-            ``argparse.Namespace``) or ``.safetensors`` file; or such files of all tensor-parallel
-            ranks, in order; or a folder of them, ``mp_rank_00/model_optim_rng.pt`` and so on, or
-            of safetensors with an index, checked against its manifest where it has one.
+        src: a file that ``torch.save`` wrote or a safetensors file, told apart by their content;
+            or such files of all tensor-parallel ranks, in order; or a folder, as
+            :func:`skiparse.models.checkpoints.sources` takes it, checked against its manifest
+            where it has one.
         dst: the folder to make. It appears complete, with a manifest that
             :func:`skiparse.models.shards.verify` checks, or not at all.
         sparsity: as :func:`infer_config` takes it.
         key: where in the file the weights are, dots between levels, ``"ema_state_dict"``; None
-            finds the one place there is.
+            finds the one place there is, and of several the one of averaged weights.
+        dtype: of the weights written, a floating one; None for their own.
         max_shard_bytes: of tensor data in one file.
-        progress: whether to show a bar.
+        progress: whether to show bars.
 
     Raises:
-        ValueError: if ``dst`` exists, the source is damaged or holds other objects, or its weights
-            are not exactly those of one SUV.
+        ValueError: if ``dst`` exists; if the source is damaged, compressed or not what it seems;
+            or if its weights are not exactly those of one SUV, or not finite.
         FileNotFoundError: if a source is missing.
         OSError: if the disk fails or fills up.
     """
     shards.refuse_existing(dst)
-    found = [_find(checkpoints.read(source), key, source) for source in _sources(src)]
-    parts, report = _collect([state for state, _ in found])
-    report = Report(report.names, report.ranks, report.dropped, found[0][1])
+    checkpoints.refuse_dtype(dtype)
+    found = [
+        checkpoints.find(checkpoints.read(source, progress=progress), key, source, _MUST)
+        for source in checkpoints.sources(src)
+    ]
+    for rank, other in enumerate(found):
+        if other.place != found[0].place:
+            raise ValueError(
+                f"the weights of ranks 0 and {rank} are under different keys, {found[0].place!r} "
+                f"and {other.place!r}; give key"
+            )
+    parts, report = _collect([one.state for one in found])
+    report = replace(report, found=found[0].place, others=found[0].others)
     config = infer_config({name: part[0] for name, part in parts.items()}, sparsity=sparsity)
     model = _skeleton(config)
     merged, wrong = _merge(parts, _shapes(model))
     checkpoints.refuse(f"{src} does not hold exactly the weights of one SUV", wrong)
+    checkpoints.check_values(parts, dtype=dtype)
+    _refuse_one_twice(parts, _shapes(model))
+    if dtype is not None:
+        merged = {name: tensor.to(dtype) for name, tensor in merged.items()}
     about = {
         "names": report.names,
         "ranks": report.ranks,
@@ -271,7 +290,7 @@ def _as_states(state: State | Sequence[State]) -> Sequence[State]:
 
 def _collect(states: Sequence[State]) -> tuple[dict[str, list[Tensor]], Report]:
     """Every rank's part of each tensor by our name, inert ones left out, and what was found."""
-    plain = [checkpoints.plain(state) for state in states]
+    plain = [checkpoints.plain(state, _ROOTS) for state in states]
     for rank, state in enumerate(plain):
         odd = sorted(plain[0].keys() ^ state.keys())
         checkpoints.refuse(f"ranks 0 and {rank} do not hold the same names", {"held by one": odd})
@@ -298,6 +317,11 @@ def _rename(state: State) -> tuple[str, dict[str, str]]:
         unknown[names] = [name for name, ours in renamed.items() if ours is None]
         if not unknown[names]:
             return names, {name: str(ours) for name, ours in renamed.items()}
+    if all(_translate(name, "ours", "original") is not None for name in state):
+        raise ValueError(
+            "these weights have our names already; a folder of them is for SUV.from_pretrained as "
+            "it is"
+        )
     nearest = min(unknown, key=lambda names: len(unknown[names]))
     raise checkpoints.error(
         f"state has names unknown to the {nearest} naming", {"unknown": unknown[nearest]}
@@ -406,6 +430,24 @@ def _cut_dim(part: Sequence[Tensor], whole: tuple[int, ...]) -> int | None:
     return differs[0]
 
 
+def _refuse_one_twice(
+    parts: Mapping[str, Sequence[Tensor]], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """ValueError if two ranks hold the same numbers in all that is cut over ranks."""
+    cut = [
+        part
+        for name, part in parts.items()
+        if len(part) > 1 and _cut_dim(part, shapes[name]) != -1
+        if part[0].numel() and not bool(torch.equal(*part[0].detach().aminmax()))
+    ]
+    for first, second in itertools.combinations(range(len(cut[0]) if cut else 0), 2):
+        if all(torch.equal(part[first], part[second]) for part in cut):
+            raise ValueError(
+                f"ranks {first} and {second} hold the same numbers, where each should hold its own "
+                "part; is one of them given twice?"
+            )
+
+
 def _make(name: str, part: Sequence[Tensor], dim: int) -> Tensor:
     if dim >= 0:
         return torch.cat([p.detach() for p in part], dim)
@@ -416,44 +458,3 @@ def _make(name: str, part: Sequence[Tensor], dim: int) -> Tensor:
                 "ranks of one checkpoint?"
             )
     return part[0].detach()
-
-
-def _sources(src: Source | Sequence[Source]) -> list[Path]:
-    """The files, or the one folder of indexed safetensors, that hold each rank's weights."""
-    if not isinstance(src, (str, os.PathLike)):
-        if not src:
-            raise ValueError("src names no file; give one, or one for each rank")
-        return [Path(source) for source in src]
-    path = Path(src)
-    if not path.is_dir() or (path / shards.INDEX).exists():
-        return [path]
-    if (path / _LATEST).exists():
-        step = (path / _LATEST).read_text(encoding="utf-8", errors="replace").strip()
-        if not re.fullmatch("release|[0-9]{1,9}", step):
-            raise ValueError(f"{path / _LATEST} says {step[:40]!r}, not a step or release")
-        path /= "release" if step == "release" else f"iter_{int(step):07d}"
-    ranks = sorted(child for child in path.glob("mp_rank_*") if child.is_dir())
-    numbers = [int(m[1]) for rank in ranks if (m := _RANK.fullmatch(rank.name))]
-    if not ranks or numbers != list(range(len(ranks))):
-        raise ValueError(
-            f"{path} holds neither {shards.INDEX} nor folders mp_rank_00, mp_rank_01, ... without "
-            f"a gap (a second number, of pipeline parallelism, is not handled); it has "
-            f"{[rank.name for rank in ranks][:10]}. Name the files instead"
-        )
-    return [rank / _MEGATRON for rank in ranks]
-
-
-def _find(checkpoint: Any, key: str | None, path: Path) -> tuple[State, str]:
-    """The weights in what a file holds, and under which key they were, dots between levels."""
-    if key is not None:
-        return checkpoints.at(checkpoint, key, path), key
-    trail: list[str] = []
-    while isinstance(checkpoint, Mapping):
-        choice = [k for k in _KEYS if isinstance(checkpoint.get(k), Mapping) and checkpoint[k]]
-        if not choice:
-            break
-        if len(choice) > 1:
-            raise ValueError(f"{path} has weights under each of {choice}; give key, one of them")
-        trail += choice
-        checkpoint = checkpoint[choice[0]]
-    return checkpoints.at(checkpoint, "", path), ".".join(trail)

@@ -17,8 +17,9 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -82,6 +83,7 @@ class Checkpoints:
         about: Mapping[str, Any],
         *,
         asynchronous: bool = False,
+        hold: int | None = None,
     ) -> None:
         """Write a checkpoint, whole or not at all. Every process of the run calls it alike.
 
@@ -92,6 +94,8 @@ class Checkpoints:
             about: anything else, in terms of JSON.
             asynchronous: return once the tensors are copied to the CPU, and write meanwhile; they
                 may change at once. The next call of ``save`` or :meth:`wait` waits for it.
+            hold: a step after which nothing was learned: those up to it are not pushed out by those
+                after it, of which only the newest stays.
 
         Raises:
             ValueError: for arguments that make no sense, or a step that was saved before.
@@ -113,9 +117,9 @@ class Checkpoints:
             self._gloo = dist.new_group(backend="gloo")  # for the CPU, and for a thread of its own
         held = _on_cpu(tensors)
         if asynchronous:
-            self._writing = self._writer.submit(self._write, path, step, held, about)
+            self._writing = self._writer.submit(self._write, path, step, held, about, hold)
         else:
-            self._write(path, step, held, about)
+            self._write(path, step, held, about, hold)
 
     def wait(self) -> None:
         """Until nothing is being written; CheckpointError if that failed, as by :meth:`save`."""
@@ -135,7 +139,9 @@ class Checkpoints:
             warnings.warn(f"{path} has no {COMPLETE} and is ignored; remove it", stacklevel=2)
         return None
 
-    def _write(self, path: Path, step: int, tensors: dict[str, Tensor], about: Any) -> None:
+    def _write(
+        self, path: Path, step: int, tensors: dict[str, Tensor], about: Any, hold: int | None
+    ) -> None:
         hidden = path.with_name(f".{path.name}.new")
         first = _rank() == 0
         try:
@@ -145,7 +151,8 @@ class Checkpoints:
                 state_dict_saver.save(tensors, storage_writer=writer, process_group=self._gloo)
             mine = f"shard-{_rank() + 1:05d}-*"  # as torch names them
             entries = _together(lambda: _entries(hidden.glob(mine)), self._gloo)
-            _together(lambda: self._end(hidden, path, step, entries) if first else None, self._gloo)
+            end = partial(self._end, hidden, path, step, entries, hold)
+            _together(lambda: end() if first else None, self._gloo)
         except Exception as error:
             if first:
                 shutil.rmtree(hidden, ignore_errors=True)
@@ -157,11 +164,18 @@ class Checkpoints:
     def _begin(self, hidden: Path, about: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".step-*"):  # by a process that was killed
-            shutil.rmtree(left)
+            _delete(left)
         hidden.mkdir()
         write_json(hidden / ABOUT, about)
 
-    def _end(self, hidden: Path, path: Path, step: int, entries: list[dict[str, Any]]) -> None:
+    def _end(
+        self,
+        hidden: Path,
+        path: Path,
+        step: int,
+        entries: list[dict[str, Any]],
+        hold: int | None,
+    ) -> None:
         files = _entries([hidden / ABOUT])
         for entry in entries:
             files |= entry
@@ -172,7 +186,9 @@ class Checkpoints:
             _remove(path)
         hidden.rename(path)
         shards.sync(self.folder)
-        for old in [old for old in _steps(self.folder) if _is_complete(old)][: -self.keep]:
+        complete = complete_ones(self.folder)
+        after = [old for old in complete if hold is not None and number_of(old) > hold]
+        for old in [*complete[: len(complete) - len(after)][: -self.keep], *after[:-1]]:
             _remove(old)
 
 
@@ -197,8 +213,9 @@ class Checkpoint:
         """The one in the folder ``path``; its tensors are not read yet.
 
         Raises:
-            CheckpointError: if a file is missing, too many or of another size, or is damaged and
-                is none of tensors.
+            CheckpointError: if a file is missing or of another size, or is damaged and is none of
+                tensors; or if one of tensors is there that was not saved. Other strays, such as a
+                file browser leaves, are warned of.
         """
         complete = _read_json(path / COMPLETE)
         try:
@@ -210,7 +227,12 @@ class Checkpoint:
         for name in sorted(sizes.keys() - there):
             raise _damaged(path / name, "is missing")
         for name in sorted(there - sizes.keys()):
-            raise _damaged(path / name, f"is none of the files in {COMPLETE}")
+            if name.endswith(".safetensors") or name == ".metadata":  # which torch would read
+                raise CheckpointError(
+                    f"{path / name} is none of the files in {COMPLETE}; see where it is from, and "
+                    "remove it"
+                )
+            warnings.warn(f"{path / name} is none of the checkpoint's and is ignored", stacklevel=2)
         for name, size in sizes.items():
             found = (path / name).stat().st_size
             if found != size:
@@ -304,7 +326,17 @@ class Checkpoint:
 def _steps(folder: Path) -> list[Path]:
     """What looks like a checkpoint, oldest first."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=number_of)
+
+
+def number_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def complete_ones(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder`` that are complete, oldest first."""
+    return [path for path in _steps(folder) if _is_complete(path)]
 
 
 def _is_complete(path: Path) -> bool:
@@ -315,7 +347,16 @@ def _remove(path: Path) -> None:
     """First from sight: half removed, it must not look like a checkpoint."""
     hidden = path.with_name(f".{path.name}.old")
     path.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+    with suppress(OSError):  # what is left goes before the next one
+        _delete(hidden)
+
+
+def _delete(path: Path) -> None:
+    """A folder with all in it, or what else there is of that name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

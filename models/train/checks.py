@@ -64,8 +64,17 @@ def check(config: Config, world: World, encoders: Encoders | None) -> None:
         SUVPipeline(model, encoders.vae).latent_shape(height, width, frames)
 
 
-def check_resumed(config: Config, last: Checkpoint) -> None:
+def check_resumed(config: Config, last: Checkpoint, *, gave_up: bool) -> dict[str, Any]:
     """Refuse to continue a run as one with another outcome.
+
+    Args:
+        config: of the run that continues.
+        last: its checkpoint.
+        gave_up: whether the clipper made an end of it: then the learning rates of the stage may be
+            others.
+
+    Returns:
+        What they were before and what they are now, by path.
 
     Raises:
         ValueError: naming the settings that differ.
@@ -74,22 +83,32 @@ def check_resumed(config: Config, last: Checkpoint) -> None:
     before = last.about["settings"]
     now = settings_of(config, name) if name in config.stages else {}
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    if changed:
+    rates = {f"stages.{name}.{key}" for key in ("learning_rate", "then", "warmup")}
+    if set(changed) - (rates if gave_up else set()):
         raise ValueError(
             f"{last.path} was trained with other settings: {', '.join(changed)}; put them back, or "
             "choose another out"
         )
+    return {key: [before.get(key), now.get(key)] for key in changed}
 
 
-def check_data(source: dict[str, str], last: Checkpoint) -> None:
-    """Refuse to continue a stage with other data than it began with."""
+def check_data(
+    source: dict[str, str], last: Checkpoint, *, gave_up: bool
+) -> dict[str, list[str | None]]:
+    """Refuse to continue a stage with other data than it began with.
+
+    Once the clipper ``gave_up``, the samples may be others; returns both fingerprints then.
+    """
     before = last.about["data"]
     changed = sorted(key for key in source if source[key] != before.get(key))
+    if changed == ["data"] and gave_up:
+        return {"data": [before.get("data"), source["data"]]}
     if changed:
         raise ValueError(
             f"{last.path} was trained on other data in this stage ({', '.join(changed)} differ); "
             "put it back, or begin a stage with the new data"
         )
+    return {}
 
 
 def settings_of(config: Config, until: str) -> dict[str, Any]:

@@ -10,8 +10,9 @@ Source: Open-Sora Plan v1.5 report, training stages and hyper-parameters.
 from __future__ import annotations
 
 import inspect
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -60,14 +61,17 @@ class Stage:
     checkpointing: str = "none"
 
     def __post_init__(self) -> None:
+        _refuse_nulls(self)
         for name in ("steps", "global_batch", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.warmup < 0:
             raise ValueError(f"warmup must be at least 0, got {self.warmup}")
         for rate in (self.learning_rate, *self.then.values()):
-            if not rate > 0:
+            if not 0 < rate < math.inf:
                 raise ValueError(f"learning_rate must be above 0, got {rate}")
+        if any(step < 0 for step in self.then):
+            raise ValueError(f"then must begin at steps of the stage, from 0, got {self.then}")
         if self.checkpointing not in CHECKPOINTS:
             raise ValueError(
                 f"checkpointing must be one of {', '.join(CHECKPOINTS)}, got {self.checkpointing!r}"
@@ -94,6 +98,14 @@ class Optimizer:
     eps: float = 1e-15
     weight_decay: float = 1e-4
 
+    def __post_init__(self) -> None:
+        _refuse_nulls(self)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas must be in [0, 1), got {self.betas}")
+        for name in ("eps", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name} must be at least 0, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
@@ -110,6 +122,7 @@ class Clip:
     sigmas: float = 3.0
 
     def __post_init__(self) -> None:
+        _refuse_nulls(self)
         self.make()
 
     def make(self) -> AdaptiveGradClipper:
@@ -136,6 +149,12 @@ class Samples:
     guidance: float = 7.0
 
     def __post_init__(self) -> None:
+        _refuse_nulls(self)
+        if self.every < 0 or self.steps < 1:
+            raise ValueError(
+                "samples.every must be at least 0 and samples.steps at least 1, got "
+                f"{self.every} and {self.steps}"
+            )
         if self.every and not self.prompts:
             raise ValueError("samples.every is set but samples.prompts is empty; give a prompt")
 
@@ -198,6 +217,7 @@ class Config:
     samples: Samples = field(default_factory=Samples)
 
     def __post_init__(self) -> None:
+        _refuse_nulls(self)
         if not self.stages:
             raise ValueError("stages is empty; give at least one")
         if self.preset not in SUV.presets:
@@ -211,9 +231,13 @@ class Config:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if not 0 <= self.drop <= 1:
             raise ValueError(f"drop must be in [0, 1], got {self.drop}")
-        for name in ("save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.ema <= 1:
+            raise ValueError(f"ema must be in [0, 1], got {self.ema}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be at least 0 and below 2**63, got {self.seed}")
+        for name, least in (("save_every", 1), ("keep", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         skips = [stage.skip_connection for stage in self.stages.values()]
         if sorted(skips) != skips:
             raise ValueError(
@@ -272,7 +296,7 @@ def load(path: str | os.PathLike[str] | None = None, arguments: Sequence[str] = 
                 f"{path} is neither a file nor a chain of the library: {', '.join(sorted(CHAINS))}"
             )
         try:
-            read = yaml.safe_load(file.read_text("utf-8"))
+            read = yaml.load(file.read_text("utf-8"), _Once)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is no YAML: {error}") from error
         if not isinstance(read, dict):
@@ -280,9 +304,11 @@ def load(path: str | os.PathLike[str] | None = None, arguments: Sequence[str] = 
         wrong = list(unknown_keys(Config, read))
         if wrong:
             raise ValueError(f"{file} has keys that mean nothing: {', '.join(wrong[:10])}")
+        _refuse_empty(f"{file} has", read)
         given = ["--config", str(file), *given]
     try:
         found = parser.parse_args(given)
+        _refuse_empty("the arguments have", found.as_dict())
         made: Namespace = parser.instantiate(found)
         config = Config(**{name: value for name, value in vars(made).items() if name != "config"})
         if config.init is None:
@@ -292,6 +318,58 @@ def load(path: str | os.PathLike[str] | None = None, arguments: Sequence[str] = 
     except ArgumentError as error:
         raise ValueError(str(error)) from error
     return config
+
+
+class _Once(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is untyped
+    """YAML in which no key is there twice: by itself the last one would win, without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """As in PyYAML; a YAMLError with line and column for a key that was there before."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} is there twice; leave one", key.start_mark
+                )
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _refuse_nulls(config: Any) -> None:
+    """ValueError if a field is None that may not be."""
+    hints = get_type_hints(type(config))
+    for name in (each.name for each in fields(config)):
+        if getattr(config, name) is None and not _may_be_null(hints[name]):
+            raise ValueError(f"{name} is null; give a value, or leave it out")
+
+
+def _refuse_empty(where: str, table: Mapping[Any, Any]) -> None:
+    """ValueError with the paths of keys that are null and may not be."""
+    empty = list(null_keys(Config, table))
+    if empty:
+        raise ValueError(f"{where} null for {', '.join(empty[:10])}; give a value, or leave it out")
+
+
+def _may_be_null(hint: Any) -> bool:
+    return hint is Any or type(None) in get_args(hint)
+
+
+def null_keys(kind: Any, table: Mapping[Any, Any], path: str = "") -> Iterator[str]:
+    """Paths of the keys in ``table`` that are null though the dataclass ``kind`` wants a value."""
+    hints = get_type_hints(kind)
+    for key, value in table.items():
+        inner, here = hints.get(key, Any), f"{path}{key}"
+        if value is None and not _may_be_null(inner):
+            yield here
+        elif is_dataclass(inner) and isinstance(value, Mapping):
+            yield from null_keys(inner, value, f"{here}.")
+        elif get_origin(inner) is dict and is_dataclass(get_args(inner)[1]):
+            for name, entry in value.items():
+                if entry is None:
+                    yield f"{here}.{name}"
+                elif isinstance(entry, Mapping):
+                    yield from null_keys(get_args(inner)[1], entry, f"{here}.{name}.")
 
 
 def unknown_keys(kind: Any, table: Mapping[Any, Any], path: str = "") -> list[str]:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from skiparse.models import shards
+from skiparse.models.data.features import fingerprints
 from skiparse.models.pipeline import SUVPipeline
 from skiparse.models.suv.model import SUV
 from skiparse.models.text import TextEncoders
@@ -25,6 +26,7 @@ def export(
     vae: str | os.PathLike[str],
     text: str | os.PathLike[str],
     weights: Weights = "ema",
+    other_encoders: bool = False,
 ) -> Path:
     """Write the newest checkpoint of a run as a pipeline, which ``skiparse sample`` loads.
 
@@ -32,16 +34,19 @@ def export(
         run: the ``out`` of a training run.
         out: folder to make, whole or not at all, by
             :meth:`~skiparse.models.pipeline.SUVPipeline.save_pretrained`, weights in fp32.
-        vae: folder of a WFVAE.
-        text: folder that holds the text encoders, as a pipeline keeps them.
+        vae: folder of the WFVAE that the run was trained with.
+        text: folder that holds its text encoders, as a pipeline keeps them.
         weights: the averaged ones, or those of the last step.
+        other_encoders: whether ``vae`` and ``text`` may be others than the run's, such as a VAE
+            whose decoder was trained further. The model sees then what it was not trained on.
 
     Returns:
         ``out``.
 
     Raises:
-        ValueError: if ``out`` exists, for unknown ``weights``, or if the checkpoint is of something
-            else than a SUV; before any work.
+        ValueError: if ``out`` exists, for unknown ``weights``, if the checkpoint is of something
+            else than a SUV, or if the encoders are not those of the run or do not fit its model;
+            before anything is written.
         FileNotFoundError: if there is no checkpoint, VAE or text encoder.
         CheckpointError: if the checkpoint is damaged.
     """
@@ -52,12 +57,21 @@ def export(
     last = Checkpoints(checkpoints).latest()
     if last is None:
         raise FileNotFoundError(f"no complete checkpoint in {checkpoints}; give the out of a run")
-    if not (Path(vae) / "config.json").is_file():
-        raise FileNotFoundError(f"{Path(vae) / 'config.json'} is not there; give a WFVAE")
+    if "model" not in last.about:
+        raise ValueError(f"{last.path} is of no SUV: its about.json has no model")
+    channels = WFVAE.load_config(vae)["latent_channels"]
+    if channels != last.about["model"]["in_channels"]:
+        raise ValueError(
+            f"vae={vae} has latents of {channels} channels, but the model of {run} takes "
+            f"{last.about['model']['in_channels']}; give the vae that it was trained with"
+        )
     encoders = TextEncoders.from_pretrained(text)
+    decoder = WFVAE.from_pretrained(vae)
+    if not other_encoders:
+        _check_encoders(last, fingerprints(decoder, encoders), vae, text)
     pipeline = SUVPipeline(
         _model(last, weights),
-        WFVAE.from_pretrained(vae),
+        decoder,
         encoders.tokenizer,
         encoders.encoder,
         encoders.tokenizer_2,
@@ -70,10 +84,31 @@ def export(
     return Path(out)
 
 
+def _check_encoders(
+    checkpoint: Checkpoint,
+    found: dict[str, str],
+    vae: str | os.PathLike[str],
+    text: str | os.PathLike[str],
+) -> None:
+    """ValueError unless the encoders are those whose features the checkpoint was trained on."""
+    trained = checkpoint.about.get("data", {})
+    missing = sorted(found.keys() - trained.keys())
+    if missing:
+        raise ValueError(
+            f"{checkpoint.path} does not tell which {', '.join(missing)} it was trained with; if "
+            "you know, say so by other_encoders=True (--other-encoders)"
+        )
+    given = {"vae": vae, "t5": text, "clip": text}
+    others = [f"{name} of {given[name]}" for name in found if found[name] != trained[name]]
+    if others:
+        raise ValueError(
+            f"{', '.join(others)}: not what {checkpoint.path} was trained with; give that, or take "
+            "another knowingly by other_encoders=True (--other-encoders)"
+        )
+
+
 def _model(checkpoint: Checkpoint, weights: str) -> SUV:
     """The SUV in a checkpoint of a run."""
-    if "model" not in checkpoint.about:
-        raise ValueError(f"{checkpoint.path} is of no SUV: its about.json has no model")
     with torch.device("meta"):
         model = SUV(**checkpoint.about["model"])
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from skiparse.models.train.parallel import World
+
+GRACE = 10.0  # seconds in which signals count as one request
 
 
 @contextmanager
@@ -31,18 +34,28 @@ def alone(out: Path, world: World) -> Iterator[None]:
 
 
 @contextmanager
-def told_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or Ctrl-C came; the second Ctrl-C is not held up."""
-    came: list[int] = []
+def told_to_stop(world: World) -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or Ctrl-C came, to this process.
+
+    SLURM and systemd send SIGTERM to every process of a job, and torchrun hands on what it got: the
+    same request comes twice and more. So what comes within :data:`GRACE` seconds after the first is
+    no other one; after that, a signal does what it did before. A second Ctrl-C of somebody who sits
+    before a single process is not held up.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # signals go to the main thread
         return
+    came: list[float] = []
+    before: dict[int, Any] = {}
 
     def note(number: int, frame: object) -> None:
-        came.append(number)
-        signal.signal(number, before[number])
+        now = time.monotonic()
+        came.append(now)
+        late, impatient = now - came[0] > GRACE, number == signal.SIGINT and world.size == 1
+        if len(came) > 1 and (late or impatient):
+            signal.signal(number, before[number])
+            signal.raise_signal(signal.Signals(number))
 
-    before: dict[int, Any] = {}
     for kind in (signal.SIGTERM, signal.SIGINT):
         before[kind] = signal.signal(kind, note)
     try:
@@ -50,3 +63,9 @@ def told_to_stop() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def undisturbed(worker: int) -> None:
+    """For processes that read: their parent decides when they end, and not who signals them all."""
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, signal.SIG_IGN)

@@ -37,10 +37,16 @@ from skiparse.models.data.draws import Use, torch_numbers
 from skiparse.models.data.features import Batch, Encoders, collate
 from skiparse.models.data.manifest import Manifest
 from skiparse.models.data.sampler import BucketBatchSampler
-from skiparse.models.train.checkpoint import FOLDER, CheckpointError, Checkpoints
+from skiparse.models.train.checkpoint import (
+    FOLDER,
+    CheckpointError,
+    Checkpoints,
+    complete_ones,
+    number_of,
+)
 from skiparse.models.train.checks import check, check_data, check_resumed, settings_of
 from skiparse.models.train.config import Config, Stage
-from skiparse.models.train.guards import alone, told_to_stop
+from skiparse.models.train.guards import alone, told_to_stop, undisturbed
 from skiparse.models.train.log import opened
 from skiparse.models.train.parallel import World, local
 from skiparse.models.train.samples import make_samples
@@ -52,8 +58,13 @@ STOPPED = "stopped.json"
 def train(config: Config) -> Path:
     """Train from the last checkpoint in ``config.out``, or from the start, to the end of the chain.
 
-    On SIGTERM or Ctrl-C it saves after the step and returns; called again, it goes on. A checkpoint
-    that cannot be written, say on a full disk, is reported and tried again at the next turn.
+    On SIGTERM or Ctrl-C, in whichever process, it saves after the step and returns; called again,
+    it goes on. A checkpoint or a line of the log that cannot be written, say on a full disk, is
+    reported and tried again later.
+
+    While the clipper skips steps, the checkpoints from before stay, and beside them the last one
+    since. Once it gave up, the run may continue with other learning rates of the stage and other
+    samples; ``changes`` in ``about.json`` of what it saves then tells of it.
 
     Args:
         config: see :class:`~skiparse.models.train.config.Config`.
@@ -76,13 +87,17 @@ def train(config: Config) -> Path:
     with (
         World.joined(config.device) as world,
         alone(out, world),
-        told_to_stop() as told,
+        told_to_stop(world) as told,
         Checkpoints(out / FOLDER, keep=config.keep) as checkpoints,
     ):
         last = checkpoints.latest()
         done = last.step if last else 0
+        changes, skipping = [], None  # skipping: steps that were done before the clipper skips
+        gave_up = (out / STOPPED).exists()
         if last is not None:
-            check_resumed(config, last)
+            changes, skipping = last.about.get("changes", []), last.about.get("skipping")
+            if changed := check_resumed(config, last, gave_up=gave_up):
+                changes = [*changes, {"step": done, **changed}]
         encoders = None
         if config.needs_encoders:
             assert config.vae is not None
@@ -105,7 +120,8 @@ def train(config: Config) -> Path:
                 seed = draws.stage_seed(config.seed, number)
                 data, source = data_of(config, name, seed, encoders, world)
                 if last is not None and last.about["stage"] == name:
-                    check_data(source, last)
+                    changed = check_data(source, last, gave_up=gave_up)
+                    changes = [*changes, {"step": done, **changed}] if changed else changes
                 batches = batches_of(config, stage, data, seed, done - begin, encoders, world)
                 parameters = list(state.model.parameters())
 
@@ -120,7 +136,11 @@ def train(config: Config) -> Path:
                         parts.append(part.detach())
                     decision = state.clipper.clip_(parameters)
                     if decision.action == "stop":
-                        _give_up(out, step, name, decision, world.all(keys), world)
+                        _give_up(out, step, name, decision, world.all(keys), world, skipping)
+                    if decision.action != "skip":
+                        skipping = None
+                    elif skipping is None:
+                        skipping = step
                     rate = stage.rate(step - begin)
                     if decision.action != "skip":
                         for group in state.optimizer.param_groups:
@@ -152,10 +172,16 @@ def train(config: Config) -> Path:
                             "stage": name,
                             "data": source,
                             "settings": settings_of(config, name),
+                            "changes": changes,
+                            "skipping": skipping,
                             **state.about(),
                         }
-                        log.sync()
-                        save(checkpoints, done, state, about, config.asynchronous, at_last=ending)
+                        log.sync(done)
+                        written = save(
+                            checkpoints, done, state, about, config.asynchronous, at_last=ending
+                        )
+                        if written and skipping is None and world.rank == 0:
+                            (out / STOPPED).unlink(missing_ok=True)
                     if config.samples.every and done % config.samples.every == 0:
                         assert encoders is not None
                         if world.rank == 0:
@@ -234,7 +260,13 @@ def batches_of(
         start=start,
         stop=stage.steps,
     )
-    loader = DataLoader(data, batch_sampler=sampler, num_workers=config.workers, collate_fn=list)
+    loader = DataLoader(
+        data,
+        batch_sampler=sampler,
+        num_workers=config.workers,
+        collate_fn=list,
+        worker_init_fn=undisturbed,
+    )
     for read in loader:
         features = read
         if isinstance(data, Clips):
@@ -251,9 +283,13 @@ def save(
     asynchronous: bool,
     *,
     at_last: bool,
-) -> None:
-    """A checkpoint; if it fails, training goes on without, but not past the last one."""
-    write = partial(checkpoints.save, step, state.tensors(), about)
+) -> bool:
+    """A checkpoint; if it fails, training goes on without, but not past the last one.
+
+    Returns whether it is there by now.
+    """
+    write = partial(checkpoints.save, step, state.tensors(), about, hold=about["skipping"])
+    written = True
     for act in (checkpoints.wait, partial(write, asynchronous=asynchronous and not at_last)):
         try:
             act()
@@ -261,16 +297,28 @@ def save(
             if at_last and isinstance(act, partial):
                 raise
             tqdm.write(f"step {step}: {error}; training goes on, and will try again")
+            written = False
+    return written and (at_last or not asynchronous)
 
 
 def _give_up(
-    out: Path, step: int, stage: str, decision: Any, keys: list[str], world: World
+    out: Path,
+    step: int,
+    stage: str,
+    decision: Any,
+    keys: list[str],
+    world: World,
+    skipping: int | None,
 ) -> None:
     if world.rank == 0:
         found = {name: str(value) for name, value in asdict(decision).items()}
         write_json(out / STOPPED, {"step": step, "stage": stage, **found, "keys": keys})
+    since = step if skipping is None else skipping
+    before = [path.name for path in complete_ones(out / FOLDER) if number_of(path) <= since]
+    back = f"; to go back to {' or '.join(before)}, first remove what is newer" if before else ""
     raise FloatingPointError(
         f"step {step} (stage {stage}) has a gradient of norm {decision.norm}, and the clipper "
-        f"gives up; {out / STOPPED} names the samples. Nothing of the step was applied: continue "
-        "from the last checkpoint with a lower learning rate, or without those samples"
+        f"gives up; {out / STOPPED} names the samples. Nothing was learned since step "
+        f"{since}: continue with other learning rates of the stage (learning_rate, then), or "
+        f"without those samples{back}"
     )

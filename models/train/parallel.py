@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from skiparse.models import devices
 from skiparse.models.suv.blocks import SUVBlock
 from skiparse.models.suv.model import SUV
 
@@ -37,17 +38,14 @@ class World:
         """The processes that torchrun started, or this one alone.
 
         Raises:
-            ValueError: if ``device`` is cuda and torch finds none.
+            ValueError: if ``device`` is none of this machine.
         """
-        kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if kind.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"device={device}: torch finds no GPU here; use device: cpu")
+        here = devices.chosen(device, setting="device: ")
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
-            yield cls(0, 1, torch.device(kind))
+            yield cls(0, 1, here)
             return
-        here = torch.device(kind)
-        if kind == "cuda":
+        if here == torch.device("cuda"):
             here = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(here)
         dist.init_process_group("nccl" if here.type == "cuda" else "gloo")

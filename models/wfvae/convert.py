@@ -7,12 +7,10 @@ of the latents. Here the config holds those; they are compared with it, dropped,
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from skiparse.models import checkpoints, shards
-from skiparse.models.checkpoints import State
+from skiparse.models.checkpoints import Source, State
 from skiparse.models.wfvae.blocks import CausalConv, ChannelNorm, FrameConv
 from skiparse.models.wfvae.config import RELEASED_HAAR_GAIN
 from skiparse.models.wfvae.haar import EXACT_2D, EXACT_3D
@@ -47,6 +45,9 @@ _PARTS = {
     "to_v": "v",
     "to_out": "proj_out",
 }
+# First components of names: of all released ones, and of those that every WFVAE has.
+_ROOTS = frozenset({"encoder", "decoder", "shift", "scale"})
+_MUST = frozenset({"encoder", "decoder"})
 _WRAPPERS = ((ChannelNorm, ".norm"), (CausalConv, ".conv"), (FrameConv, ""))
 
 
@@ -58,14 +59,16 @@ class Report:
     dropped: tuple[str, ...]  # released names of what is no weight: filters, shift, scale
     config: dict[str, Any]  # arguments of the WFVAE that has these weights
     found: str = ""  # the key in the file that held the weights, "" for the file itself
+    others: tuple[str, ...] = ()  # keys of other weights of such a model, which were not taken
 
 
 def from_released(state: State) -> tuple[dict[str, Tensor], Report]:
     """Released weights under our names.
 
     Args:
-        state: names and tensors of the original release or of MindSpeed-MM, a leading ``module.``
-            allowed. Filters, shift and scale are compared with :func:`infer_config`, then dropped.
+        state: names and tensors of the original release or of MindSpeed-MM, with or without what
+            wrappers put into names (``module.``, ``_orig_mod.``). Filters, shift and scale are
+            compared with :func:`infer_config`, then dropped.
 
     Returns:
         The tensors in the same dtypes, in the order of our model, and what was found. They are
@@ -75,7 +78,7 @@ def from_released(state: State) -> tuple[dict[str, Tensor], Report]:
         ValueError: with the first ten names that are missing, unexpected, misshapen, or of filters
             that are not Haar's.
     """
-    bare = checkpoints.plain(state)
+    bare = checkpoints.plain(state, _ROOTS)
     config = infer_config(bare)
     weights, dropped, wrong = _sort(bare, _skeleton(config))
     checkpoints.refuse("these are not exactly the weights of one WFVAE", wrong)
@@ -91,14 +94,15 @@ def load_released(model: WFVAE, state: State) -> Report:
         state: as :func:`from_released` takes it.
 
     Raises:
-        ValueError: with the first ten names that are missing, unexpected or misshapen, or of
-            filters, shift or scale unlike the model's. The model is as before.
+        ValueError: with the first ten names that are missing, unexpected, misshapen or not
+            finite, or of filters, shift or scale unlike the model's. The model is as before.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("model has no memory to load into; build it on a real device")
-    bare = checkpoints.plain(state)
+    bare = checkpoints.plain(state, _ROOTS)
     weights, dropped, wrong = _sort(bare, model)
     checkpoints.refuse("the weights do not fit the model, so none were loaded", wrong)
+    checkpoints.check_values({name: [tensor] for name, tensor in weights.items()})
     model.load_state_dict(weights, strict=True)
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     return Report(_names_of(bare), (*dropped, *_extra(state)), config)
@@ -146,7 +150,7 @@ def infer_config(state: State) -> dict[str, Any]:
     Raises:
         ValueError: if a tensor that tells a size is missing.
     """
-    state = checkpoints.plain(state)
+    state = checkpoints.plain(state, _ROOTS)
 
     def shape(name: str, *, dims: int) -> tuple[int, ...]:
         if name not in state or state[name].ndim != dims or 0 in state[name].shape:
@@ -179,66 +183,60 @@ def infer_config(state: State) -> dict[str, Any]:
 
 
 def convert_file(
-    src: str | os.PathLike[str],
-    dst: str | os.PathLike[str],
+    src: Source,
+    dst: Source,
     *,
     key: str | None = None,
+    dtype: torch.dtype | None = None,
     max_shard_bytes: int = 4 * 2**30,
     progress: bool = False,
 ) -> Report:
     """Turn a released checkpoint into a folder for ``WFVAE.from_pretrained``.
 
-    The source is mapped and copied tensor by tensor. Dtypes stay as they are.
+    The source is mapped and copied tensor by tensor. Nothing in it is run: see
+    :mod:`skiparse.models.archive`.
 
     Args:
-        src: a ``.pt`` or ``.ckpt`` (as ``torch.save`` writes it, with nothing but tensors, plain
-            values and ``argparse.Namespace``) or ``.safetensors`` file, or a folder of safetensors
-            with an index, checked against its manifest where it has one.
+        src: a file that ``torch.save`` wrote or a safetensors file, told apart by their content; or
+            a folder, as :func:`skiparse.models.checkpoints.sources` takes it, of one rank, checked
+            against its manifest where it has one.
         dst: the folder to make. It appears complete, with a manifest that
             :func:`skiparse.models.shards.verify` checks, or not at all.
-        key: where in the file the weights are, dots between levels; None takes the first there is
-            of ``"ema_state_dict"``, ``"state_dict.gen_model"``, ``"state_dict"``, the file itself.
+        key: where in the file the weights are, dots between levels; None finds the one place there
+            is, and of several the one of averaged weights.
+        dtype: of the weights written, a floating one; None for their own.
         max_shard_bytes: of tensor data in one file.
-        progress: whether to show a bar.
+        progress: whether to show bars.
 
     Raises:
-        ValueError: if ``dst`` exists, the source is damaged or holds other objects, or its weights
-            are not exactly those of one WFVAE.
+        ValueError: if ``dst`` exists; if the source is damaged, compressed or not what it seems;
+            or if its weights are not exactly those of one WFVAE, or not finite.
         FileNotFoundError: if a source is missing.
         OSError: if the disk fails or fills up.
     """
     shards.refuse_existing(dst)
-    path = Path(src)
-    checkpoint = checkpoints.read(path)
-    place = _place(checkpoint) if key is None else key
-    weights, report = from_released(checkpoints.at(checkpoint, place, path))
-    report = replace(report, found=place)
+    checkpoints.refuse_dtype(dtype)
+    files = checkpoints.sources(src)
+    if len(files) > 1:
+        raise ValueError(f"{src} is of {len(files)} ranks, but a WFVAE is never cut; name one file")
+    found = checkpoints.find(checkpoints.read(files[0], progress=progress), key, files[0], _MUST)
+    weights, report = from_released(found.state)
+    report = replace(report, found=found.place, others=found.others)
+    checkpoints.check_values({name: [tensor] for name, tensor in weights.items()}, dtype=dtype)
     about = {"names": report.names, "found": report.found, "dropped": report.dropped}
-    total = sum(tensor.nbytes for tensor in weights.values())
+    lazy = {name: shards.Lazy.of(tensor) for name, tensor in weights.items()}
+    if dtype is not None:
+        lazy = {name: tensor.to(dtype) for name, tensor in lazy.items()}
+    total = sum(tensor.nbytes for tensor in lazy.values())
     with (
         shards.new_folder(dst) as folder,
         tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=not progress) as bar,
     ):
         _skeleton(report.config).save_config(folder)
         shards.write(
-            folder,
-            {name: shards.Lazy.of(tensor) for name, tensor in weights.items()},
-            max_shard_bytes=max_shard_bytes,
-            about=about,
-            progress=bar.update,
+            folder, lazy, max_shard_bytes=max_shard_bytes, about=about, progress=bar.update
         )
     return report
-
-
-def _place(checkpoint: Any) -> str:
-    """Where a trainer's checkpoint keeps the weights to use: averaged ones if there are any."""
-    if isinstance(checkpoint, Mapping):
-        if checkpoint.get("ema_state_dict"):
-            return "ema_state_dict"
-        state = checkpoint.get("state_dict")
-        if isinstance(state, Mapping) and state:
-            return "state_dict.gen_model" if "gen_model" in state else "state_dict"
-    return ""
 
 
 def _skeleton(config: Mapping[str, Any]) -> WFVAE:

@@ -32,7 +32,7 @@ import skiparse
 from skiparse.models import shards
 from skiparse.models.data.atomic import write_json
 from skiparse.models.data.video import probe, read_video
-from skiparse.models.data.writer import write_image
+from skiparse.models.data.writer import MAX_FPS, write_image
 from skiparse.models.wfvae.losses import LPIPS
 from skiparse.models.wfvae.model import WFVAE
 from skiparse.models.wfvae.tiling import decode_tiled, encode_tiled
@@ -358,6 +358,8 @@ def _line(name: str, row: dict[str, Any], columns: Sequence[str]) -> str:
 
 
 def _rate(clip: str | os.PathLike[str], fps: float | None) -> Fraction:
+    if fps is not None and not 0 < fps <= MAX_FPS:
+        raise ValueError(f"fps must be above 0 and at most {MAX_FPS}, got {fps}")
     found = probe(clip).fps
     if fps is not None:
         return Fraction(fps).limit_denominator(100_000)
