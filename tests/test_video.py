@@ -540,6 +540,70 @@ def test_avi_keeps_the_times_of_packets_alone(
     assert torch.equal(read(path, 3, start=17 / 25, threads=threads), expected[17:20])
 
 
+def avi_of(path: Path, source: Path, packets: list[tuple[bytes, bool]]) -> Path:
+    """An AVI of the MPEG-4 of ``source`` with these packets, and whether they are key frames."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        codec = old.streams.video[0].codec_context
+        stream = new.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = codec.width, codec.height, "yuv420p"
+        stream.codec_context.extradata = codec.extradata
+        new.start_encoding()
+        for i, (data, key) in enumerate(packets):
+            packet = av.Packet(data)
+            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, 25), key
+            packet.pts = packet.dts = i
+            new.mux(packet)
+    return path
+
+
+def nothing_new(time: int) -> bytes:
+    """An MPEG-4 picture that says that the one before stays, at 25 ticks a second."""
+    bits = f"0101{time % 25:05b}10" + "01111"
+    return b"\0\0\1\xb6" + int(bits, 2).to_bytes(2)
+
+
+def packets_of(path: Path) -> list[Any]:
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        return [(bytes(p), p.is_keyframe, p.pts, p.dts) for p in file.demux(stream) if p.size]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_packed_frames_in_avi(tmp_path: Path, threads: int) -> None:
+    """As DivX made them: a frame and the one shown before it are one packet, the next is empty."""
+    options = {"bf": "1", "g": "12"}
+    whole = make(tmp_path / "a.mp4", smooth(40), codec="mpeg4", pixels="yuv420p", options=options)
+    packets = packets_of(whole)
+    mark, made, i = b"\0\0\1\xb2DivX503b1393p", [], 0
+    while i < len(packets):
+        data, key, pts, _ = packets[i]
+        if i + 1 < len(packets) and packets[i + 1][2] < pts:
+            made += [(mark + data + packets[i + 1][0], key), (nothing_new(i), False)]
+            i += 2
+        else:
+            made.append((mark + data, key))
+            i += 1
+    path = avi_of(tmp_path / "b.avi", whole, made)
+    assert len(made) == probe(path).frames == 40
+    assert sum(len(data) < 10 for data, _ in made) > 10
+    expected = read(whole, 40, threads=1)
+    assert torch.equal(read(path, 40, threads=threads), expected)
+    assert torch.equal(read(path, 3, start=30 / 25, threads=threads), expected[30:33])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_frame_that_stays_in_avi(tmp_path: Path, threads: int) -> None:
+    options = {"bf": "0", "g": "12"}
+    whole = make(tmp_path / "a.mp4", smooth(40), codec="mpeg4", pixels="yuv420p", options=options)
+    packets = [packet[:2] for packet in packets_of(whole)]
+    packets[5:5] = [(nothing_new(5), False), (nothing_new(6), False)]
+    path = avi_of(tmp_path / "b.avi", whole, packets)
+    expected = read(whole, 40, threads=1)
+    held = torch.cat([expected[:5], expected[4:5], expected[4:5], expected[5:]])
+    assert probe(path).frames == 42
+    assert torch.equal(read(path, 42, threads=threads), held)
+
+
 def test_a_pause_in_avi_is_a_packet_of_nothing(tmp_path: Path) -> None:
     path = make(tmp_path / "a.avi", 6, times=[0, 1, 2, 5, 6, 7], codec="mpeg4", pixels="yuv420p")
     assert levels(read(path, 8)) == [0, 1, 2, 2, 2, 3, 4, 5]

@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import re
-from collections import deque
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -51,6 +51,8 @@ _SEEKABLE = {"mov", "matroska"}
 _EARLY = Fraction(1, 50_000)
 
 _COARSE = Fraction(1, 1000)  # a rounding to the ticks of a clock is believed to be no larger
+
+_EVERY_PACKET = {"h264", "hevc"}  # is a frame, in these codecs
 
 _NO_TIMES = "its frames have no time stamps; put them into a container, say mp4"
 
@@ -459,22 +461,48 @@ def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[
 
 
 def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    """The frames in the order of showing, each with its time.
-
-    AVI only has the times of packets, which are in the order of decoding: the first frame out of
-    the decoder gets the first of these times, and so on. So a decoder's guesses are not needed,
-    which for frames made from later ones are wrong.
-    """
-    due: deque[int] | None = deque() if _is(container, "avi") else None
+    """The frames in the order of showing, each with its time."""
+    clock = None
+    if _is(container, "avi"):
+        clock = _AviClock(every=stream.codec_context.name in _EVERY_PACKET)
     for packet in _packets(container, stream):
-        if due is not None and packet.dts is not None:
-            due.append(packet.dts)
+        if clock is not None:
+            clock.packet(packet)
         for frame in packet.decode():
-            if due:
-                frame.pts = due.popleft()
+            if clock is not None:
+                frame.pts = clock.time(frame)
             if frame.pts is None or frame.time_base is None:
                 raise VideoError(_NO_TIMES)
             yield frame
+
+
+class _AviClock:
+    """Times of frames in AVI, which only has those of packets, in the order of decoding.
+
+    A decoder's guesses are wrong where frames are made from later ones. Where every packet is a
+    frame, the first frame has the first of these times, and so on. Else a packet may say that the
+    frame before stays; but then a decoder is always as many packets behind as with its first frame.
+    """
+
+    def __init__(self, *, every: bool) -> None:
+        self._every = every
+        self._times: list[int] = []  # of the packets so far
+        self._behind: int | None = None  # packets
+        self._next = 0  # number of the packet that has the next frame's time
+
+    def packet(self, packet: Packet[VideoStream]) -> None:
+        """One goes to the decoder."""
+        if packet.dts is not None:
+            self._times.append(packet.dts)
+
+    def time(self, frame: VideoFrame) -> int:
+        """Of the frame that comes next."""
+        if not self._every and frame.dts is not None:  # the time of the packet that brought it out
+            number = bisect_left(self._times, frame.dts)
+            self._behind = number if self._behind is None else self._behind
+            self._next = number - self._behind
+        self._next += 1
+        return self._times[min(self._next, len(self._times)) - 1]
 
 
 def _frames(container: InputContainer, stream: VideoStream, limits: Limits) -> Iterator[VideoFrame]:
