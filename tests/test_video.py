@@ -18,6 +18,7 @@ import torch
 av = pytest.importorskip("av")
 
 from skiparse.models.data import video  # noqa: E402  # after the check that av is there
+from skiparse.models.data.h264 import FrameNumbers  # noqa: E402
 from skiparse.models.data.video import Limits, VideoError, probe, read_video  # noqa: E402
 
 X265 = "log-level=none:pools=1:keyint=12:min-keyint=12:bframes=4:scenecut=0:b-pyramid=1"
@@ -62,7 +63,12 @@ def make(
 
 
 def copied(
-    source: Path, path: Path, *, first: int = 0, without: Any = (), filters: str = ""
+    source: Path,
+    path: Path,
+    *,
+    first: int = 0,
+    without: Any = (),
+    filters: str = "",
 ) -> Path:
     """The packets of a clip at 25 frames per second in another file, not encoded anew.
 
@@ -481,7 +487,8 @@ def test_a_rate_that_changes_is_an_average(tmp_path: Path, suffix: str) -> None:
     assert info.frames == 95 - hidden
     assert info.duration is not None
     assert info.fps is not None
-    assert abs(info.duration - Fraction(15, 2)) < Fraction(1, 20)
+    length = Fraction(15, 2) - Fraction(hidden, 30)
+    assert abs(info.duration - length) <= Fraction(1, 500)  # the last as long as the one before
     assert abs(info.frames / info.fps - info.duration) < Fraction(1, 100)
     start = (info.frames - 1) / info.fps  # of the last frame, at the average rate
     last = read(path, 1, start=float(start))
@@ -641,6 +648,98 @@ def test_a_lost_reference_is_noticed(tmp_path: Path, suffix: str, lost: set[int]
     for call in (probe, read):
         with pytest.raises(VideoError, match=rf"damaged after {min(lost)} frames: by its numbers"):
             call(cut)
+
+
+def test_a_lost_reference_among_frames_that_are_none(tmp_path: Path) -> None:
+    """Frames from which no others are made have numbers too, of the reference to come."""
+    params = "keyint=60:scenecut=0:bframes=2:b-adapt=0:b-pyramid=0"
+    whole = make(
+        tmp_path / "a.mp4",
+        smooth(36),
+        codec="libx264",
+        pixels="yuv420p",
+        options={"x264-params": params},
+    )
+    assert probe(whole).frames == 36
+    unneeded = copied(whole, tmp_path / "b.mp4", without={5})
+    assert probe(unneeded).frames == 35
+    with pytest.raises(VideoError, match="damaged after 4 frames: by its numbers"):
+        probe(copied(whole, tmp_path / "c.mp4", without={4}))
+
+
+def test_numbers_begin_anew_at_a_key_frame(tmp_path: Path) -> None:
+    """As where parts were put together; and what is no H.264 says nothing."""
+    path = make(tmp_path / "a.mp4", 12, codec="libx264", pixels="yuv420p", options={"bf": "0"})
+    packets = [packet for packet, *_ in packets_of(path)]
+    with av.open(str(path)) as file:
+        extradata = file.streams.video[0].codec_context.extradata
+    numbers = FrameNumbers(extradata)
+    assert not numbers.lost(packets[0], True)
+    assert not numbers.lost(packets[5], True)
+    assert not numbers.lost(packets[6], False)
+    assert numbers.lost(packets[8], False)
+    for junk in (b"", b"\1", b"\1" * 9, extradata[:12], b"\0\0\1", b"\0\0\1\x67", b"\xff" * 50):
+        assert not FrameNumbers(junk).lost(packets[0], True)
+        assert not FrameNumbers(extradata).lost(junk, False)
+    assert not FrameNumbers(None).lost(b"", False)
+
+
+def test_frames_before_the_first_key_frame_are_not_there(tmp_path: Path) -> None:
+    """In an open group they are shown before it, made from frames of the group before."""
+    options = {"g": "12", "bf": "2", "sc_threshold": "1000000000"}
+    whole = make(
+        tmp_path / "a.mkv", smooth(60), codec="mpeg2video", pixels="yuv420p", options=options
+    )
+    packets = packets_of(whole)
+    second = [i for i, (_, key, *_) in enumerate(packets) if key][1]
+    leading = sum(pts < packets[second][2] for _, _, pts, _ in packets[second:])
+    assert leading > 0
+    cut = copied(whole, tmp_path / "b.mkv", without=range(second))
+    frames = probe(cut).frames
+    assert frames == 60 - second - leading
+    assert torch.equal(read(cut, frames, threads=1), read(whole, 60, threads=1)[-frames:])
+
+
+def test_frames_that_are_only_for_others_do_not_count(tmp_path: Path) -> None:
+    """Those of VP8 and VP9 that a header says are not shown."""
+    realtime = {"deadline": "realtime", "cpu-used": "8", "g": "60"}
+    whole = make(tmp_path / "a.webm", codec="libvpx", pixels="yuv420p", options=realtime)
+    with av.open(str(whole)) as old, av.open(str(tmp_path / "b.webm"), "w") as new:
+        made = new.add_stream_from_template(old.streams.video[0])
+        for i, packet in enumerate(p for p in old.demux(old.streams.video[0]) if p.size):
+            data = bytearray(bytes(packet))
+            if i == 5:
+                data[0] &= ~16
+            changed = av.Packet(bytes(data))
+            changed.pts, changed.dts = packet.pts, packet.dts
+            changed.time_base, changed.is_keyframe = packet.time_base, packet.is_keyframe
+            changed.stream = made
+            new.mux(changed)
+    assert probe(whole).frames == 12
+    assert probe(tmp_path / "b.webm").frames == 11
+    hidden = {
+        b"\x82\0": False,  # profile 0, shown
+        b"\x80\0": True,
+        b"\x88\0": False,  # an earlier one is shown
+        b"\x80\xc1": False,  # several in one, the last is shown
+        b"\xb0\0": False,  # profile 3 has a bit more
+    }
+    assert {data: video._is_hidden("vp9", data) for data in hidden} == hidden  # type: ignore[arg-type]
+
+
+def test_a_coarse_clock_at_a_variable_rate(tmp_path: Path) -> None:
+    """A tick is 40 ms; half of it is no error of rounding."""
+    path = make(
+        tmp_path / "a.mp4",
+        8,
+        times=[0, 1, 3, 4, 6, 9, 10, 11],
+        codec="libx264",
+        pixels="yuv444p",
+        options={"crf": "1", "bf": "0"},
+        container={"video_track_timescale": "25"},
+    )
+    for start, frame in ((0.035, 0), (0.115, 1), (0.125, 2), (0.35, 4), (0.365, 5)):
+        assert levels(read(path, 1, start=start)) == [frame], start
 
 
 @pytest.mark.parametrize(
