@@ -14,6 +14,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from skiparse.models.data.plain import read_text
+
 SAMPLES = 5
 SUFFIX = ".mp4"
 _MAX_BYTES = 254  # of a file name: the usual limit of 255, less one for the side-car's ".json"
@@ -25,12 +27,18 @@ _ELSE = (
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a UTF-8 text file, each once, exact but for their ends; empty ones are dropped.
+    """The lines of a text file, each once, exact but for their ends; empty ones are dropped.
+
+    Args:
+        path: in UTF-8, or in UTF-16 with a byte order mark; such marks are no part of a prompt.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or it is not such a file.
     """
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    try:
+        lines = read_text(path).split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(path)!r} is not UTF-8: {error}; convert it") from error
     prompts = [line.removesuffix("\r") for line in lines]
     found = list(dict.fromkeys(prompt for prompt in prompts if prompt.strip()))
     if not found:

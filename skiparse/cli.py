@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from skiparse.models.data.video import Limits
+
 _EXPERIMENTS = ("clipping", "sparsity", "wavelets")
 _BACKENDS, _AGAINST = "sdpa,triton", "dense,original,flex,natten"
 
@@ -170,6 +172,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     export.set_defaults(run=_export, extra="train")
 
+    data = commands.add_parser("data", help="what a data set consists of, before a run")
+    looks = data.add_subparsers(required=True, metavar="ACTION")
+    look = looks.add_parser("check", help="how many clips would be used, and why others would not")
+    look.add_argument("source", metavar="FOLDER", help="of clips, or annotations, or a data.txt")
+    look.add_argument("--config", help="also by the rule of a stage of it; as of `skiparse train`")
+    look.add_argument("--stage", help="of --config; default: its last")
+    look.add_argument(
+        "--out", default="data_check.json", metavar="FILE", help="what is dropped (%(default)s)"
+    )
+    _add_limits(look)
+    look.set_defaults(run=_data_check, extra="train")
+
     cache = commands.add_parser("cache", help="latents and text embeddings, computed once")
     actions = cache.add_subparsers(required=True, metavar="ACTION")
     build = actions.add_parser("build", help="encode what a stage of a config trains on")
@@ -184,6 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify.add_argument("folder", metavar="FOLDER")
     verify.add_argument(
         "--repair", action="store_true", help="drop what is damaged; build makes that again"
+    )
+    verify.add_argument(
+        "--full", action="store_true", help="compare all of each clip, not its size, time and ends"
     )
     verify.set_defaults(run=_cache_verify, extra="train")
 
@@ -222,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     train_vae.add_argument("--device", help='"cpu" or "cuda"; default: cuda if there is one')
     train_vae.add_argument("--dtype", help="default: bfloat16 on cuda, float32 on cpu")
+    _add_limits(train_vae)
     train_vae.set_defaults(run=_train_vae, extra="models,video")
 
     evaluate = commands.add_parser("eval-vae", help="code clips and back, and measure what is lost")
@@ -244,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     evaluate.add_argument("--device", help='"cpu" or "cuda"; default: cuda if there is one')
     evaluate.add_argument("--dtype", help="default: bfloat16 on cuda, float32 on cpu")
+    _add_limits(evaluate)
     evaluate.set_defaults(run=_eval_vae, extra="models,video")
 
     stats = commands.add_parser(
@@ -260,6 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stats.add_argument("--workers", type=int, default=2, help="processes that read (%(default)s)")
     stats.add_argument("--device", help='"cpu" or "cuda"; default: cuda if there is one')
     stats.add_argument("--dtype", help="default: bfloat16 on cuda, float32 on cpu")
+    _add_limits(stats)
     stats.set_defaults(run=_vae_stats, extra="models,video")
 
     options = parser.parse_args(arguments)
@@ -281,6 +301,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("skiparse: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+_LIMITS = (
+    ("max_pixels", int, "of one frame"),
+    ("max_frames", int, "to decode for one clip"),
+    ("max_pixel_frames", int, "in all of these together"),
+    ("max_hold", float, "seconds from one frame to the next"),
+)
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    for name, kind, what in _LIMITS:
+        parser.add_argument(f"--limits.{name}", type=kind, metavar="N", help=f"at most: {what}")
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    """As given on the command line, by the names that they have in a config."""
+    from skiparse.models.data.video import Limits
+
+    given = {name: getattr(options, f"limits.{name}") for name, _, _ in _LIMITS}
+    return Limits(**{name: value for name, value in given.items() if value is not None})
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -507,6 +548,51 @@ def _train(options: argparse.Namespace) -> None:
     print(train(load(options.config, options.settings)))
 
 
+def _data_check(options: argparse.Namespace) -> None:
+    from skiparse.models.data.buckets import assign, without_minority
+    from skiparse.models.data.manifest import Manifest
+    from skiparse.models.train.config import load
+
+    if options.stage is not None and options.config is None:
+        raise ValueError("--stage is of a --config; give that too")
+    stage = None
+    if options.config is not None:
+        needed = ["--out", "unused", "--source", options.source, "--vae", "", "--text", ""]
+        stages = load(options.config, needed).stages
+        name = options.stage or list(stages)[-1]
+        if name not in stages:
+            raise ValueError(f"{name} is no stage; take one of {', '.join(stages)}")
+        stage = stages[name]
+    manifest = Manifest.open(options.source, limits=_limits(options))
+    buckets = None
+    if stage is not None:
+        found = assign(manifest, stage.rule, 0)
+        buckets = without_minority(found, stage.global_batch, stage.rule)
+    report = manifest.report(buckets)
+    for reason, names in report.examples.items():
+        print(f"{report.dropped[reason]} {reason}:")
+        print(*(f"  {name}" for name in names[:3]), sep="\n")
+    videos = manifest.is_video > 0
+    print(f"{videos.sum()} videos and {(~videos).sum()} images", end="")
+    for what, values in (
+        ("high", manifest.height),
+        ("wide", manifest.width),
+        ("frames", manifest.frames[videos]),
+        ("frames a second", manifest.fps[videos].round(3)),
+    ):
+        if len(values):
+            print(f", {values.min():g} to {values.max():g} {what}", end="")
+    print()
+    if report.more["estimated"]:
+        print(f"{report.more['estimated']} are large, and their frames are estimates until read")
+    if buckets is not None:
+        for shape, count in zip(buckets.shapes, buckets.counts, strict=True):
+            print(f"{count} of {'x'.join(map(str, shape))}")
+    report.write(options.out)
+    print(report.line)
+    print(f"what is dropped, by name: {options.out}")
+
+
 def _cache_build(options: argparse.Namespace) -> None:
     from pathlib import Path
 
@@ -525,7 +611,7 @@ def _cache_build(options: argparse.Namespace) -> None:
     device, _ = _device_and_dtype(argparse.Namespace(device=config.device, dtype=None))
     encoders = Encoders.from_pretrained(config.vae, config.text, device)
     out = Path(options.out)
-    manifest = Manifest.open(source, index=out / "manifest")
+    manifest = Manifest.open(source, index=out / "manifest", limits=config.limits)
     cache.build(
         out,
         manifest,
@@ -533,6 +619,7 @@ def _cache_build(options: argparse.Namespace) -> None:
         encoders,
         seed=config.seed,
         dtype=options.store,
+        limits=config.limits,
         workers=options.workers,
     )
     print(out)
@@ -541,7 +628,7 @@ def _cache_build(options: argparse.Namespace) -> None:
 def _cache_verify(options: argparse.Namespace) -> None:
     from skiparse.models.data import cache
 
-    found = cache.verify(options.folder, repair=options.repair)
+    found = cache.verify(options.folder, repair=options.repair, full=options.full)
     for damage in found:
         print(f"{damage.file}: {damage.reason}; lost: {', '.join(damage.keys) or 'unknown'}")
     if found and not options.repair:
@@ -586,6 +673,7 @@ def _train_vae(options: argparse.Namespace) -> None:
         lpips=options.lpips,
         given=given,
         save_every=options.save_every,
+        limits=_limits(options),
         device=device,
         dtype=dtype,
         workers=options.workers,
@@ -613,6 +701,7 @@ def _vae_stats(options: argparse.Namespace) -> None:
         every=options.every,
         cuts=options.cuts,
         seed=options.seed,
+        limits=_limits(options),
         device=device,
         dtype=dtype,
         workers=options.workers,
@@ -635,6 +724,7 @@ def _eval_vae(options: argparse.Namespace) -> None:
         overlap=options.overlap,
         lpips=options.lpips,
         fvd=options.fvd,
+        limits=_limits(options),
         device=device,
         dtype=dtype,
     )

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from test_features import VAE, feature, same, tiny_vae
 from test_text import tiny_encoders
 from torch.utils.data import DataLoader
 
+from skiparse import cli
 from skiparse.models.data import atomic, cache
 from skiparse.models.data.buckets import Rule, assign
 from skiparse.models.data.cache import Cache, CacheError, build, verify
@@ -159,7 +161,7 @@ def test_the_folder(whole, manifest, encoders):
     assert [entry["captions"] for entry in entries] == [1, 1, 1, 2, 2, 2, 3]
     assert (whole / "bad.jsonl").read_text() == ""
     names = set(contents(whole))
-    assert names == {"cache.json", "null.safetensors", "bad.jsonl"} | {
+    assert names == {"cache.json", "null.safetensors", "bad.jsonl", "scan.json"} | {
         f"{kind}/{name}.{suffix}"
         for name in shards
         for kind, suffix in (("shards", "safetensors"), ("index", "parquet"))
@@ -473,7 +475,7 @@ def test_what_is_no_cache(folder, manifest, encoders, change):
         lambda: verify(folder),
         lambda: make(folder, manifest, encoders),
     ):
-        with pytest.raises(CacheError, match=r"cache.json is damaged, or not of schema 1"):
+        with pytest.raises(CacheError, match=r"cache.json is damaged, or not of schema 2"):
             use()
 
 
@@ -595,3 +597,90 @@ def test_too_many_that_cannot_be_read(tmp_path, images, encoders):
     assert len((folder / "bad.jsonl").read_text().splitlines()) == 2
     with pytest.raises(CacheError, match="not complete"):
         Cache(folder)
+
+
+# Clips that are replaced.
+
+
+def test_a_replaced_clip_is_computed_again(tmp_path, images, encoders, monkeypatch, capsys):
+    """By one of the same shape, and the caption stays: no row of the manifest changes."""
+    keys = []
+
+    def features(_, clip):
+        keys.append(clip.key)
+        return replace(feature(clip.place), key=clip.key)
+
+    monkeypatch.setattr(Encoders, "features", features)
+    manifest, rule = Manifest.open(images), Rule(size=(16, 16), minority=0)
+    folder = build(tmp_path / "cache", manifest, rule, encoders, shard_bytes=2000)
+    untouched = contents(folder)
+    keys.clear()
+    build(folder, manifest, rule, encoders, shard_bytes=2000)
+    assert not keys
+    Image.fromarray(picture(1000, 16, 16).numpy()).save(images / "40.png")
+    os.utime(images / "07.png")  # as after a copy: of another time, but the same
+    (damage,) = verify(folder)
+    assert (damage.file, damage.reason) == ("clips", "replaced since they were read")
+    assert len(damage.keys) == 1
+    assert "40.png" in damage.keys[0]
+    assert contents(folder) == untouched
+    build(folder, manifest, rule, encoders, shard_bytes=2000)
+    assert ["40.png" in key for key in keys] == [True]
+    assert "1 clips were replaced since" in capsys.readouterr().out
+    assert verify(folder) == []
+    assert len(Cache(folder)) == 100
+    assert {Cache(folder)[Place(0, 0, row)].key for row in range(100)} >= set(keys)
+
+
+def test_repair_forgets_what_was_replaced(tmp_path, images, encoders, monkeypatch):
+    monkeypatch.setattr(Encoders, "features", lambda _, clip: feature(clip.place))
+    manifest, rule = Manifest.open(images), Rule(size=(16, 16), minority=0)
+    folder = build(tmp_path / "cache", manifest, rule, encoders, shard_bytes=1)
+    Image.fromarray(picture(1000, 16, 16).numpy()).save(images / "40.png")
+    shards = len(list((folder / "shards").iterdir()))
+    assert [damage.file for damage in verify(folder, repair=True)] == ["clips"]
+    assert len(list((folder / "shards").iterdir())) == shards - 1
+    with pytest.raises(CacheError, match="not complete"):
+        Cache(folder)
+    build(folder, manifest, rule, encoders, shard_bytes=1)
+    assert verify(folder) == []
+
+
+def test_a_change_in_the_middle_is_seen_by_all_of_it(tmp_path, images, encoders, monkeypatch):
+    """The ends and the time of the file are the old ones."""
+    monkeypatch.setattr(Encoders, "features", lambda _, clip: feature(clip.place))
+    noise = picture(0, 512, 512).numpy()
+    Image.fromarray(noise).save(images / "40.png")
+    manifest, rule = Manifest.open(images), Rule(size=(16, 16), minority=0)
+    folder = build(tmp_path / "cache", manifest, rule, encoders)
+    was = (images / "40.png").stat()
+    flip(images / "40.png", was.st_size // 2)
+    os.utime(images / "40.png", ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert verify(folder) == []
+    assert [damage.file for damage in verify(folder, full=True)] == ["clips"]
+    assert cli.main(["cache", "verify", str(folder)]) == 0
+    assert cli.main(["cache", "verify", str(folder), "--full"]) == 2
+
+
+def test_clips_that_are_gone_are_not_compared(tmp_path, images, encoders, monkeypatch, capsys):
+    monkeypatch.setattr(Encoders, "features", lambda _, clip: feature(clip.place))
+    manifest, rule = Manifest.open(images), Rule(size=(16, 16), minority=0)
+    folder = build(tmp_path / "cache", manifest, rule, encoders)
+    images.rename(tmp_path / "elsewhere")
+    assert verify(folder, full=True) == []
+    assert "100 clips are not where they were read" in capsys.readouterr().out
+
+
+def test_the_scan_of_a_build(tmp_path, images, encoders, monkeypatch, capsys):
+    monkeypatch.setattr(Encoders, "features", lambda _, clip: feature(clip.place))
+    monkeypatch.setattr(cache, "_BAD_SHARE", 0.05)
+    (images / "00.txt").unlink()
+    manifest = Manifest.open(images)
+    (images / "40.png").write_bytes(b"no image")
+    Image.fromarray(picture(0, 64, 16).numpy()).save(images / "41.png")
+    folder = build(tmp_path / "cache", manifest, Rule(size=(16, 16), minority=0), encoders)
+    line = "used 98 of 100; dropped 2: 1 no caption in a .txt of its name, 1 cannot be read"
+    assert line in capsys.readouterr().out
+    about = json.loads((folder / "scan.json").read_text())
+    assert (about["used"], about["of"]) == (98, 100)
+    assert "40.png" in about["examples"]["cannot be read"][0]

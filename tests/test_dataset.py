@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import struct
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from torch.utils.data import DataLoader
 av = pytest.importorskip("av")
 pytest.importorskip("pyarrow")
 Image = pytest.importorskip("PIL.Image")
+ImageOps = pytest.importorskip("PIL.ImageOps")
 
-from skiparse.models.data import image  # noqa: E402  # after the checks
+from skiparse.models.data import image, video  # noqa: E402  # after the checks
 from skiparse.models.data.buckets import Buckets, Rule, assign  # noqa: E402
 from skiparse.models.data.dataset import Clip, Clips  # noqa: E402
 from skiparse.models.data.draws import Place  # noqa: E402
@@ -416,3 +419,95 @@ def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
         Clips(manifest, Buckets(((9, 48, 64),), np.zeros(1, np.int16)), RULE)
     with pytest.raises(ValueError, match="row 1 has no bucket"):
         Clips(manifest, buckets, RULE)[Place(0, 0, 1)]
+
+
+# Lengths that are estimates.
+
+
+def test_an_estimate_is_counted_when_the_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container that lies, too large to be looked through."""
+    monkeypatch.setattr(video, "SCAN_BYTES", 10)
+    data = write(tmp_path / "a.mkv", 30).read_bytes()
+    (tmp_path / "a.txt").write_text("x")
+    mark = b"\x44\x89\x88"  # Duration, a double in milliseconds
+    at = data.index(mark) + 3
+    (tmp_path / "a.mkv").write_bytes(data[:at] + struct.pack(">d", 40_000.0) + data[at + 8 :])
+    manifest = Manifest.open(tmp_path)
+    assert manifest.frames.tolist() == [1000]
+    rule = Rule(frames=9, fps=25, size=SIZE, longest=1000)
+    opened = Clips(manifest, assign(manifest, rule, 0), rule)
+    seen = {first_of(opened[Place(step, 0, 0)]) for step in range(80)}
+    assert seen == set(range(22))
+    fresh = Clips(manifest, assign(manifest, rule, 0), rule)
+    assert fresh[Place(7, 0, 0)].key == opened[Place(7, 0, 0)].key
+    fast = Rule(frames=9, fps=25, size=SIZE, longest=1000)
+    wrong = Clips(manifest, assign(manifest, fast, 0), replace(fast, fps=30.0))
+    with pytest.raises(VideoError, match=r"25\.000 frames a second when counted"):
+        wrong.read(Place(0, 0, 0))
+
+
+@pytest.mark.parametrize("value", range(10))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_every_orientation(tmp_path: Path, value: int, suffix: str) -> None:
+    """As Pillow's own function turns it."""
+    generator = np.random.default_rng(0)
+    picture = np.kron(
+        generator.integers(0, 256, (4, 6, 3), np.uint8), np.ones((16, 16, 1), np.uint8)
+    )
+    exif = Image.Exif()
+    exif[0x0112] = value
+    Image.fromarray(picture).save(tmp_path / f"a.{suffix}", exif=exif, quality=95)
+    with Image.open(tmp_path / f"a.{suffix}") as stored:
+        expected = np.array(ImageOps.exif_transpose(stored).convert("RGB"))
+    assert image.probe_image(tmp_path / f"a.{suffix}") == expected.shape[:2]
+    read = image.read_image(tmp_path / f"a.{suffix}", size=expected.shape[:2])
+    assert np.array_equal(read[0].numpy(), expected)
+
+
+ODD = {
+    "text": (2, b"in\0\0", 3),
+    "bytes": (7, b"abcd", 4),
+    "fraction": (5, struct.pack("<I", 8), 1),
+    "signed fraction": (10, struct.pack("<I", 8), 1),
+    "directory": (13, struct.pack("<I", 8), 1),
+    "no Unicode": (2, b"\xff\xfe\0\0", 3),
+    "double": (12, struct.pack("<I", 8), 1),
+    "no such type": (99, b"abcd", 1),
+    "far too many": (3, struct.pack("<I", 8), 2**32 - 1),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("tag", [0x100, 0x103, 0x10F, 0x11A, 0x11B, 0x132, 0x213, 0x8769, 0x8825])
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_odd_tags_cost_nothing(tmp_path: Path, kind: str, tag: int) -> None:
+    """Programs write them; the picture is turned all the same."""
+    number, value, count = ODD[kind]
+    entries = [
+        struct.pack("<HHII", 0x112, 3, 1, 6),
+        struct.pack("<HHI", tag, number, count) + value,
+    ]
+    tiff = b"II*\0\x08\0\0\0" + struct.pack("<H", 2) + b"".join(sorted(entries)) + bytes(4)
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "a.jpg", exif=b"Exif\0\0" + tiff)
+    assert image.probe_image(tmp_path / "a.jpg") == (64, 48)
+    assert image.read_image(tmp_path / "a.jpg", size=(64, 48)).shape == (1, 64, 48, 3)
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [b"", b"II", b"II*\0", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff", b"junk" * 5],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_exif_that_is_cut_short_turns_nothing(tmp_path: Path, exif: bytes) -> None:
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif)
+    assert image.probe_image(tmp_path / "a.jpg") == (48, 64)
+    assert image.read_image(tmp_path / "a.jpg", size=(48, 64)).shape == (1, 48, 64, 3)
+
+
+def test_a_picture_that_moves_is_no_image(tmp_path: Path) -> None:
+    pages = [Image.new("RGB", (64, 48), color) for color in ("red", "blue")]
+    pages[0].save(tmp_path / "a.webp", save_all=True, append_images=pages[1:])
+    with pytest.raises(VideoError, match="moves; convert it to a video"):
+        image.probe_image(tmp_path / "a.webp")

@@ -9,6 +9,7 @@ import pickle
 import re
 import warnings
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ pa = pytest.importorskip("pyarrow")
 Image = pytest.importorskip("PIL.Image")
 
 from skiparse.models.data import manifest  # noqa: E402  # after the checks
+from skiparse.models.data.atomic import write_json  # noqa: E402
 from skiparse.models.data.manifest import DataError, Manifest, Record  # noqa: E402
+from skiparse.models.data.video import Limits, read_video  # noqa: E402
 
 VIDEO = {
     "path": "a/b.mp4",
@@ -121,7 +124,7 @@ def test_what_has_no_caption_or_size_is_counted(tmp_path: Path) -> None:
     [
         ({"path": 5}, "path must be text, got 5"),
         ({"path": ""}, "path must be the name of a file, got ''"),
-        ({"path": "a.gif"}, r"'a\.gif' is neither a video \(\.avi, .*\) nor an image \(\.jpeg, "),
+        ({"path": "a.gif"}, r"'a\.gif' is neither a video \(\.3gp, .*\) nor an image \(\.jfif, "),
         ({"path": "a\ud800.mp4"}, "path is no Unicode text"),
         ({"cap": 5}, "cap must be text, got 5"),
         ({"cap": ["a", None]}, "cap must be text, got None"),
@@ -249,14 +252,206 @@ def test_sound_that_is_longer_than_the_picture_adds_no_frames(tmp_path: Path, su
 
 
 def test_captions_that_are_missing_in_a_folder(tmp_path: Path) -> None:
+    """They cost their clip, and nothing else."""
     for name in "abc":
         clip(tmp_path / f"{name}.mp4")
-    (tmp_path / "b.txt").write_text("b")
-    with pytest.raises(DataError, match=r"2 of 3 clips have no caption .*a\.mp4, .*c\.mp4; write"):
+    with pytest.raises(DataError, match=r"no clip in .*: 3 no caption in a \.txt of its name$"):
         Manifest.open(tmp_path)
+    (tmp_path / "b.txt").write_text("b")
+    read = Manifest.open(tmp_path)
+    assert read.dropped == {"no caption in a .txt of its name": 2}
+    assert read.examples == {
+        "no caption in a .txt of its name": [str(tmp_path / f"{name}.mp4") for name in "ac"]
+    }
     for name in "ac":
         (tmp_path / f"{name}.txt").write_text("\n")
     assert Manifest.open(tmp_path).dropped == {"no caption": 2}
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_bad_entry_of_a_folder_costs_itself_only(tmp_path: Path, indexed: bool) -> None:
+    folder = tmp_path / "clips"
+    (folder / "closed").mkdir(parents=True)
+    good = clip(folder / "good.mp4").read_bytes()
+    (folder / "dangling.mp4").symlink_to("/nowhere.mp4")
+    (folder / "circle.mp4").symlink_to(folder / "other.mp4")
+    (folder / "other.mp4").symlink_to(folder / "circle.mp4")
+    (folder / "self").symlink_to(folder)
+    (folder / "folder.mp4").mkdir()
+    (folder / "b.mp4").write_bytes(good)
+    (folder / "b.txt").mkdir()
+    (folder / "c.mp4").write_bytes(good)
+    (folder / "c.txt").symlink_to("/nowhere.txt")
+    (folder / "d.mp4").write_bytes(good)
+    (folder / "d.txt").write_bytes(b"\xff\xfe\xfd")
+    (folder / "e.mp4").write_bytes(good)
+    (folder / "e.txt").write_bytes("a cat".encode("utf-16-le"))
+    odd = ["Re: y", "X: the film", "-i", "two\nlines", "a\\b", "100%d", "http:", "C:"]
+    for name in (*odd, "nämlich", "name.with.dots"):
+        (folder / f"{name}.mp4").write_bytes(good)
+        (folder / f"{name}.txt").write_text(name)
+    latin = os.fsdecode("n\xe4mlich".encode("latin-1"))
+    (folder / f"{latin}.mp4").write_bytes(good)
+    for name in ("good", "dangling", "circle", "other", latin):
+        (folder / f"{name}.txt").write_text(ascii(name))
+    with pytest.warns(UserWarning, match="3 of .* cannot be opened"):
+        read = Manifest.open(folder, index=tmp_path / "index" if indexed else None)
+    records = [read.record(row) for row in range(len(read))]
+    captions = {caption for record in records for caption in record.captions}
+    assert captions == {*odd, "nämlich", "name.with.dots", "'good'"}
+    for record in records:
+        clipped = read_video(record.path, root=record.root, frames=9, fps=25, size=(48, 64))
+        assert len(clipped) == 9
+    assert read.dropped == {
+        "a link to a folder, not followed": 1,
+        "cannot be opened": 3,
+        "a caption that cannot be read": 3,
+        "no caption in a .txt of its name": 1,
+        "a name that cannot be used": 1,
+    }
+    write_json(tmp_path / "names.json", read.examples)  # all can be written
+
+
+def test_a_closed_folder_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may be allowed to open it."""
+    clip(tmp_path / "a.mp4")
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refused(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    read = Manifest.open(tmp_path)
+    assert read.dropped == {"a folder that cannot be opened": 1}
+    assert read.examples["a folder that cannot be opened"][0].endswith("closed: Permission denied")
+
+
+def test_kinds_that_are_not_read_are_named(tmp_path: Path) -> None:
+    for name in ("a.gif", "b.GIF", "c.psd", "d.gif"):
+        (tmp_path / name).write_bytes(b"x")
+        (tmp_path / name).with_suffix(".txt").write_text("x")
+    (tmp_path / "d.txt").unlink()  # without a caption it is no clip
+    with pytest.raises(DataError, match=r"2 of a kind .* \(\.gif\), 1 of .*\(\.psd\)$"):
+        Manifest.open(tmp_path)
+    clip(tmp_path / "e.mp4")
+    (tmp_path / "e.txt").write_text("x")
+    read = Manifest.open(tmp_path)
+    assert read.dropped == {
+        "of a kind that is not read (.gif)": 2,
+        "of a kind that is not read (.psd)": 1,
+    }
+    assert read.report().line == (
+        f"{tmp_path}: used 1 of 4; dropped 3: 2 of a kind that is not read (.gif), 1 of a kind "
+        "that is not read (.psd)"
+    )
+
+
+def test_no_records_names_what_is_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r": no records$"):
+        Manifest.open(tmp_path)
+    for name in ("a.json", "b.json", "c"):
+        (tmp_path / name).write_text("x")
+    message = r": no records; in it are files of 2 \.json, 1 no suffix$"
+    with pytest.raises(DataError, match=message):
+        Manifest.open(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["ts", "m2ts", "mpg", "flv", "wmv", "ogv", "mkv", "y4m", "3gp"])
+def test_every_container_is_looked_into(tmp_path: Path, suffix: str) -> None:
+    codec, pixels = {
+        "ts": ("libx264", "yuv420p"),
+        "m2ts": ("libx264", "yuv420p"),
+        "mpg": ("mpeg2video", "yuv420p"),
+        "flv": ("libx264", "yuv420p"),
+        "wmv": ("wmv2", "yuv420p"),
+        "ogv": ("libvpx", "yuv420p"),
+        "y4m": ("wrapped_avframe", "yuv420p"),
+    }.get(suffix, ("mpeg4", "yuv420p"))
+    with av.open(str(tmp_path / f"a.{suffix.upper()}"), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = 96, 128, pixels
+        for i in range(12):
+            picture = np.full((96, 128, 3), 10 * i, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    (tmp_path / "a.txt").write_text("x")
+    read = Manifest.open(tmp_path)
+    assert read.frames.tolist() == [12]
+    assert read.fps.tolist() == [25]
+    assert read.is_video.tolist() == [1]
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpg", "webp", "png"])
+def test_every_kind_of_image_is_looked_into(tmp_path: Path, suffix: str) -> None:
+    kind = {"jfif": "jpeg", "jpg": "jpeg"}.get(suffix, suffix)
+    Image.new("RGB", (40, 20)).save(tmp_path / f"a.{suffix}", format=kind)
+    (tmp_path / "a.txt").write_text("x")
+    assert Manifest.open(tmp_path).height.tolist() == [20]
+
+
+def test_what_stands_still_is_left_out(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for time in (0, 1, 2, 90, 91):
+            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    (tmp_path / "a.txt").write_text("x")
+    with (
+        pytest.warns(UserWarning, match=r"nothing for 3\.520 s, longer than max_hold=2\.0"),
+        pytest.raises(DataError, match="1 cannot be opened"),
+    ):
+        Manifest.open(tmp_path, index=tmp_path / "index")
+    read = Manifest.open(tmp_path, index=tmp_path / "index", limits=Limits(max_hold=4))
+    assert read.frames.tolist() == [5]
+
+
+def test_a_large_file_has_an_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip(tmp_path / "a.mkv")
+    (tmp_path / "a.txt").write_text("x")
+    assert Manifest.open(tmp_path).record(0).exact
+    monkeypatch.setattr("skiparse.models.data.video.SCAN_BYTES", 10)
+    read = Manifest.open(tmp_path)
+    assert not read.record(0).exact
+    assert read.is_video.tolist() == [2]
+    assert read.report().more == {"estimated": 1}
+
+
+# Marks of encodings.
+
+ENCODINGS = ["utf-8-sig", "utf-16", "utf-32", "utf-8"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_mark_is_no_part_of_a_caption(tmp_path: Path, encoding: str) -> None:
+    clip(tmp_path / "a.mp4")
+    (tmp_path / "a.txt").write_bytes("ein Kätzchen\r\n".encode(encoding))
+    assert Manifest.open(tmp_path).record(0).captions == ("ein Kätzchen",)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_mark_is_no_part_of_annotations(tmp_path: Path, encoding: str, suffix: str) -> None:
+    (tmp_path / "media").mkdir()
+    marked = {**VIDEO, "cap": ["\ufeffa cat", " \ufeff ", "a dog"]}
+    write(tmp_path / f"a{suffix}", [marked, VIDEO])
+    text = (tmp_path / f"a{suffix}").read_text()
+    (tmp_path / f"a{suffix}").write_bytes(text.encode(encoding))
+    (tmp_path / "data.txt").write_bytes(f"media,a{suffix}\r\n".encode(encoding))
+    read = Manifest.open(tmp_path / "data.txt")
+    assert [read.record(row).captions for row in (0, 1)] == [("a cat", "a dog"), ("a cat",)]
+
+
+def test_titles_are_names_in_annotations_too(tmp_path: Path) -> None:
+    names = ("Re: y.mp4", "X: the film.mp4", "a/Re: z.mp4")
+    read = Manifest.open(write(tmp_path / "a.jsonl", [{**VIDEO, "path": name} for name in names]))
+    assert tuple(read.record(row).path for row in range(3)) == names
 
 
 def test_clips_that_cannot_be_opened_are_left_out_with_a_warning(tmp_path: Path) -> None:

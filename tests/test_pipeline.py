@@ -566,3 +566,14 @@ def test_prompt_files(tmp_path):
     path.write_text("\n \n")
     with pytest.raises(ValueError, match="no prompt in"):
         vbench.read_prompts(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_mark_of_the_encoding_is_no_part_of_a_prompt(tmp_path, encoding):
+    """Nor of the file that VBench looks for; it may stand anywhere, in files that were joined."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("ein Kätzchen\r\n\ufeffa dog\n".encode(encoding))
+    assert vbench.read_prompts(path) == ["ein Kätzchen", "a dog"]
+    path.write_bytes("a cat".encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"is not UTF-8: .*NUL in it; is it UTF-16.*convert it"):
+        vbench.read_prompts(path)

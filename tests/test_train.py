@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,13 +24,14 @@ from skiparse import cli
 from skiparse.models.data import features as features_module
 from skiparse.models.data.buckets import Rule
 from skiparse.models.data.manifest import Manifest
+from skiparse.models.data.video import Limits
 from skiparse.models.data.writer import write_video
 from skiparse.models.pipeline import SUVPipeline
 from skiparse.models.suv.model import SUV
 from skiparse.models.train import guards, loop
 from skiparse.models.train import log as log_module
 from skiparse.models.train.checkpoint import CheckpointError, Checkpoints
-from skiparse.models.train.config import Config, Samples, Stage
+from skiparse.models.train.config import Config, Samples, Stage, load
 from skiparse.models.train.loop import train
 from skiparse.models.train.parallel import World
 from skiparse.models.wfvae.model import WFVAE
@@ -613,6 +615,74 @@ def test_weights_to_start_from(source, whole, tmp_path):
     assert torch.equal(tensors(tmp_path / "b")["model.proj_out.weight"], weight)
     with pytest.raises(FileNotFoundError, match=r"holds no SUV.*convert suv"):
         train(config(source, tmp_path / "c", stages=only, init=str(tmp_path)))
+
+
+def test_a_run_tells_what_it_uses(source, tmp_path, capsys):
+    """Of 12 clips half, and by name why not the others."""
+    folder = tmp_path / "clips"
+    shutil.copytree(source / "clips", folder)
+    for i in range(4):
+        slow = torch.full((9, *SIZE, 3), 60, dtype=torch.uint8)
+        write_video(folder / f"slow{i}.mp4", slow, fps=20)
+        (folder / f"slow{i}.txt").write_text("x")
+    (folder / "x.gif").write_bytes(b"x")
+    (folder / "x.txt").write_text("x")
+    (folder / "y.mp4").symlink_to("/nowhere.mp4")
+    (folder / "y.txt").write_text("y")
+    only = {"video": stages()["video"]}
+    given = config(source, tmp_path / "run", stages=only, source=str(folder))
+    with pytest.warns(UserWarning, match="1 of 11 clips"):
+        train(given)
+    line = (
+        f"stage video: {folder}: used 6 of 12; dropped 6: 1 of a kind that is not read (.gif), 1 "
+        "cannot be opened, 4 fps too low\n"
+    )
+    assert line in capsys.readouterr().out
+    about = json.loads((tmp_path / "run" / "data" / "video.json").read_text())
+    assert (about["used"], about["of"]) == (6, 12)
+    assert about["dropped"]["fps too low"] == 4
+    assert about["examples"]["fps too low"] == [f"slow{i}.mp4" for i in range(4)]
+
+
+def test_data_check(source, tmp_path, capsys, monkeypatch):
+    """The same before a run, by the folder alone or by the rule of a stage."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "clips"
+    shutil.copytree(source / "clips", folder)
+    write_video(folder / "slow.mp4", torch.zeros((9, *SIZE, 3), dtype=torch.uint8), fps=20)
+    (folder / "slow.txt").write_text("x")
+    (folder / "0.txt").unlink()
+    assert cli.main(["data", "check", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert f"{folder}: used 6 of 7; dropped 1: 1 no caption in a .txt of its name\n" in out
+    assert "6 videos and 0 images" in out
+    assert "20 to 24 frames a second" in out
+    assert json.loads((tmp_path / "data_check.json").read_text())["used"] == 6
+    file = as_yaml(tmp_path / "config.yaml", config(source, tmp_path / "run"))
+    made = ["data", "check", str(folder), "--config", file, "--stage", "video", "--out", "x.json"]
+    assert cli.main(made) == 0
+    assert "used 5 of 7; dropped 2: 1 no caption in a .txt of its name, 1 fps too low" in (
+        capsys.readouterr().out
+    )
+    assert json.loads((tmp_path / "x.json").read_text())["examples"]["fps too low"] == ["slow.mp4"]
+    assert not (tmp_path / "run").exists()
+    assert cli.main(["data", "check", str(folder), "--stage", "video"]) == 2
+    assert cli.main(["data", "check", str(folder), "--config", file, "--stage", "x"]) == 2
+    assert cli.main(["data", "check", str(tmp_path / "none")]) == 2
+    assert cli.main(["data", "check", str(folder), "--limits.max_hold", "0"]) == 2
+    assert "max_hold must be above 0" in capsys.readouterr().err
+
+
+def test_limits_are_settings(source, tmp_path):
+    """As the errors say."""
+    given = config(source, tmp_path / "run", stages={"video": stages()["video"]})
+    file = as_yaml(tmp_path / "config.yaml", given)
+    assert load(file, ["--limits.max_hold", "7", "--limits.max_frames=20"]).limits == Limits(
+        max_hold=7, max_frames=20
+    )
+    with pytest.raises(ValueError, match="max_frames must be above 0"):
+        load(file, ["--limits.max_frames=0"])
+    assert cli.main(["train", file, "--limits.max_frames=8"]) == 2
 
 
 def test_the_commands(source, tmp_path, capsys):

@@ -18,7 +18,10 @@ import torch
 av = pytest.importorskip("av")
 
 from skiparse.models.data import video  # noqa: E402  # after the check that av is there
+from skiparse.models.data.h264 import FrameNumbers  # noqa: E402
 from skiparse.models.data.video import Limits, VideoError, probe, read_video  # noqa: E402
+
+X265 = "log-level=none:pools=1:keyint=12:min-keyint=12:bframes=4:scenecut=0:b-pyramid=1"
 
 
 def make(
@@ -33,14 +36,15 @@ def make(
     pixels: str = "bgr0",
     rotation: int | None = None,
     options: dict[str, str] | None = None,
+    container: dict[str, str] | None = None,
     before: Any = None,
 ) -> Path:
     """Write a clip, by default lossless frames of one grey level each: 0, 10, 20, ..."""
     if isinstance(frames, int):
         frames = [np.full((*size, 3), 10 * i, np.uint8) for i in range(frames)]
     height, width = frames[0].shape[:2]
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps)
+    with av.open(str(path), "w", options=container or {}) as file:
+        stream = file.add_stream(codec, rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         stream.options = options or {}
         if tick:
@@ -53,8 +57,40 @@ def make(
             frame = av.VideoFrame.from_ndarray(array, format="rgb24")
             frame.pts = i if times is None else times[i]
             frame.time_base = tick or Fraction(1, fps)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
+def copied(
+    source: Path,
+    path: Path,
+    *,
+    first: int = 0,
+    without: Any = (),
+    filters: str = "",
+) -> Path:
+    """The packets of a clip at 25 frames per second in another file, not encoded anew.
+
+    Args:
+        first: number of the frame at time 0. In mp4 those before it are hidden by an edit list, as
+            ``ffmpeg -ss`` leaves them.
+        without: numbers of packets to leave out.
+        filters: a bitstream filter.
+    """
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = old.streams.video[0]
+        made = new.add_stream_from_template(stream)
+        change = av.bitstream.BitStreamFilterContext(filters or "null", stream, made)
+        packets = [packet for packet in old.demux(stream) if packet.size]
+        for i, packet in enumerate(packets):
+            if i not in without:
+                for changed in change.filter(packet):
+                    if first:
+                        back = round(first / 25 / changed.time_base)
+                        changed.pts, changed.dts = changed.pts - back, changed.dts - back
+                    changed.stream = made
+                    new.mux(changed)
     return path
 
 
@@ -401,9 +437,393 @@ def test_time_stamps_that_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         read(path)
 
 
-# From a start on.
+# What there is to see, and when.
 
-X265 = "log-level=none:pools=1:keyint=12:min-keyint=12:bframes=4:scenecut=0:b-pyramid=1"
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov"])
+@pytest.mark.parametrize("reordered", ["0", "3"])
+def test_frames_hidden_by_an_edit_list_do_not_count(
+    tmp_path: Path, suffix: str, reordered: str
+) -> None:
+    """As in clips that were cut without encoding them anew."""
+    options = {"g": "60", "bf": reordered}
+    whole = make(tmp_path / "a.mp4", smooth(60), codec="libx264", pixels="yuv420p", options=options)
+    cut = copied(whole, tmp_path / f"b.{suffix}", first=20)
+    with av.open(str(cut)) as file:
+        assert file.streams.video[0].frames == 60  # what the container speaks of
+    info = probe(cut)
+    assert (info.frames, info.fps, info.duration, info.exact) == (40, 25, Fraction(8, 5), True)
+    assert video.count_frames(cut) == 40
+    guess = probe(cut, whole=False)
+    assert (guess.frames, guess.exact) == (40, False)
+    assert torch.equal(read(cut, 40, threads=1), read(whole, 60, threads=1)[20:])
+    assert torch.equal(read(cut, 4, start=36 / 25, threads=1), read(whole, 60, threads=1)[56:])
+
+
+def unstated(stream: Any) -> None:
+    """No rate, as in recordings by a browser."""
+    stream.codec_context.framerate = Fraction(0)
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "webm", "mp4"])
+def test_a_rate_that_changes_is_an_average(tmp_path: Path, suffix: str) -> None:
+    """The library guesses it from the first frames: 4 a second, which would be 23 s."""
+    times = [*range(0, 5000, 250), *(5000 + round(1000 * i / 30) for i in range(75))]
+    path = make(
+        tmp_path / f"a.{suffix}",
+        [np.full((48, 64, 3), 2 * i, np.uint8) for i in range(95)],
+        times=times,
+        tick=Fraction(1, 1000),
+        fps=1000,
+        codec="libvpx" if suffix == "webm" else "libx264",
+        pixels="yuv420p",
+        options={"deadline": "realtime", "cpu-used": "8"} if suffix == "webm" else {},
+        before=unstated,
+    )
+    info = probe(path)
+    hidden = (
+        suffix == "mp4"
+    )  # the last: its time is not followed by another, and the list ends there
+    assert info.frames == 95 - hidden
+    assert info.duration is not None
+    assert info.fps is not None
+    length = Fraction(15, 2) - Fraction(hidden, 30)
+    assert abs(info.duration - length) <= Fraction(1, 500)  # the last as long as the one before
+    assert abs(info.frames / info.fps - info.duration) < Fraction(1, 100)
+    start = (info.frames - 1) / info.fps  # of the last frame, at the average rate
+    last = read(path, 1, start=float(start))
+    assert abs(float(last.float().mean()) - 2 * (20 + (start - 5) * 30 // 1)) <= 3
+    assert info.hold == Fraction(1, 4)
+
+
+def test_a_rate_with_few_frames_missing_is_that_rate(tmp_path: Path) -> None:
+    times = [i for i in range(62) if i not in (7, 30)]
+    info = probe(make(tmp_path / "a.mkv", [np.zeros((48, 64, 3), np.uint8)] * 60, times=times))
+    assert (info.frames, info.fps, info.duration) == (60, 25, Fraction(62, 25))
+    times = [i for i in range(80) if i % 4]
+    info = probe(make(tmp_path / "b.mkv", [np.zeros((48, 64, 3), np.uint8)] * 60, times=times))
+    assert (info.frames, info.fps, info.duration) == (60, Fraction(1500, 79), Fraction(79, 25))
+
+
+def test_frames_of_the_same_time_are_one(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.mkv", 12, times=[i // 2 * 2 for i in range(12)])
+    info = probe(path)
+    assert (info.frames, info.fps) == (6, Fraction(25, 2))
+    assert levels(read(path, 6, 12.5)) == [1, 3, 5, 7, 9, 11]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "avi", "mkv", "ts"])
+def test_the_clock_of_a_file_changes_nothing(tmp_path: Path, suffix: str) -> None:
+    """Its tick may be as long as a frame: a frame is shown from its time on, and not from half a
+    tick before it."""
+    coarse = {"video_track_timescale": "25"} if suffix == "mp4" else {}
+    path = make(
+        tmp_path / f"a.{suffix}",
+        codec="libx264",
+        pixels="yuv444p",
+        options={"crf": "1", "bf": "0"},
+        container=coarse,
+    )
+    assert levels(read(path, 9, 20)) == [0, 1, 2, 3, 5, 6, 7, 8, 10]
+    for start, frame in ((0.0399, 0), (0.04, 1), (0.06, 1), (0.27, 6), (0.2799, 6), (0.2801, 7)):
+        assert levels(read(path, 1, start=start)) == [frame], start
+
+
+@pytest.mark.parametrize(
+    ("codec", "reordered"), [("mpeg4", "2"), ("libx264", "3"), ("libx264", "0"), ("mpeg4", "0")]
+)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_avi_keeps_the_times_of_packets_alone(
+    tmp_path: Path, codec: str, reordered: str, threads: int
+) -> None:
+    """Those of frames follow from their order, also of such as are made from later ones."""
+    options = {"bf": reordered, "g": "10"}
+    whole = make(tmp_path / "a.mp4", smooth(24), codec=codec, pixels="yuv420p", options=options)
+    path = copied(whole, tmp_path / "a.avi", filters="h264_mp4toannexb" * (codec == "libx264"))
+    info = probe(path)
+    assert (info.frames, info.fps, info.duration) == (24, 25, Fraction(24, 25))
+    expected = read(whole, 24, threads=1)
+    assert torch.equal(read(path, 24, threads=threads), expected)
+    assert torch.equal(read(path, 3, start=17 / 25, threads=threads), expected[17:20])
+
+
+def avi_of(path: Path, source: Path, packets: list[tuple[bytes, bool]]) -> Path:
+    """An AVI of the MPEG-4 of ``source`` with these packets, and whether they are key frames."""
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        codec = old.streams.video[0].codec_context
+        stream = new.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = codec.width, codec.height, "yuv420p"
+        stream.codec_context.extradata = codec.extradata
+        new.start_encoding()
+        for i, (data, key) in enumerate(packets):
+            packet = av.Packet(data)
+            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, 25), key
+            packet.pts = packet.dts = i
+            new.mux(packet)
+    return path
+
+
+def nothing_new(time: int) -> bytes:
+    """An MPEG-4 picture that says that the one before stays, at 25 ticks a second."""
+    bits = f"0101{time % 25:05b}10" + "01111"
+    return b"\0\0\1\xb6" + int(bits, 2).to_bytes(2)
+
+
+def packets_of(path: Path) -> list[Any]:
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        return [(bytes(p), p.is_keyframe, p.pts, p.dts) for p in file.demux(stream) if p.size]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_packed_frames_in_avi(tmp_path: Path, threads: int) -> None:
+    """As DivX made them: a frame and the one shown before it are one packet, the next is empty."""
+    options = {"bf": "1", "g": "12"}
+    whole = make(tmp_path / "a.mp4", smooth(40), codec="mpeg4", pixels="yuv420p", options=options)
+    packets = packets_of(whole)
+    mark, made, i = b"\0\0\1\xb2DivX503b1393p", [], 0
+    while i < len(packets):
+        data, key, pts, _ = packets[i]
+        if i + 1 < len(packets) and packets[i + 1][2] < pts:
+            made += [(mark + data + packets[i + 1][0], key), (nothing_new(i), False)]
+            i += 2
+        else:
+            made.append((mark + data, key))
+            i += 1
+    path = avi_of(tmp_path / "b.avi", whole, made)
+    assert len(made) == probe(path).frames == 40
+    assert sum(len(data) < 10 for data, _ in made) > 10
+    expected = read(whole, 40, threads=1)
+    assert torch.equal(read(path, 40, threads=threads), expected)
+    assert torch.equal(read(path, 3, start=30 / 25, threads=threads), expected[30:33])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_frame_that_stays_in_avi(tmp_path: Path, threads: int) -> None:
+    options = {"bf": "0", "g": "12"}
+    whole = make(tmp_path / "a.mp4", smooth(40), codec="mpeg4", pixels="yuv420p", options=options)
+    packets = [packet[:2] for packet in packets_of(whole)]
+    packets[5:5] = [(nothing_new(5), False), (nothing_new(6), False)]
+    path = avi_of(tmp_path / "b.avi", whole, packets)
+    expected = read(whole, 40, threads=1)
+    held = torch.cat([expected[:5], expected[4:5], expected[4:5], expected[5:]])
+    assert probe(path).frames == 42
+    assert torch.equal(read(path, 42, threads=threads), held)
+
+
+def test_a_pause_in_avi_is_a_packet_of_nothing(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.avi", 6, times=[0, 1, 2, 5, 6, 7], codec="mpeg4", pixels="yuv420p")
+    assert levels(read(path, 8)) == [0, 1, 2, 2, 2, 3, 4, 5]
+    assert (probe(path).frames, probe(path).duration) == (6, Fraction(8, 25))
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "mpeg2video", "libx264", "libx265", "libvpx"])
+def test_a_file_begins_with_its_first_key_frame(tmp_path: Path, codec: str) -> None:
+    """Some decoders do not notice that what they begin with is made from others."""
+    fixed = "keyint=12:min-keyint=12:bframes=0:scenecut=0"
+    options = {
+        "libx264": {"x264-params": fixed},
+        "libx265": {"x265-params": f"{fixed}:open-gop=0:log-level=none:pools=1"},
+    }.get(codec, {"g": "12"})
+    whole = make(tmp_path / "a.mkv", smooth(36), codec=codec, pixels="yuv420p", options=options)
+    cut = copied(whole, tmp_path / "b.mkv", without=range(5))
+    frames = probe(cut).frames
+    assert frames == 24
+    assert torch.equal(read(cut, frames, threads=1), read(whole, 36, threads=1)[12:])
+    none = copied(whole, tmp_path / "c.mkv", without=(0, *range(12, 36)))
+    with pytest.raises(VideoError, match=r"c\.mkv.*holds no key frame"):
+        probe(none)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi"])
+@pytest.mark.parametrize("lost", [{10}, {10, 11}, {23}])
+def test_a_lost_reference_is_noticed(tmp_path: Path, suffix: str, lost: set[int]) -> None:
+    """An H.264 decoder would put another picture in its place."""
+    options = {"g": "60", "bf": "0", "x264-params": "keyint=60:scenecut=0"}
+    whole = make(
+        tmp_path / f"a.{suffix}", smooth(36), codec="libx264", pixels="yuv420p", options=options
+    )
+    assert read(whole, 36, threads=1).shape[0] == 36
+    cut = copied(whole, tmp_path / f"b.{suffix}", without=lost)
+    for call in (probe, read):
+        with pytest.raises(VideoError, match=rf"damaged after {min(lost)} frames: by its numbers"):
+            call(cut)
+
+
+def test_a_lost_reference_among_frames_that_are_none(tmp_path: Path) -> None:
+    """Frames from which no others are made have numbers too, of the reference to come."""
+    params = "keyint=60:scenecut=0:bframes=2:b-adapt=0:b-pyramid=0"
+    whole = make(
+        tmp_path / "a.mp4",
+        smooth(36),
+        codec="libx264",
+        pixels="yuv420p",
+        options={"x264-params": params},
+    )
+    assert probe(whole).frames == 36
+    unneeded = copied(whole, tmp_path / "b.mp4", without={5})
+    assert probe(unneeded).frames == 35
+    with pytest.raises(VideoError, match="damaged after 4 frames: by its numbers"):
+        probe(copied(whole, tmp_path / "c.mp4", without={4}))
+
+
+def test_numbers_begin_anew_at_a_key_frame(tmp_path: Path) -> None:
+    """As where parts were put together; and what is no H.264 says nothing."""
+    path = make(tmp_path / "a.mp4", 12, codec="libx264", pixels="yuv420p", options={"bf": "0"})
+    packets = [packet for packet, *_ in packets_of(path)]
+    with av.open(str(path)) as file:
+        extradata = file.streams.video[0].codec_context.extradata
+    numbers = FrameNumbers(extradata)
+    assert not numbers.lost(packets[0], True)
+    assert not numbers.lost(packets[5], True)
+    assert not numbers.lost(packets[6], False)
+    assert numbers.lost(packets[8], False)
+    for junk in (b"", b"\1", b"\1" * 9, extradata[:12], b"\0\0\1", b"\0\0\1\x67", b"\xff" * 50):
+        assert not FrameNumbers(junk).lost(packets[0], True)
+        assert not FrameNumbers(extradata).lost(junk, False)
+    assert not FrameNumbers(None).lost(b"", False)
+
+
+def test_frames_before_the_first_key_frame_are_not_there(tmp_path: Path) -> None:
+    """In an open group they are shown before it, made from frames of the group before."""
+    options = {"g": "12", "bf": "2", "sc_threshold": "1000000000"}
+    whole = make(
+        tmp_path / "a.mkv", smooth(60), codec="mpeg2video", pixels="yuv420p", options=options
+    )
+    packets = packets_of(whole)
+    second = [i for i, (_, key, *_) in enumerate(packets) if key][1]
+    leading = sum(pts < packets[second][2] for _, _, pts, _ in packets[second:])
+    assert leading > 0
+    cut = copied(whole, tmp_path / "b.mkv", without=range(second))
+    frames = probe(cut).frames
+    assert frames == 60 - second - leading
+    assert torch.equal(read(cut, frames, threads=1), read(whole, 60, threads=1)[-frames:])
+
+
+def test_frames_that_are_only_for_others_do_not_count(tmp_path: Path) -> None:
+    """Those of VP8 and VP9 that a header says are not shown."""
+    realtime = {"deadline": "realtime", "cpu-used": "8", "g": "60"}
+    whole = make(tmp_path / "a.webm", codec="libvpx", pixels="yuv420p", options=realtime)
+    with av.open(str(whole)) as old, av.open(str(tmp_path / "b.webm"), "w") as new:
+        made = new.add_stream_from_template(old.streams.video[0])
+        for i, packet in enumerate(p for p in old.demux(old.streams.video[0]) if p.size):
+            data = bytearray(bytes(packet))
+            if i == 5:
+                data[0] &= ~16
+            changed = av.Packet(bytes(data))
+            changed.pts, changed.dts = packet.pts, packet.dts
+            changed.time_base, changed.is_keyframe = packet.time_base, packet.is_keyframe
+            changed.stream = made
+            new.mux(changed)
+    assert probe(whole).frames == 12
+    assert probe(tmp_path / "b.webm").frames == 11
+    hidden = {
+        b"\x82\0": False,  # profile 0, shown
+        b"\x80\0": True,
+        b"\x88\0": False,  # an earlier one is shown
+        b"\x80\xc1": False,  # several in one, the last is shown
+        b"\xb0\0": False,  # profile 3 has a bit more
+    }
+    assert {data: video._is_hidden("vp9", data) for data in hidden} == hidden  # type: ignore[arg-type]
+
+
+def test_a_coarse_clock_at_a_variable_rate(tmp_path: Path) -> None:
+    """A tick is 40 ms; half of it is no error of rounding."""
+    path = make(
+        tmp_path / "a.mp4",
+        8,
+        times=[0, 1, 3, 4, 6, 9, 10, 11],
+        codec="libx264",
+        pixels="yuv444p",
+        options={"crf": "1", "bf": "0"},
+        container={"video_track_timescale": "25"},
+    )
+    for start, frame in ((0.035, 0), (0.115, 1), (0.125, 2), (0.35, 4), (0.365, 5)):
+        assert levels(read(path, 1, start=start)) == [frame], start
+
+
+@pytest.mark.parametrize(
+    "params", ["bframes=3", "open-gop=1:bframes=5:b-pyramid=2", "interlaced=1"]
+)
+def test_frame_numbers_of_a_sound_file_have_no_gap(tmp_path: Path, params: str) -> None:
+    params = f"keyint=12:ref=4:{params}"
+    path = make(
+        tmp_path / "a.mp4",
+        smooth(300),
+        codec="libx264",
+        pixels="yuv420p",
+        options={"x264-params": params, "preset": "fast"},
+    )
+    assert probe(path).frames == 300
+    at = copied(path, tmp_path / "b.ts", filters="h264_mp4toannexb")
+    assert probe(at).frames == 300
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_an_orientation_holds_for_all_frames(tmp_path: Path, suffix: str) -> None:
+    """H.264 may name it at the first frame alone."""
+    picture = np.zeros((48, 64, 3), np.uint8)
+    picture[:24, :32] = 200  # turned left, it lies at the bottom
+    plain = make(
+        tmp_path / f"a.{suffix}",
+        [picture] * 40,
+        codec="libx264",
+        pixels="yuv420p",
+        options={"g": "12"},
+    )
+    turned = copied(
+        plain,
+        tmp_path / f"b.{suffix}",
+        filters="h264_metadata=display_orientation=insert:rotate=90",
+    )
+    assert probe(turned).rotation == 90
+    assert probe(turned).upright() == (64, 48)
+    for start in (0, 1):
+        clip = read(turned, 10, start=start, size=(64, 48))
+        assert (clip[:, 36:60, 4:20].float().mean((1, 2, 3)) > 180).all()
+        assert (clip[:, 4:28].float().mean((1, 2, 3)) < 20).all()
+
+
+def test_an_mp4_whose_frames_are_not_all_there(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.mp4", noise(30, 48, 64), container={"movflags": "faststart"})
+    assert probe(path).frames == 30
+    path.write_bytes(path.read_bytes()[:-2000])
+    for whole in (True, False):
+        with pytest.raises(VideoError, match=r"a\.mp4.*cut short: 29 of its 30 frames are there"):
+            probe(path, whole=whole)
+
+
+def test_a_large_file_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make(tmp_path / "a.mkv")
+    monkeypatch.setattr(video, "SCAN_BYTES", path.stat().st_size)
+    assert probe(path).exact
+    monkeypatch.setattr(video, "SCAN_BYTES", path.stat().st_size - 1)
+    assert not probe(path).exact
+    assert probe(path, whole=True).exact
+
+
+def test_a_part_of_a_long_film_is_no_long_clip(tmp_path: Path) -> None:
+    """Limits are on what is decoded."""
+    options = {"g": "12", "bf": "0"}
+    path = make(tmp_path / "a.mp4", smooth(72), codec="mpeg4", pixels="yuv420p", options=options)
+    limits = Limits(max_frames=50)
+    whole = read(path, 72)
+    assert torch.equal(read(path, 3, start=60 / 25, limits=limits), whole[60:63])
+    assert torch.equal(read(path, 20, limits=limits), whole[:20])
+    with pytest.raises(VideoError, match=r"72 exceeds max_frames=50.*--limits\.max_frames"):
+        read(path, 72, limits=limits)
+    other = make(tmp_path / "b.avi", smooth(72), codec="mpeg4", pixels="yuv420p", options=options)
+    with pytest.raises(VideoError, match="too much to decode: 51 exceeds max_frames=50"):
+        read(other, 3, start=45 / 25, limits=limits)
+
+
+@pytest.mark.parametrize("name", ["max_pixels", "max_frames", "max_pixel_frames", "max_hold"])
+def test_limits_are_above_zero(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be above 0, got 0"):
+        Limits(**{name: 0})
+
+
+# From a start on.
 
 
 @pytest.mark.parametrize(
@@ -607,8 +1027,9 @@ def test_a_container_that_lies_about_its_length(tmp_path: Path) -> None:
     at = data.index(mark) + 3
     assert struct.unpack(">d", data[at : at + 8]) == (480.0,)
     path.write_bytes(data[:at] + struct.pack(">d", 80.0) + data[at + 8 :])
-    assert probe(path).frames == 2
-    with pytest.raises(VideoError, match="larger than its container says: 5 exceeds max_frames=4"):
+    assert probe(path, whole=False).frames == 2
+    assert probe(path).frames == 12
+    with pytest.raises(VideoError, match="too much to decode: 5 exceeds max_frames=4"):
         read(path, limits=Limits(max_frames=4))
 
 
@@ -645,6 +1066,20 @@ def test_only_local_paths(tmp_path: Path, path: str, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     with pytest.raises(VideoError, match="only plain local files"):
         read(path)
+
+
+def test_a_name_that_is_a_title(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("Re: y.mkv", "X: the film.mkv", "-i.mkv", "two\nlines.mkv", "100%d.mkv"):
+        make(tmp_path / "a.mkv").rename(tmp_path / name)
+        assert levels(read(name)) == list(range(12))
+
+
+def test_links_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "a.mkv").symlink_to(tmp_path / "b.mkv")
+    (tmp_path / "b.mkv").symlink_to(tmp_path / "a.mkv")
+    with pytest.raises(VideoError, match="no file can be reached by that name"):
+        read(tmp_path / "a.mkv")
 
 
 def test_a_colon_in_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

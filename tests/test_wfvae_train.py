@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -522,3 +523,80 @@ def test_a_new_model_has_exact_wavelets_and_no_statistics_of_another(tmp_path, m
     given = {"frames": 9, "size": (16, 16)}
     training.train_folder(folder, out=tmp_path, given=given)
     assert (seen[0].haar_gain, seen[0].shift, seen[0].scale) == (None, None, None)
+
+
+@pytest.fixture
+def folder_of_eight(tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for i in range(8):
+        write_video(folder / f"{i}.mp4", torch.full((9, 16, 16, 3), 20 * i, dtype=torch.uint8))
+    return folder
+
+
+def test_a_clip_that_cannot_be_read_is_replaced(folder_of_eight, monkeypatch):
+    """The same for whoever reads it, and as long as they are few."""
+    clips = Clips(folder_of_eight, SETTINGS)
+    whole = [clips[i] for i in range(16)]
+    (folder_of_eight / "3.mp4").write_bytes(b"no video")
+    clips._tried = set(range(1000))
+    again = [clips[i] for i in range(16)]
+    changed = [i for i in range(16) if not torch.equal(whole[i], again[i])]
+    assert len(changed) == 2
+    assert [round(float(whole[i].float().mean()) / 20) for i in changed] == [3, 3]
+    assert "3.mp4" in str(clips.bad)
+    other = Clips(folder_of_eight, SETTINGS)
+    assert len(other.files) == 7
+    fresh = Clips.__new__(Clips)
+    fresh.__dict__ |= {**clips.__dict__, "bad": {}, "_tried": set(range(1000))}
+    assert all(torch.equal(fresh[i], again[i]) for i in reversed(range(16)))
+    clips._tried, clips.bad = set(), {}
+    with pytest.raises(ValueError, match=r"1 of the 8 files tried are bad: .*3\.mp4"):
+        [clips[i] for i in range(16)]
+
+
+def test_frames_that_are_hidden_are_not_cut(tmp_path):
+    """Cuts are of what can be seen."""
+    write_video(tmp_path / "a.mp4", torch.zeros((25, 16, 16, 3), dtype=torch.uint8))
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    with av.open(str(tmp_path / "a.mp4")) as old, av.open(str(folder / "b.mp4"), "w") as new:
+        made = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(old.streams.video[0]):
+            if packet.size:
+                back = round(10 / 24 / packet.time_base)
+                packet.pts, packet.dts = packet.pts - back, packet.dts - back
+                packet.stream = made
+                new.mux(packet)
+    clips = Clips(folder, SETTINGS)
+    assert [frames for _, _, frames in clips.files] == [15]
+    assert all(clips[i].shape == (9, 16, 16, 3) for i in range(20))
+
+
+def test_a_large_file_is_counted_when_it_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr("skiparse.models.data.video.SCAN_BYTES", 10)
+    write_video(tmp_path / "a.mp4", torch.zeros((25, 16, 16, 3), dtype=torch.uint8))
+    clips = Clips(tmp_path, SETTINGS)
+    clips.files[0] = (*clips.files[0][:2], 10_000)
+    assert all(clips[i].shape == (9, 16, 16, 3) for i in range(4))
+    assert clips.files[0][2] == 25
+    clips.files[0], clips._estimated = (*clips.files[0][:2], 10_000), {tmp_path / "a.mp4"}
+    clips.settings = replace(SETTINGS, every=4)
+    with pytest.raises(ValueError, match="25 frames when counted, too few"):
+        clips[0]
+
+
+def test_the_scan_is_a_line_and_a_file(folder_of_eight, tmp_path, capsys):
+    write_video(folder_of_eight / "x.mp4", torch.zeros((5, 16, 16, 3), dtype=torch.uint8))
+    (folder_of_eight / "y.mp4").write_bytes(b"no video")
+    (folder_of_eight / "z.mp4").symlink_to("/nowhere.mp4")
+    given = ["--frames", "9", "--size", "16x16", "--steps", "0"]
+    assert cli.main(["train-vae", str(folder_of_eight), "--out", str(tmp_path / "run"), *given])
+    line = "used 8 of 11; dropped 3: 1 too few frames, 2 that cannot be read (.mp4)"
+    assert line in capsys.readouterr().out
+    clips = Clips(folder_of_eight, SETTINGS)
+    run(tmp_path / "out", 1, clips=clips, report=clips.report)
+    about = json.loads((tmp_path / "out" / "scan.json").read_text())
+    assert (about["used"], about["of"]) == (8, 11)
+    assert about["dropped"] == {"too few frames": 1, "that cannot be read (.mp4)": 2}
+    assert "z.mp4" in about["examples"]["that cannot be read (.mp4)"][1]

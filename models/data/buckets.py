@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from skiparse.models.data.draws import Use, numbers
 from skiparse.models.data.manifest import DataError, Manifest
+from skiparse.models.data.report import NAMED
 
 RATIOS = ((9, 16), (3, 4), (1, 1), (4, 3), (16, 9))  # height : width
 
@@ -27,6 +28,7 @@ _SAME_FPS = 0.1  # frames per second within which two rates count as one
 _ROWS = 2**20  # looked at together
 _BITS = 20  # of a height or width in the code of a shape
 _MOST_SHAPES = 2**15
+_RARE = "of a rare shape"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +145,13 @@ class Buckets:
         shapes: frames, height and width of each bucket.
         bucket: int16 ``[N]``, number of the bucket of each row; -1 if the row is dropped.
         dropped: how many rows are, by reason.
+        examples: the first of these rows, for each reason.
     """
 
     shapes: tuple[tuple[int, int, int], ...]
     bucket: NDArray[np.int16]
     dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -165,6 +169,7 @@ def assign(manifest: Manifest, rule: Rule, seed: int) -> Buckets:
     """
     codes = np.empty(len(manifest), np.int64)
     dropped: Counter[str] = Counter()
+    examples: dict[str, list[int]] = {}
     luck = numbers(seed, 0, 0, Use.SHORT)
     for start in range(0, len(manifest), _ROWS):
         rows = slice(start, start + _ROWS)
@@ -175,6 +180,8 @@ def assign(manifest: Manifest, rule: Rule, seed: int) -> Buckets:
             new = wrong & (part >= 0)
             part[new] = -1
             dropped[reason] += int(np.count_nonzero(new))
+            named = examples.setdefault(reason, [])
+            named += (start + np.flatnonzero(new)[: NAMED - len(named)]).tolist()
     found = np.unique(codes)
     found = found[found >= 0]
     if not len(found):
@@ -188,7 +195,12 @@ def assign(manifest: Manifest, rule: Rule, seed: int) -> Buckets:
     shapes = tuple(
         (int(code >> 2 * _BITS), int(code >> _BITS & side), int(code & side)) for code in found
     )
-    return Buckets(shapes, bucket, {reason: n for reason, n in dropped.items() if n})
+    return Buckets(
+        shapes,
+        bucket,
+        {reason: n for reason, n in dropped.items() if n},
+        {reason: rows for reason, rows in examples.items() if rows},
+    )
 
 
 def without_minority(buckets: Buckets, global_batch: int | Sequence[int], rule: Rule) -> Buckets:
@@ -210,12 +222,15 @@ def without_minority(buckets: Buckets, global_batch: int | Sequence[int], rule: 
     kept = np.flatnonzero(~few)
     number = np.full(len(counts) + 1, -1, np.int16)  # the last is for rows already dropped
     number[kept] = np.arange(len(kept))
-    dropped = {"of a rare shape": int(counts[few].sum())} if few.any() else {}
+    rare = np.isin(buckets.bucket, np.flatnonzero(few))
+    dropped = {_RARE: int(counts[few].sum())} if few.any() else {}
+    named = {_RARE: np.flatnonzero(rare)[:NAMED].tolist()} if few.any() else {}
     return replace(
         buckets,
         shapes=tuple(buckets.shapes[i] for i in kept),
         bucket=number[buckets.bucket],
         dropped={**buckets.dropped, **dropped},
+        examples={**buckets.examples, **named},
     )
 
 

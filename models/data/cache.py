@@ -6,7 +6,9 @@ The folder holds
   has once it is complete;
 - ``null.safetensors``: the embeddings of no caption;
 - ``shards/00000.safetensors`` and so on: posteriors and text embeddings of many clips each;
-- ``index/00000.parquet`` and so on: the clips of each shard, with a SHA-256 of their tensors;
+- ``index/00000.parquet`` and so on: the clips of each shard, with a SHA-256 of their tensors, and
+  what their files were (:mod:`skiparse.models.data.content`);
+- ``scan.json``: how many clips of the data set are in it, and why others are not;
 - ``bad.jsonl``: the clips that could not be read, with the reason; they are left out;
 - ``manifest``, where it was kept here: the index of the data set.
 
@@ -23,9 +25,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +44,19 @@ from tqdm import tqdm
 
 from skiparse.models.data.atomic import replacing, write_json
 from skiparse.models.data.buckets import Buckets, Rule, assign
+from skiparse.models.data.content import Content
 from skiparse.models.data.dataset import Clip, Clips
 from skiparse.models.data.draws import Place
 from skiparse.models.data.features import Encoders, Features, Text, digest
 from skiparse.models.data.manifest import DataError, Manifest
-from skiparse.models.data.video import Limits, VideoError
+from skiparse.models.data.plain import printable
+from skiparse.models.data.report import NAMED, Report
+from skiparse.models.data.video import Limits, VideoError, plain_file
 from skiparse.models.shards import inside
 
 ABOUT, NULL, SHARDS, INDEX, BAD = "cache.json", "null.safetensors", "shards", "index", "bad.jsonl"
-LOCK, MANIFEST = "lock", "manifest"
-SCHEMA = 1  # of the folder and of all that its fingerprints do not tell, such as text cleaning
+LOCK, MANIFEST, SCAN, SOURCE = "lock", "manifest", "scan.json", "clips"
+SCHEMA = 2  # of the folder and of all that its fingerprints do not tell, such as text cleaning
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _ORIGIN = ("schema", "data", "rule", "seed", "encoders", "dtype")  # what must not change
@@ -63,9 +68,15 @@ _COLUMNS = pa.schema(
         pa.field("bucket", pa.int16(), nullable=False),
         pa.field("captions", pa.int32(), nullable=False),  # how many
         pa.field("sha256", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),  # of the clip, when it was read
+        pa.field("size", pa.int64(), nullable=False),  # this and the rest as in Content
+        pa.field("mtime", pa.int64(), nullable=False),
+        pa.field("ends", pa.string(), nullable=False),
+        pa.field("whole", pa.string(), nullable=False),
     ]
 )
 _UNREADABLE = (OSError, ValueError, pa.ArrowException)
+_LOST = "cannot be read"
 _BAD_SHARE = 0.01  # of the clips, above which a build stops; as in Clips
 
 
@@ -96,7 +107,8 @@ def build(
 ) -> Path:
     """Compute the features of every clip that ``rule`` takes, or go on where a build has stopped.
 
-    Clips that could not be read are tried again by each build.
+    Clips that could not be read are tried again by each build, and those whose files were replaced
+    since, as size, time and ends tell, are computed again.
 
     Args:
         folder: of the cache; made if need be.
@@ -141,24 +153,50 @@ def build(
     with _locked(folder):
         _begin(folder, json.loads(json.dumps(about)))
         _write_null(folder, encoders.null, DTYPES[dtype])
+        replaced, _ = _replaced(folder, full=False, now=manifest)
+        if replaced:
+            _forget(folder, replaced)
+            tqdm.write(f"{len(replaced)} clips were replaced since; they are computed again")
         clips = Clips(manifest, buckets, rule, seed=seed, windows="fixed", limits=limits)
-        shards = _Shards(folder, DTYPES[dtype], shard_bytes)
-        for row, clip in _readable(clips, _missing(folder, buckets), workers, folder / BAD):
-            shards.add(encoders.features(clip), int(buckets.bucket[row]))
+        shards = _Shards(folder, manifest, DTYPES[dtype], shard_bytes)
+        reasons: dict[str, str] = {}
+        missing = _missing(folder, buckets)
+        for row, clip, was in _readable(clips, missing, workers, folder / BAD, reasons):
+            shards.add(encoders.features(clip), int(buckets.bucket[row]), was)
         shards.close()
         write_json(folder / ABOUT, {**about, "clips": len(_index(folder))})
+        _tell(folder, manifest.report(buckets), reasons)
     return folder
 
 
-def verify(folder: str | os.PathLike[str], *, repair: bool = False) -> list[Damage]:
-    """Read all of a cache and compare it with its checksums.
+def _tell(folder: Path, report: Report, reasons: Mapping[str, str]) -> None:
+    """In a line and a file, what a cache holds; ``reasons`` are of clips that cannot be read."""
+    if reasons:
+        report = replace(
+            report,
+            used=report.used - len(reasons),
+            dropped={**report.dropped, _LOST: len(reasons)},
+            examples={
+                **report.examples,
+                _LOST: [printable(reason) for reason in list(reasons.values())[:NAMED]],
+            },
+        )
+    tqdm.write(report.line)
+    report.write(folder / SCAN)
+
+
+def verify(
+    folder: str | os.PathLike[str], *, repair: bool = False, full: bool = False
+) -> list[Damage]:
+    """Read all of a cache and compare it with its checksums, and with its clips if they are there.
 
     Args:
-        repair: remove the shards that are damaged, so that the next :func:`build` makes these again
-            and no others.
+        repair: remove the shards that are damaged and the clips that were replaced, so that the
+            next :func:`build` makes these again and no others.
+        full: compare all of each clip. If not, a file of the same size and time is believed.
 
     Returns:
-        What is damaged; nothing if all is well.
+        What is damaged; nothing if all is well. A clip that was replaced is damage of ``clips``.
 
     Raises:
         CacheError: if the folder holds no cache; to repair it, if another process builds there.
@@ -167,13 +205,20 @@ def verify(folder: str | os.PathLike[str], *, repair: bool = False) -> list[Dama
     about = _about(folder)
     with _locked(folder) if repair else nullcontext():
         found = _damages(folder, about)
+        broken = {Path(damage.file).stem for damage in found}
+        replaced, absent = _replaced(folder, full=full, without=broken)
+        if absent:
+            tqdm.write(f"{absent} clips are not where they were read, and are not compared")
+        if replaced:
+            found.append(Damage(SOURCE, "replaced since they were read", tuple(replaced.values())))
         if repair and found:
             write_json(folder / ABOUT, {**about, "clips": None})
+            _forget(folder, replaced)
             for damage in found:
                 name = Path(damage.file).stem
                 if damage.file == NULL:
                     (folder / NULL).unlink(missing_ok=True)
-                elif damage.file != INDEX:
+                elif damage.file not in (INDEX, SOURCE):
                     _part(folder, name).unlink()  # first: without it the shard does not count
                     _shard(folder, name).unlink(missing_ok=True)
     return found
@@ -225,13 +270,17 @@ class Cache(Dataset[Features]):
         bucket = np.full(about["rows"], -1, np.int16)
         bucket[rows] = self._index["bucket"].to_numpy()
         lost = about["taken"] - len(rows)
-        dropped = about["dropped"] | ({"cannot be read": lost} if lost else {})
+        dropped = about["dropped"] | ({_LOST: lost} if lost else {})
         self.buckets = Buckets(tuple(map(tuple, about["shapes"])), bucket, dropped)
         self._shards: dict[str, Any] = {}
         self._checked: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._index)
+
+    def report(self) -> Report:
+        """How many clips are used, of those that it was built from."""
+        return Report(str(self.folder), int(self.buckets.counts.sum()), self.buckets.dropped, {})
 
     def __getitem__(self, place: Place) -> Features:
         """The features of ``place.row``, in fp32.
@@ -313,50 +362,97 @@ def _missing(folder: Path, buckets: Buckets) -> list[int]:
     return np.flatnonzero(missing).tolist()
 
 
-class _Tried(Dataset[Clip | str]):
-    """Clips by row, or why they cannot be read."""
+def _replaced(
+    folder: Path, *, full: bool, now: Manifest | None = None, without: Collection[str] = ()
+) -> tuple[dict[int, str], int]:
+    """Keys of clips that are not what was read any more, by row; and how many are not there.
+
+    Args:
+        now: where the clips are; None looks where they were read.
+        without: names of shards that are not asked about.
+    """
+    found: dict[int, str] = {}
+    absent = 0
+    for path in sorted((folder / INDEX).glob("*.parquet")):
+        for entry in [] if path.stem in without else _part_of(folder, path).to_pylist():
+            clip = Path(entry["path"])
+            if now is not None:
+                record = now.record(entry["row"])
+                clip = record.root / record.path
+            was = Content(entry["size"], entry["mtime"], entry["ends"], entry["whole"])
+            try:
+                if not was.is_of(clip, full=full):
+                    found[entry["row"]] = entry["key"]
+            except OSError:
+                absent += 1
+    return found, absent
+
+
+def _forget(folder: Path, rows: Collection[int]) -> None:
+    """Take rows out of the index; a shard whose rows are all gone goes too."""
+    for path in sorted((folder / INDEX).glob("*.parquet")):
+        entries = _part_of(folder, path).to_pylist() if rows else []
+        kept = [entry for entry in entries if entry["row"] not in rows]
+        if len(kept) == len(entries):
+            continue
+        if kept:
+            _write_part(path, kept)
+        else:
+            path.unlink()  # first: without it the shard does not count
+            _shard(folder, path.stem).unlink(missing_ok=True)
+
+
+class _Tried(Dataset[tuple[Clip, Content] | str]):
+    """Clips by row and what their files are, or why they cannot be read."""
 
     def __init__(self, clips: Clips) -> None:
         self.clips = clips
 
-    def __getitem__(self, row: int) -> Clip | str:
+    def __getitem__(self, row: int) -> tuple[Clip, Content] | str:
+        record = self.clips.manifest.record(row)
         try:
-            return self.clips.read(Place(0, 0, row))
+            was = Content.of(plain_file(record.path, record.root))
+            return self.clips.read(Place(0, 0, row)), was
         except VideoError as error:
             return str(error)
+        except OSError as error:
+            return f"{record.path!r}: cannot be read ({error.strerror})"
 
 
-def _readable(clips: Clips, rows: list[int], workers: int, bad: Path) -> Iterator[tuple[int, Clip]]:
+def _readable(
+    clips: Clips, rows: list[int], workers: int, bad: Path, reasons: dict[str, str]
+) -> Iterator[tuple[int, Clip, Content]]:
     """The clips of ``rows`` in order; those that cannot be read go to the file ``bad``.
+
+    ``reasons`` is filled with theirs, by path.
 
     Raises:
         DataError: once they are more than 1 % of all clips.
     """
     loader = DataLoader(_Tried(clips), None, sampler=rows, num_workers=workers)
-    reasons: list[str] = []
     with bad.open("w", encoding="utf-8") as file:
         bar = tqdm(loader, "clips", len(rows), unit="clip", disable=None)
-        for row, clip in zip(rows, bar, strict=True):
-            if isinstance(clip, Clip):
-                yield row, clip
+        for row, found in zip(rows, bar, strict=True):
+            if not isinstance(found, str):
+                yield row, *found
                 continue
             record = clips.manifest.record(row)
-            line = {"path": str(record.root / record.path), "reason": clip}
+            line = {"path": str(record.root / record.path), "reason": found}
             print(json.dumps(line), file=file, flush=True)
-            reasons.append(clip)
+            reasons[f"{row} {record.path}"] = found
             if len(reasons) > _BAD_SHARE * len(clips):
                 raise DataError(
                     f"{len(reasons)} of {len(clips)} clips cannot be read, more than "
-                    f"{_BAD_SHARE:.0%}; the first: {'; '.join(reasons[:3])}. See {bad}; mend or "
-                    "remove these files"
+                    f"{_BAD_SHARE:.0%}; the first: {'; '.join(list(reasons.values())[:3])}. See "
+                    f"{bad}; mend or remove these files"
                 )
 
 
 class _Shards:
     """Features on their way to the disk, one shard at a time."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, most: int) -> None:
-        self.folder, self.dtype, self.most = folder, dtype, most
+    def __init__(self, folder: Path, clips: Manifest, dtype: torch.dtype, most: int) -> None:
+        self.folder, self.clips, self.dtype, self.most = folder, clips, dtype, most
         names = (f"{number:05d}" for number in itertools.count())
         # A shard without its part of the index is a leftover, and written over.
         self.free = (name for name in names if not _part(folder, name).exists())
@@ -367,7 +463,7 @@ class _Shards:
         self.entries: list[dict[str, Any]] = []
         self.size = 0  # bytes
 
-    def add(self, features: Features, bucket: int) -> None:
+    def add(self, features: Features, bucket: int, was: Content) -> None:
         """One more clip; the shard is closed if that fills it."""
         sample = {"mean": features.mean, "std": features.std}
         for i, text in enumerate(features.texts):
@@ -380,6 +476,8 @@ class _Shards:
             "bucket": bucket,
             "captions": len(features.texts),
             "sha256": digest(sample),
+            "path": str(self.clips.record(row).root / self.clips.record(row).path),
+            **asdict(was),
         }
         self.entries.append(entry)
         self.tensors |= {f"{row}/{name}": x for name, x in sample.items()}
@@ -394,10 +492,14 @@ class _Shards:
         name = next(self.free)
         with replacing(_shard(self.folder, name)) as temporary:
             save_file(self.tensors, temporary)
-        with replacing(_part(self.folder, name)) as temporary:
-            table = pa.Table.from_pylist(self.entries, _COLUMNS)
-            parquet.write_table(table, temporary, write_page_checksum=True)
+        _write_part(_part(self.folder, name), self.entries)
         self._clear()
+
+
+def _write_part(path: Path, entries: list[dict[str, Any]]) -> None:
+    with replacing(path) as temporary:
+        table = pa.Table.from_pylist(entries, _COLUMNS)
+        parquet.write_table(table, temporary, write_page_checksum=True)
 
 
 def _stored(key: str, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -467,13 +569,18 @@ def _index(folder: Path) -> pa.Table:
     columns = _COLUMNS.append(pa.field("shard", pa.string()))
     tables = [columns.empty_table()]
     for path in sorted((folder / INDEX).glob("*.parquet")):
-        try:
-            table = _read_part(path)
-        except _UNREADABLE as error:
-            raise _damaged(folder, path, error) from error
+        table = _part_of(folder, path)
         shards = pa.array([path.stem] * len(table), pa.string())
         tables.append(table.append_column(columns.field("shard"), shards))
     return pa.concat_tables(tables)
+
+
+def _part_of(folder: Path, path: Path) -> pa.Table:
+    """One part; CacheError if it is damaged."""
+    try:
+        return _read_part(path)
+    except _UNREADABLE as error:
+        raise _damaged(folder, path, error) from error
 
 
 def _read_part(path: Path) -> pa.Table:

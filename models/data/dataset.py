@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ from skiparse.models.data.buckets import Buckets, Rule
 from skiparse.models.data.draws import Place, Use, numbers
 from skiparse.models.data.image import read_image
 from skiparse.models.data.manifest import DataError, Manifest, Record
-from skiparse.models.data.video import Limits, VideoError, read_video
+from skiparse.models.data.video import Limits, VideoError, probe, read_video
 
 _BAD_SHARE = 0.01  # of the files tried, above which a run stops
 _JUDGED = 100  # files tried before that is asked
@@ -49,6 +49,9 @@ class Clips(Dataset[Clip]):
     Where a file cannot be read, or has less in it than the manifest says, another sample of its
     bucket takes its place, and its name goes to ``bad``. Each worker counts its own rows: once more
     than 1 % of those it tried are bad (of 100, or of all if there are fewer), it raises.
+
+    Where the manifest only has an estimate of a file's length, its frames are counted when it is
+    first read, and windows are of those.
 
     Args:
         manifest, buckets, rule: the rows, and their shapes by that rule.
@@ -85,6 +88,7 @@ class Clips(Dataset[Clip]):
         self.bad = None if bad is None else Path(bad)
         self.reasons: dict[int, str] = {}  # of the rows found bad in this process
         self._rows = int(buckets.counts.sum())
+        self._counted: dict[int, Record] = {}  # rows whose manifest has an estimate
         self._seen = np.zeros(len(manifest), bool)
         self._tried = 0  # rows seen
 
@@ -131,7 +135,7 @@ class Clips(Dataset[Clip]):
         if bucket < 0:
             raise ValueError(f"row {place.row} has no bucket: the rule or rarity drops it")
         frames, *size = self.buckets.shapes[bucket]
-        record = self.manifest.record(place.row)
+        record = self._record(place.row)
         key = f"{record.root.name}/{record.path}[{place.row}"
         if not record.is_video:
             image = read_image(
@@ -156,6 +160,24 @@ class Clips(Dataset[Clip]):
             threads=1,
         )
         return Clip(clip, record.captions, f"{key}:{first}+{frames}]", place)
+
+    def _record(self, row: int) -> Record:
+        """The record of a row, its frames counted."""
+        if row in self._counted:
+            return self._counted[row]
+        record = self.manifest.record(row)
+        if record.exact:
+            return record
+        info = probe(record.path, root=record.root, limits=self.limits, whole=True)
+        assert info.frames is not None
+        if not info.fps or self.rule.interval(np.array(float(info.fps))) < 1:
+            raise VideoError(
+                f"{record.path!r}: {float(info.fps or 0):.3f} frames a second when counted, where "
+                f"its container says {record.fps:.3f}; the rule asks for {self.rule.fps}"
+            )
+        record = replace(record, frames=info.frames, fps=float(info.fps), exact=True)
+        self._counted[row] = record
+        return record
 
     def _window(self, place: Place, record: Record, span: int) -> int:
         """The first frame to take, so that another ``span`` of the clip's come after it."""

@@ -7,16 +7,18 @@ them, and kept as columns that are mapped from disk: ten million rows cost no Py
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,13 +26,30 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from skiparse.models.data.atomic import replacing, write_json
+from skiparse.models.data.folder import walk
 from skiparse.models.data.image import IMAGES, probe_image
-from skiparse.models.data.video import VideoError, check_name, count_frames, probe
+from skiparse.models.data.plain import MARK, encoding_of, printable, read_text
+from skiparse.models.data.report import Dropped, Report
+from skiparse.models.data.video import SCAN_BYTES, Limits, VideoError, check_name, probe
 
-VIDEOS = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"})
-_UNCOUNTED = frozenset({".mkv", ".webm"})  # they only say how long picture and sound are together
+if TYPE_CHECKING:
+    from skiparse.models.data.buckets import Buckets
 
-_FORMAT = 1  # of the index; another number makes a new one
+VIDEOS = frozenset(
+    {
+        *(".mp4", ".m4v", ".mp4v", ".mov", ".qt", ".3gp", ".mkv", ".webm", ".avi", ".divx"),
+        *(".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".vob", ".flv", ".wmv", ".asf", ".ogv"),
+        *(".nut", ".ivf", ".y4m"),
+    }
+)
+_CAPTION = ".txt"
+_FASTEST = 1000  # frames per second
+_SPECIAL = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]*:"
+)  # may look like a drive or a URL; here it is none
+_DRIVE = re.compile(r"[A-Za-z]:\s")  # no drive of Windows, but a title
+
+_FORMAT = 2  # of the index; another number makes a new one
 _NUMBERS, _TEXTS, _ABOUT = "numbers.arrow", "texts.arrow", "about.json"
 _ROWS = 2**16  # written at once
 _MOST = 2**31 - 1  # of the numbers in the index
@@ -39,7 +58,7 @@ _TYPES = {
     "width": np.int32,
     "frames": np.int32,
     "fps": np.float64,
-    "is_video": np.uint8,
+    "is_video": np.uint8,  # 2: its length is an estimate
     "start": np.int32,
     "top": np.int32,
     "left": np.int32,
@@ -66,6 +85,7 @@ class Record:
     start: int  # number of the first frame in the file
     crop: tuple[int, int, int, int] | None  # top, left, height, width in the upright picture
     is_video: bool
+    exact: bool = True  # False: frames and fps are an estimate, to be counted when it is read
 
 
 class Manifest:
@@ -74,9 +94,10 @@ class Manifest:
     Attributes:
         height, width, frames: int32 ``[N]``, as in :class:`Record`.
         fps: float64 ``[N]``, frames per second of the file; 0 for an image.
-        is_video: uint8 ``[N]``, 0 for an image.
+        is_video: uint8 ``[N]``, 0 for an image; 2 for a video whose frames were not counted.
         roots: the folders that paths are in.
         dropped: how many records are no rows, by reason.
+        examples: the first of them by name, for each reason.
         fingerprint: SHA-256 of all rows with the names of their roots, not of the clips themselves.
     """
 
@@ -95,11 +116,16 @@ class Manifest:
         self._rest = {name: _column(numbers, name) for name in ("start", "top", "left", "root")}
         self.roots = tuple(Path(root) for root in about["roots"])
         self.dropped: dict[str, int] = about["dropped"]
+        self.examples: dict[str, list[str]] = about.get("examples", {})
         self.fingerprint: str = about["fingerprint"]
 
     @classmethod
     def open(
-        cls, source: str | os.PathLike[str], *, index: str | os.PathLike[str] | None = None
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        index: str | os.PathLike[str] | None = None,
+        limits: Limits | None = None,
     ) -> Manifest:
         """Read a data set's annotations, or its index if that is still of the same files.
 
@@ -115,16 +141,22 @@ class Manifest:
                   ``crop`` (``[x0, x1, y0, y1]``, or none), and for videos ``num_frames``, ``fps``
                   (24 if there is none), ``cut`` (``[first, end]`` in frames, or none);
                 - a folder of clips and images, each with its caption in a ``.txt`` of its name.
+                  What is in it but cannot be used costs itself only. Frames and rates are those
+                  that can be seen (:func:`~skiparse.models.data.video.probe`); of files too large
+                  to be read through they are estimates, which :class:`Clips` replaces when it
+                  reads one.
 
             index: folder to keep the rows in, for large data sets and many processes; made anew
                 if a file was added, removed or changed, by size and time. None: in memory.
+            limits: as for reading; files that exceed them are left out of a folder.
 
         Raises:
             DataError: naming the file, the record and the key that will not do, or if no row is
-                left. Records without caption or resolution are counted in ``dropped`` instead,
-                and so are clips of a folder that cannot be opened, with a warning.
+                left, with what there was. Records without caption or resolution are counted in
+                ``dropped`` instead, and so is what cannot be used of a folder; for files that
+                cannot be opened there is a warning.
         """
-        found = _source(Path(source))
+        found = _source(Path(source), limits or Limits())
         if index is None:
             numbers, texts = pa.BufferOutputStream(), pa.BufferOutputStream()
             about = _write(found, numbers, texts)
@@ -184,7 +216,21 @@ class Manifest:
             start=start,
             crop=None if top < 0 else (top, left, height, width),
             is_video=bool(self.is_video[row]),
+            exact=self.is_video[row] < 2,
         )
+
+    def report(self, buckets: Buckets | None = None) -> Report:
+        """How many clips are used, by the manifest alone or by the rule of ``buckets`` as well."""
+        dropped, examples, used = dict(self.dropped), dict(self.examples), len(self)
+        if buckets is not None:
+            used = int(buckets.counts.sum())
+            dropped |= buckets.dropped
+            examples |= {
+                reason: [printable(self._texts["path"][row].as_py()) for row in rows]
+                for reason, rows in buckets.examples.items()
+            }
+        more = {"estimated": int(np.count_nonzero(self.is_video == 2))}
+        return Report(", ".join(map(str, self.roots)), used, dropped, examples, more)
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:
@@ -203,44 +249,65 @@ class _Source:
     """Where records come from: pairs of a root and an annotation file, or a folder (None)."""
 
     parts: tuple[tuple[Path, Path | None], ...]
+    limits: Limits
 
     def files(self) -> Iterator[Path]:
         for root, listed in self.parts:
             if listed is not None:
                 yield listed
             else:
-                yield from _files(root)
+                yield from _files(root, Dropped())
 
     def stamp(self) -> list[Any]:
         """What changes if any file does that the rows come from."""
-        seen = [(path, path.stat()) for path in self.files()]
-        files = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in seen]
-        digest = hashlib.sha256(json.dumps([files, self.roots()]).encode()).hexdigest()
-        return [_FORMAT, digest]
+        files = [[str(path), *_state(path)] for path in self.files()]
+        seen = json.dumps([files, self.roots(), astuple(self.limits), SCAN_BYTES])
+        return [_FORMAT, hashlib.sha256(seen.encode()).hexdigest()]
 
     def roots(self) -> list[str]:
         return [str(root) for root, _ in self.parts]
 
-    def records(self, dropped: Counter[str]) -> Iterator[tuple[int, str, Any]]:
-        """Number of the root, where the record stands, and the record, not yet checked."""
+    def rows(self, dropped: Dropped) -> Iterator[_Row]:
+        """The rows; DataError for an annotation that makes no sense, with its place."""
         for number, (root, listed) in enumerate(self.parts):
             if listed is None:
-                found: Iterable[tuple[str, Any]] = _folder_records(root, dropped)
-            else:
-                found = _annotations(listed)
-            for where, record in found:
-                yield number, where, record
+                yield from _folder_rows(number, root, self.limits, dropped)
+                continue
+            for where, record in _annotations(listed):
+                row = _row(number, where, record)
+                if isinstance(row, str):
+                    dropped.add(row, where)
+                else:
+                    yield row
+
+    def there(self) -> str:
+        """The kinds of files that are in its folders, for whoever expected others."""
+        roots = [root for root, listed in self.parts if listed is None]
+        kinds = Counter(
+            path.suffix.lower() or "no suffix" for root in roots for path in walk(root, Dropped())
+        )
+        listed = ", ".join(f"{count} {printable(kind)}" for kind, count in kinds.most_common(10))
+        return f"; in it are files of {listed}" if listed else ""
 
 
-def _source(path: Path) -> _Source:
+def _state(path: Path) -> tuple[int, int]:
+    """Size and time of a file, of a link that leads nowhere its own."""
+    try:
+        stat = path.stat()
+    except OSError:
+        stat = path.lstat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _source(path: Path, limits: Limits) -> _Source:
     path = Path(os.path.abspath(path))
     if path.is_dir():
-        return _Source(((path, None),))
+        return _Source(((path, None),), limits)
     if not path.is_file():
         raise DataError(f"{path} does not exist; give annotations or a folder of clips")
-    if path.suffix != ".txt":
+    if path.suffix.lower() != ".txt":
         _check_annotations(path, str(path))
-        return _Source(((path.parent, path),))
+        return _Source(((path.parent, path),), limits)
     parts = []
     for number, line in enumerate(_text(path).splitlines(), 1):
         if not line.strip():
@@ -256,16 +323,16 @@ def _source(path: Path) -> _Source:
         parts.append(pair)
     if not parts:
         raise DataError(f"{path} is empty; it needs lines `root,annotations`")
-    return _Source(tuple(parts))
+    return _Source(tuple(parts), limits)
 
 
 def _check_annotations(path: Path, where: str) -> None:
-    if path.suffix in {".pkl", ".pickle"}:
+    if path.suffix.lower() in {".pkl", ".pickle"}:
         raise DataError(
             f"{where}: {path} is a pickle, which may run code when it is read; if you trust it, "
             "convert it to .jsonl, one record a line"
         )
-    if path.suffix not in {".json", ".jsonl"}:
+    if path.suffix.lower() not in {".json", ".jsonl"}:
         raise DataError(f"{where}: annotations must be .json or .jsonl, got {path}")
     if not path.is_file():
         raise DataError(f"{where}: {path} does not exist; correct the name")
@@ -273,90 +340,129 @@ def _check_annotations(path: Path, where: str) -> None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return read_text(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: {error}; convert it") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _annotations(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         items = _json(path.read_bytes(), str(path))
         if not isinstance(items, list):
             raise DataError(f"{path} must hold an array of records, got {type(items).__name__}")
         yield from ((f"{path}[{number}]", item) for number, item in enumerate(items))
         return
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f"{path}:{number}"
-                yield where, _json(line, where)
+        encoding = encoding_of(file.read(4))
+        file.seek(0)
+        # JSON knows the encoding of a line, but where lines end is known for UTF-8 alone.
+        plain = encoding.startswith("utf-8")
+        lines: Iterable[str | bytes] = file if plain else io.TextIOWrapper(file, encoding)
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield where, _json(line, where)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not {encoding}: {error}; convert it") from error
 
 
-def _json(data: bytes, where: str) -> Any:
+def _json(data: str | bytes, where: str) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: no JSON: {error}") from error
 
 
-def _files(folder: Path) -> list[Path]:
-    """Clips, images and captions in a folder and below, hidden ones left out."""
-    kinds = VIDEOS | IMAGES | {".txt"}
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in kinds
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+def _files(folder: Path, dropped: Dropped) -> list[Path]:
+    """Clips, images and captions in a folder and below.
+
+    What has a caption but is of another kind is dropped, and named.
+    """
+    every = sorted(walk(folder, dropped))
+    captions = {path.with_suffix("") for path in every if path.suffix.lower() == _CAPTION}
+    found = []
+    for path in every:
+        kind = path.suffix.lower()
+        if kind in VIDEOS | IMAGES | {_CAPTION}:
+            found.append(path)
+        elif path.with_suffix("") in captions:
+            dropped.add(f"of a kind that is not read ({printable(kind)})", str(path))
+    return found
 
 
-def _folder_records(folder: Path, dropped: Counter[str]) -> Iterator[tuple[str, Any]]:
-    """A record for each clip, as in annotations, from what its container says."""
-    clips = [path for path in _files(folder) if path.suffix.lower() != ".txt"]
-    without = [str(path) for path in clips if not path.with_suffix(".txt").is_file()]
-    if without:
-        raise DataError(
-            f"{len(without)} of {len(clips)} clips have no caption in a .txt of their name, such "
-            f"as {', '.join(without[:3])}; write them, or move the clips"
-        )
+def _folder_rows(number: int, folder: Path, limits: Limits, dropped: Dropped) -> Iterator[_Row]:
+    """A row for each clip, from what there is to see in it."""
+    clips = [path for path in _files(folder, dropped) if path.suffix.lower() != _CAPTION]
     unreadable = []
     with ThreadPoolExecutor() as pool:
-        looked = pool.map(lambda path: _look(folder, path), clips)
+        looked = pool.map(lambda path: _look(folder, path, limits), clips)
         bar = tqdm(looked, "looking at clips", len(clips), unit="file", leave=False)
         for path, found in zip(clips, bar, strict=True):
-            if isinstance(found, str):
-                unreadable.append(found)
+            if isinstance(found, tuple):
+                reason, why = found
+                dropped.add(reason, f"{path}: {why}" if why else str(path))
+                if reason == _UNREADABLE:
+                    unreadable.append(printable(why))
+                continue
+            row: _Row | str
+            try:
+                row = _row(number, str(path), found, found.pop("exact", True))
+            except DataError as error:
+                dropped.add("a name that cannot be used", str(error))
+                continue
+            if isinstance(row, str):
+                dropped.add(row, str(path))
             else:
-                yield str(path), {**found, "cap": _text(path.with_suffix(".txt"))}
+                yield row
     if unreadable:
-        dropped["cannot be opened"] = len(unreadable)
         warnings.warn(
-            f"{len(unreadable)} of {len(clips)} clips in {folder} cannot be opened and are left "
-            f"out: {'; '.join(unreadable[:3])}",
+            f"{len(unreadable)} of {len(clips)} clips in {printable(str(folder))} cannot be opened "
+            f"and are left out: {'; '.join(unreadable[:3])}",
             stacklevel=2,
         )
 
 
-def _look(folder: Path, path: Path) -> dict[str, Any] | str:
-    """The record of a file without its caption, or why it will not do."""
+_UNREADABLE = "cannot be opened"
+
+
+def _look(folder: Path, path: Path, limits: Limits) -> dict[str, Any] | tuple[str, str]:
+    """The record of a file, or why it will not do and more about it."""
+    captions = path.with_suffix(_CAPTION)
+    try:
+        caption = read_text(captions)
+    except FileNotFoundError:
+        return f"no caption in a {_CAPTION} of its name", ""
+    except (OSError, UnicodeDecodeError) as error:
+        return "a caption that cannot be read", f"{captions.name}: {error}"
     name = path.relative_to(folder).as_posix()
+    if _SPECIAL.match(name):
+        name = f"./{name}"
     try:
         if path.suffix.lower() in IMAGES:
-            height, width = probe_image(name, root=folder)
-            return {"path": name, "resolution": {"height": height, "width": width}}
-        info = probe(name, root=folder)
-        counted = path.suffix.lower() not in _UNCOUNTED
-        frames = info.frames if counted else count_frames(name, root=folder)
+            height, width = probe_image(name, root=folder, limits=limits)
+            resolution = {"height": height, "width": width}
+            return {"path": name, "cap": caption, "resolution": resolution}
+        info = probe(name, root=folder, limits=limits)
+        held = limits.why_held(info.hold)
+        if held:
+            raise VideoError(f"{name!r}: {held}")
     except VideoError as error:
-        return str(error)
-    if not frames or not info.fps:
-        return f"{name!r}: does not say how many frames it has, or how many a second"
+        return _UNREADABLE, str(error)
+    if not info.frames or not info.fps:
+        return _UNREADABLE, f"{name!r}: does not say how many frames it has, or how many a second"
+    if not info.fps <= _FASTEST:
+        return _UNREADABLE, f"{name!r}: {float(info.fps):.0f} frames a second are too many"
     height, width = info.upright()
     return {
         "path": name,
+        "cap": caption,
         "resolution": {"height": height, "width": width},
-        "num_frames": frames,
+        "num_frames": info.frames,
         "fps": float(info.fps),
+        "exact": info.exact,
     }
 
 
@@ -377,8 +483,11 @@ class _Row:
     left: int = -1
 
 
-def _row(root: int, where: str, record: Any) -> _Row | str:
-    """The row of a record, or why there is none; DataError if the record makes no sense."""
+def _row(root: int, where: str, record: Any, exact: bool = True) -> _Row | str:
+    """The row of a record, or why there is none; DataError if the record makes no sense.
+
+    ``exact`` is whether frames and rate are more than an estimate.
+    """
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a record, got {type(record).__name__}")
     path = _path(record, where)
@@ -394,7 +503,8 @@ def _row(root: int, where: str, record: Any) -> _Row | str:
         return row
     if suffix in VIDEOS:
         start, frames = _part(record, where)
-        return replace(row, is_video=1, frames=frames, fps=_fps(record, where), start=start)
+        kind = 1 if exact else 2
+        return replace(row, is_video=kind, frames=frames, fps=_fps(record, where), start=start)
     raise DataError(
         f"{where}: {path!r} is neither a video ({', '.join(sorted(VIDEOS))}) nor an image "
         f"({', '.join(sorted(IMAGES))}); convert it, or remove the record"
@@ -412,7 +522,7 @@ def _path(record: dict[str, Any], where: str) -> str:
     except VideoError as error:
         raise DataError(f"{where}: path {path!r}: {error}") from error
     parsed = PureWindowsPath(path)  # which knows both kinds of slashes
-    if parsed.anchor or ".." in parsed.parts:
+    if (parsed.anchor and not _DRIVE.match(path)) or ".." in parsed.parts:
         raise DataError(f"{where}: path {path!r} leads out of its root; it must lie inside")
     return path
 
@@ -422,7 +532,8 @@ def _captions(value: Any, where: str) -> list[str]:
     texts = [] if value is None else value if isinstance(value, list) else [value]
     for text in texts:
         _check_text(text, "cap", where)
-    return [text.strip() for text in texts if text.strip()]
+    plain = (text.strip().strip(MARK).strip() for text in texts)
+    return [text for text in plain if text]
 
 
 def _picture(record: dict[str, Any], where: str) -> tuple[int, int, int, int]:
@@ -486,25 +597,16 @@ def _check_text(value: Any, name: str, where: str) -> None:
         raise DataError(f"{where}: {name} is no Unicode text, {value!r}; correct it") from error
 
 
-def _rows(source: _Source, dropped: Counter[str]) -> Iterator[_Row]:
-    for root, where, record in source.records(dropped):
-        row = _row(root, where, record)
-        if isinstance(row, str):
-            dropped[row] += 1
-        else:
-            yield row
-
-
 def _write(source: _Source, numbers: Any, texts: Any) -> dict[str, Any]:
     """Write the rows of ``source`` as two Arrow files; returns what else is to be known of them.
 
     The numbers are one batch, so that a column is one piece of the file; the texts are many, so
     that they need not be in memory together.
     """
-    dropped: Counter[str] = Counter()
+    dropped = Dropped()
     digest = hashlib.sha256(json.dumps([root.name for root, _ in source.parts]).encode())
     done = []
-    rows = _rows(source, dropped)
+    rows = source.rows(dropped)
     with pa.ipc.new_file(texts, _TEXT) as writer:
         while part := list(itertools.islice(rows, _ROWS)):
             columns = {
@@ -518,9 +620,17 @@ def _write(source: _Source, numbers: Any, texts: Any) -> dict[str, Any]:
             digest.update(json.dumps([paths, captions]).encode())
             done.append(columns)
     if not done:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        raise DataError(f"no clip in {', '.join(source.roots())}: {reasons or 'no records'}")
+        found = ", ".join(f"{count} {reason}" for reason, count in dropped.counts.items())
+        raise DataError(
+            f"no clip in {printable(', '.join(source.roots()))}: "
+            f"{found or 'no records' + source.there()}"
+        )
     table = pa.table({name: np.concatenate([part[name] for part in done]) for name in _TYPES})
     with pa.ipc.new_file(numbers, table.schema) as writer:
         writer.write_table(table)
-    return {"roots": source.roots(), "dropped": dict(dropped), "fingerprint": digest.hexdigest()}
+    return {
+        "roots": source.roots(),
+        "dropped": dict(dropped.counts),
+        "examples": dropped.examples,
+        "fingerprint": digest.hexdigest(),
+    }

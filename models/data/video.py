@@ -7,36 +7,54 @@ at all.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import torch
 from av.container import InputContainer
+from av.packet import Packet
 from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from torch import Tensor
 from torch.nn import functional
 
+from skiparse.models.data.h264 import FrameNumbers
+
 # Formats that hold their pictures themselves. Playlists and scripts (ffconcat, HLS, DASH, image
 # sequences) name other files and are not among them.
 _FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,ogg,flv,asf,nut,ivf,yuv4mpegpipe"
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: `C:` is a drive
+# Two letters at least, for `C:` is a drive; and no blank behind, as in `Re: the film.mp4`.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(?!\s)")
+
+SCAN_BYTES = 2**28  # of a file that is read through for the times of its frames
 
 # H.264 and HEVC show a frame at most this many frames after those that may be predicted from it.
 _REORDER = 16
 
 # Containers that stamp every picture with its time, so that it is the same time after a jump.
 _SEEKABLE = {"mov", "matroska"}
+
+# A time in seconds is a float, often one that somebody has rounded: so much too early still counts.
+_EARLY = Fraction(1, 50_000)
+
+_COARSE = Fraction(1, 1000)  # a rounding to the ticks of a clock is believed to be no larger
+
+_EVERY_PACKET = {"h264", "hevc"}  # is a frame, in these codecs
+
+_NO_TIMES = "its frames have no time stamps; put them into a container, say mp4"
 
 _UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED, the colour matrix of an untagged frame
 _BT709 = 1  # AVCOL_SPC_BT709
@@ -52,8 +70,10 @@ class Limits:
 
     Args:
         max_pixels: width x height of one frame. Default: 4K cinema, with some air.
-        max_frames: frames in the file. Default: ten minutes at 30 frames per second.
-        max_pixel_frames: pixels in all frames together. Default: ten minutes of 1080p at 30.
+        max_frames: frames to decode for one clip: those asked for and those before them, from the
+            key frame on where a file can be entered, or else from its beginning. Default: ten
+            minutes at 30 frames per second.
+        max_pixel_frames: pixels in these frames together. Default: ten minutes of 1080p at 30.
         max_hold: seconds from one frame to the next. More is taken for frames lost in a damaged
             file, of which some containers leave no other trace.
     """
@@ -62,6 +82,11 @@ class Limits:
     max_frames: int = 18_000
     max_pixel_frames: int = 1920 * 1088 * 18_000
     max_hold: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_pixels", "max_frames", "max_pixel_frames", "max_hold"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
     def why_not(self, pixels: int, frames: int) -> str | None:
         """The limit that ``frames`` frames of ``pixels`` pixels exceed, or None."""
@@ -75,18 +100,43 @@ class Limits:
                 return f"{value:,} exceeds {name}={limit:,}"
         return None
 
+    def why_held(self, seconds: Fraction) -> str | None:
+        """What is wrong with ``seconds`` from one frame to the next, or None."""
+        if seconds <= self.max_hold:
+            return None
+        return (
+            f"nothing for {float(seconds):.3f} s, longer than max_hold={self.max_hold}; frames may "
+            "be lost. If not, pass larger limits (--limits.max_hold)"
+        )
+
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file says about its first video stream; ``None`` where it does not say."""
+    """What there is to see in a file's first video stream.
 
-    width: int  # pixels as stored, before rotation
+    Attributes:
+        width, height: pixels as stored, before rotation.
+        frames: those that are shown, without what an edit list hides or what cannot be decoded for
+            want of a key frame. None where the container does not say.
+        fps: frames per second: the rate that the container names if the frames keep to it, or else
+            their average, ``frames / duration``.
+        duration: seconds from the first frame's appearance to the last one's end.
+        rotation: degrees counter-clockwise that turn the stored picture upright.
+        pixel_aspect: width of a stored pixel over its height.
+        hold: seconds of the longest pause between two frames; 0 where it is not known.
+        exact: whether frames, rate and duration come from the times of all frames; if not, they are
+            what a container says, which may be wrong.
+    """
+
+    width: int
     height: int
-    frames: int | None  # estimated from duration and rate where the container keeps no count
-    fps: Fraction | None  # average frames per second
-    duration: Fraction | None  # seconds
-    rotation: int  # degrees counter-clockwise that turn the stored picture upright
-    pixel_aspect: Fraction  # width of a stored pixel over its height
+    frames: int | None
+    fps: Fraction | None
+    duration: Fraction | None
+    rotation: int
+    pixel_aspect: Fraction
+    hold: Fraction = Fraction(0)
+    exact: bool = False
 
     def upright(self) -> tuple[int, int]:
         """Height and width to show it at, in square pixels, so that neither side is enlarged."""
@@ -100,28 +150,41 @@ def probe(
     *,
     root: str | os.PathLike[str] | None = None,
     limits: Limits | None = None,
+    whole: bool | None = None,
 ) -> VideoInfo:
-    """Size, length and rotation of a video, from its container.
+    """Size, length and rotation of a video: what there is to see, from the times of its frames.
 
     At most the first frame is decoded, within the limits: the rotation comes with it.
 
+    Args:
+        path, root, limits: as for :func:`read_video`.
+        whole: whether to read all of the file for the times of its frames. None does so up to
+            :data:`SCAN_BYTES`; of a larger file the container is believed, and ``exact`` is False.
+
     Raises:
-        VideoError: as :func:`read_video`, for what can be known without reading all of it.
+        VideoError: as :func:`read_video`, for what can be known without decoding all of it.
     """
     limits = limits or Limits()
     with _opened(path, root, limits) as (container, stream):
         first = next(_frames(container, stream, limits), None)
         if first is None:
             raise VideoError("not one frame in it can be decoded")
-        return VideoInfo(
-            stream.codec_context.width,
-            stream.codec_context.height,
-            _promised_frames(container, stream),
+        assert first.pts is not None
+        codec, size = stream.codec_context, plain_file(path, root).stat().st_size
+        info = VideoInfo(
+            codec.width,
+            codec.height,
+            _indexed_frames(container, stream, size) or _promised_frames(container, stream),
             stream.average_rate,
             _duration(container, stream),
             first.rotation,
             stream.sample_aspect_ratio or Fraction(1),
         )
+        zero = first.pts
+    if whole or (whole is None and size <= SCAN_BYTES):
+        with _opened(path, root, limits) as (container, stream):
+            return replace(info, **_scanned(container, stream, zero))
+    return info
 
 
 def count_frames(
@@ -130,14 +193,14 @@ def count_frames(
     root: str | os.PathLike[str] | None = None,
     limits: Limits | None = None,
 ) -> int:
-    """Frames in a file, where :func:`probe` only has an estimate; reads all of it, decodes nothing.
+    """Frames that are shown, of a file of any size; reads all of it, decodes the first.
 
     Raises:
         VideoError: as :func:`probe`.
     """
-    with _opened(path, root, limits or Limits()) as (container, stream):
-        packets = container.demux(stream)
-        return sum(1 for packet in packets if packet.size and not packet.is_discard)
+    frames = probe(path, root=root, limits=limits, whole=True).frames
+    assert frames is not None
+    return frames
 
 
 def read_video(
@@ -205,13 +268,16 @@ def read_video(
     entry = _entry(path, root, limits, begin)
     clip = torch.empty((frames, height, width, 3), dtype=torch.uint8)
     done, spare, end = 0, _REORDER, Fraction(0)
-    with _opened(path, root, limits, threads) as (container, stream):
+    seconds = frames / rate + (begin if entry is None else 0)  # to decode, at least
+    with _opened(path, root, limits, threads, seconds) as (container, stream):
         if entry is None:
-            pictures, zero = _frames(container, stream, limits), None
+            pictures, zero, matrix = _frames(container, stream, limits), None, None
         else:
-            pictures, zero = _after_jump(container, stream, limits, entry), entry.zero
+            pictures = _after_jump(container, stream, limits, entry)
+            zero, matrix = entry.zero, entry.matrix
         try:
-            for end, frame in _shown(pictures, stream, limits, zero):
+            for end, frame in _shown(container, pictures, stream, limits, zero):
+                matrix = _display_matrix(frame) if matrix is None else matrix
                 if done == frames:
                     spare -= 1
                     if not spare:
@@ -219,7 +285,9 @@ def read_video(
                 first = done
                 while done < frames and begin + done / rate < end:
                     if done == first:
-                        clip[done] = _picture(frame, stream, size, crop, allow_upscale, threads)
+                        clip[done] = _picture(
+                            frame, stream, matrix, size, crop, allow_upscale, threads
+                        )
                     else:
                         clip[done] = clip[first]
                     done += 1
@@ -243,8 +311,11 @@ def _opened(
     root: str | os.PathLike[str] | None,
     limits: Limits,
     threads: int = 1,
+    seconds: Fraction | None = None,
 ) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its video stream, sizes checked; all errors leave as VideoError.
+
+    ``seconds`` are those to decode, if it is more than a frame.
 
     What has several threads and is still in memory when the process is forked, into workers of a
     DataLoader say, hangs or crashes the copy once it is freed there. So there is one by default.
@@ -268,12 +339,13 @@ def _opened(
                 "max_pixels": str(2 * limits.max_pixels + 256 * 256),
                 "err_detect": "crccheck+bitstream+buffer+explode",  # stop at damage, hide none
             }
-            frames = _promised_frames(container, stream)
+            frames = None if seconds is None else _to_decode(container, stream, seconds)
             reason = limits.why_not(codec.width * codec.height, frames or 1)
             if reason:
                 raise VideoError(
                     f"{codec.width}x{codec.height}, {frames or 'unknown'} frames: {reason}; cut "
-                    "it or scale it down first, or pass larger limits"
+                    "it or scale it down first, or pass larger limits (--limits.max_frames and so "
+                    "on)"
                 )
             yield container, stream
     except VideoError as error:
@@ -298,6 +370,8 @@ def plain_file(path: str | os.PathLike[str], root: str | os.PathLike[str] | None
             raise VideoError(f"leads out of root {os.fspath(root)!r}, to {str(real)!r}")
     except FileNotFoundError as error:
         raise VideoError("no such file") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise VideoError(f"no file can be reached by that name ({error})") from error
     if not real.is_file():
         raise VideoError("not a plain file")
     if not real.stat().st_size:
@@ -334,30 +408,214 @@ def _promised_frames(container: InputContainer, stream: VideoStream) -> int | No
     return round(duration * stream.average_rate)
 
 
+def _indexed_frames(container: InputContainer, stream: VideoStream, size: int) -> int | None:
+    """Frames that are shown, by the index of an mp4 or mov; VideoError if it ends before them."""
+    if not _is(container, "mov") or not len(stream.index_entries):
+        return None
+    shown = [entry for entry in stream.index_entries if not entry.is_discard]
+    there = sum(entry.pos + entry.size <= size for entry in shown)
+    if there < len(shown):
+        raise VideoError(f"cut short: {there} of its {len(shown)} frames are there")
+    return len(shown) if stream.frames else None  # in fragments only the first are known
+
+
+def _to_decode(container: InputContainer, stream: VideoStream, seconds: Fraction) -> int | None:
+    """Frames in ``seconds`` of it, or in all of it if that is less; None if it does not say."""
+    promised, rate = _promised_frames(container, stream), stream.average_rate
+    if promised is None or not rate:
+        return promised
+    return min(promised, math.ceil(seconds * rate))
+
+
+def _is(container: InputContainer, *formats: str) -> bool:
+    return not set(formats).isdisjoint(container.format.name.split(","))
+
+
+def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
+    """What is to be decoded, and the end; stops with VideoError where something is missing.
+
+    A file begins with its first key frame: what is before it in the order of decoding, as where a
+    recording was cut without care, cannot be decoded, and some decoders do not even notice.
+    """
+    codec = stream.codec_context
+    numbers = FrameNumbers(codec.extradata) if codec.name == "h264" else None
+    begun, count = False, 0
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise VideoError(f"damaged after {count} frames: a packet is cut short")
+        if packet.size:
+            begun = begun or packet.is_keyframe
+            if not begun:
+                continue
+            if numbers is not None and numbers.lost(bytes(packet), packet.is_keyframe):
+                raise VideoError(
+                    f"damaged after {count} frames: by its numbers a frame is missing that others "
+                    "are made from"
+                )
+            count += 1
+        elif packet.dts is not None:  # in AVI: the frame before stays on screen
+            continue
+        yield packet
+    if not begun:
+        raise VideoError("holds no key frame, from which decoding could begin")
+
+
+def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """The frames in the order of showing, each with its time."""
+    clock = None
+    if _is(container, "avi"):
+        clock = _AviClock(every=stream.codec_context.name in _EVERY_PACKET)
+    for packet in _packets(container, stream):
+        if clock is not None:
+            clock.packet(packet)
+        for frame in packet.decode():
+            if clock is not None:
+                frame.pts = clock.time(frame)
+            if frame.pts is None or frame.time_base is None:
+                raise VideoError(_NO_TIMES)
+            yield frame
+
+
+class _AviClock:
+    """Times of frames in AVI, which only has those of packets, in the order of decoding.
+
+    A decoder's guesses are wrong where frames are made from later ones. Where every packet is a
+    frame, the first frame has the first of these times, and so on. Else a packet may say that the
+    frame before stays; but then a decoder is always as many packets behind as with its first frame.
+    """
+
+    def __init__(self, *, every: bool) -> None:
+        self._every = every
+        self._times: list[int] = []  # of the packets so far
+        self._behind: int | None = None  # packets
+        self._next = 0  # number of the packet that has the next frame's time
+
+    def packet(self, packet: Packet[VideoStream]) -> None:
+        """One goes to the decoder."""
+        if packet.dts is not None:
+            self._times.append(packet.dts)
+
+    def time(self, frame: VideoFrame) -> int:
+        """Of the frame that comes next."""
+        if not self._every and frame.dts is not None:  # the time of the packet that brought it out
+            number = bisect_left(self._times, frame.dts)
+            self._behind = number if self._behind is None else self._behind
+            self._next = number - self._behind
+        self._next += 1
+        return self._times[min(self._next, len(self._times)) - 1]
+
+
 def _frames(container: InputContainer, stream: VideoStream, limits: Limits) -> Iterator[VideoFrame]:
     """Every frame in the order of showing; stops with VideoError at the first sign of damage."""
     count = 0
-    size = None
+    size = matrix = None
     try:
-        for packet in container.demux(stream):
-            if packet.is_corrupt:
-                raise VideoError(f"damaged after {count} frames: a packet is cut short")
-            for frame in packet.decode():
-                if frame.is_corrupt:
-                    raise VideoError(f"damaged after {count} frames: a frame is incomplete")
-                size = size or (frame.width, frame.height)
-                if size != (frame.width, frame.height):
-                    raise VideoError(
-                        f"changes from {size[0]}x{size[1]} to {frame.width}x{frame.height} after "
-                        f"{count} frames; cut it there"
-                    )
-                count += 1
-                reason = limits.why_not(frame.width * frame.height, count)
-                if reason:
-                    raise VideoError(f"larger than its container says: {reason}")
-                yield frame
+        for frame in _decoded(container, stream):
+            if frame.is_corrupt:
+                raise VideoError(f"damaged after {count} frames: a frame is incomplete")
+            size = size or (frame.width, frame.height)
+            if size != (frame.width, frame.height):
+                raise VideoError(
+                    f"changes from {size[0]}x{size[1]} to {frame.width}x{frame.height} after "
+                    f"{count} frames; cut it there"
+                )
+            matrix = matrix or _display_matrix(frame)
+            if "DISPLAYMATRIX" in frame.side_data and _display_matrix(frame) != matrix:
+                raise VideoError(
+                    f"is to be shown turned in another way after {count} frames; cut it there"
+                )
+            count += 1
+            reason = limits.why_not(frame.width * frame.height, count)
+            if reason:
+                raise VideoError(
+                    f"too much to decode: {reason}; cut it first, or pass larger limits "
+                    "(--limits.max_frames and so on)"
+                )
+            yield frame
     except av.FFmpegError as error:
         raise VideoError(f"damaged after {count} frames: {error.strerror}") from error
+
+
+def _scanned(container: InputContainer, stream: VideoStream, zero: int) -> dict[str, Any]:
+    """Fields of VideoInfo from the times of all packets; the first one that counts is at ``zero``.
+
+    A packet is a frame unless it is hidden: by an edit list, by its own header, or because it would
+    be shown before the first key frame, when what it is made from is not there.
+    """
+    codec, by_packet = stream.codec_context.name, _is(container, "avi")
+    tick, seen = stream.time_base, {}  # by time, so that what is replaced at once counts once
+    assert tick is not None
+    for packet in _packets(container, stream):
+        time = packet.dts if by_packet or packet.pts is None else packet.pts
+        if not packet.size or packet.is_discard or (time is not None and time < zero):
+            continue
+        if time is None:
+            raise VideoError(_NO_TIMES)
+        if _is_hidden(codec, packet):
+            continue
+        seen[time] = packet.duration or 0
+    if not seen:
+        raise VideoError("not one frame in it can be decoded")
+    times = sorted(seen)
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    rates = _rates(stream)
+    before = gaps[-1] * tick if gaps else Fraction(0)
+    lasts = _lasts(container, seen[times[-1]] * tick, before, rates)
+    duration = (times[-1] - times[0]) * tick + lasts
+    return {
+        "frames": len(times),
+        "fps": _rate(len(times), duration, rates),
+        "duration": duration,
+        "hold": max(gaps, default=0) * tick,
+        "exact": True,
+    }
+
+
+def _rate(frames: int, duration: Fraction, rates: list[Fraction]) -> Fraction | None:
+    """The first of ``rates`` that the frames keep to, or their average; None for no duration.
+
+    Up to a tenth of them may be missing, as behind a cut. Never do they last longer than the file,
+    by half a frame at most, so that every frame number is a time at which something is shown.
+    """
+    if not duration:
+        return None
+    kept = (
+        rate
+        for rate in rates
+        if duration * Fraction(9, 10) <= frames / rate < duration + 1 / (2 * rate)
+    )
+    return next(kept, frames / duration)
+
+
+def _rates(stream: VideoStream) -> list[Fraction]:
+    """What the container says, or what follows from the first frames, best first."""
+    return [r for r in (stream.average_rate, stream.guessed_rate, stream.base_rate) if r]
+
+
+def _is_hidden(codec: str, packet: Packet[VideoStream]) -> bool:
+    """Whether nothing is shown of it: VP8 and VP9 have frames for others to be made from."""
+    if codec == "vp8":
+        return not bytes(packet)[0] >> 4 & 1
+    if codec == "vp9":
+        data = bytes(packet)
+        several = data[-1] & 0xE0 == 0xC0  # then one of them is shown
+        return not several and data[0] >> 4 != 0xB and not data[0] & 0b1010
+    return False
+
+
+def _lasts(
+    container: InputContainer,
+    stated: Fraction,
+    before: Fraction,
+    rates: list[Fraction],
+) -> Fraction:
+    """How long the last frame is shown: what mp4 and mov say; elsewhere as long as the one before.
+
+    Other containers leave it open, and what the library fills in follows from a guess at the rate.
+    """
+    if _is(container, "mov") and stated:
+        return stated
+    return before or stated or next((1 / rate for rate in rates), Fraction(0))
 
 
 @dataclass(frozen=True)
@@ -365,6 +623,7 @@ class _Entry:
     """Where to enter a file: in ticks of its clock."""
 
     zero: int  # the first frame of the file
+    matrix: tuple[int, int, int, int]  # how it is to be shown
     jump: int  # what to ask the container for, to arrive at a key frame early enough
 
 
@@ -384,14 +643,15 @@ def _entry(
         return None
     with _opened(path, root, limits) as (container, stream):
         rate = stream.average_rate
-        formats = container.format.name.split(",")
-        if not rate or begin <= _REORDER / rate or _SEEKABLE.isdisjoint(formats):
+        if not rate or begin <= _REORDER / rate or not _is(container, *_SEEKABLE):
             return None
         first = next(_frames(container, stream, limits), None)
-        if first is None or first.pts is None or first.time_base is None:
+        if first is None:
             return None
+        assert first.pts is not None
+        assert first.time_base is not None
         jump = first.pts + math.floor((begin - _REORDER / rate) / first.time_base)
-        entry = _Entry(first.pts, jump)
+        entry = _Entry(first.pts, _display_matrix(first), jump)
         try:
             found = next(_after_jump(container, stream, limits, entry), None)
         except VideoError:  # frames shown before the key frame may lack what they are made from
@@ -413,44 +673,54 @@ def _after_jump(
 
 
 def _shown(
-    frames: Iterator[VideoFrame], stream: VideoStream, limits: Limits, zero: int | None
+    container: InputContainer,
+    frames: Iterator[VideoFrame],
+    stream: VideoStream,
+    limits: Limits,
+    zero: int | None,
 ) -> Iterator[tuple[Fraction, VideoFrame]]:
     """Each frame, with the time at which the next one replaces it, counted from ``zero``.
 
-    ``zero`` is in ticks of the container's clock; if None, it is the first of the frames.
-
-    In seconds, exact but for half a tick of the container's clock by which all ends are early:
-    time stamps are rounded to that clock, and ``i / fps`` has to fall on the right side.
+    ``zero`` is in ticks of the container's clock; if None, it is the first of the frames. All ends
+    are in seconds, and early by :func:`_early`.
     """
     current: VideoFrame | None = None
-    pts = 0
-    tick = Fraction(0)
+    pts = before = 0
+    tick = early = Fraction(0)
     for frame in frames:
-        if frame.pts is None or frame.time_base is None:
-            raise VideoError("its frames have no time stamps; put them into a container, say mp4")
+        assert frame.pts is not None
+        assert frame.time_base is not None
         if current is None:
             zero, tick = frame.pts if zero is None else zero, frame.time_base
+            early = _early(tick, _rates(stream))
         elif frame.pts < pts:
             raise VideoError(f"time goes backwards, from {pts * tick} s to {frame.pts * tick} s")
-        elif (frame.pts - pts) * tick > limits.max_hold:
-            raise VideoError(
-                f"nothing for {float((frame.pts - pts) * tick):.3f} s, longer than max_hold="
-                f"{limits.max_hold}; frames may be lost. If not, pass larger limits"
-            )
+        elif reason := limits.why_held((frame.pts - pts) * tick):
+            raise VideoError(reason)
         else:
             assert zero is not None
-            yield (frame.pts - zero) * tick - tick / 2, current
+            yield (frame.pts - zero) * tick - early, current
+            before = frame.pts - pts
         current, pts = frame, frame.pts
     if current is not None and zero is not None:
-        lasts = current.duration * tick
-        if not lasts and stream.average_rate:
-            lasts = 1 / stream.average_rate
-        yield (pts - zero) * tick + lasts - tick / 2, current
+        lasts = _lasts(container, current.duration * tick, before * tick, _rates(stream))
+        yield (pts - zero) * tick + lasts - early, current
+
+
+def _early(tick: Fraction, rates: list[Fraction]) -> Fraction:
+    """Seconds before its time at which a frame counts as shown, so that ``i / fps`` finds frame i.
+
+    Time stamps are rounded to ticks, by half a tick at most, unless frames last whole ticks. A
+    clock as coarse as the frames themselves has no such error: a tick may be a whole frame.
+    """
+    whole = any((1 / (rate * tick)).denominator == 1 for rate in rates[:1])
+    return _EARLY if whole else max(_EARLY, min(tick / 2, _COARSE))
 
 
 def _picture(
     frame: VideoFrame,
     stream: VideoStream,
+    matrix: tuple[int, int, int, int],
     size: tuple[int, int],
     crop: tuple[int, int, int, int] | None,
     allow_upscale: bool,
@@ -461,7 +731,7 @@ def _picture(
         frame.colorspace = _BT709
     picture = torch.from_numpy(frame.to_ndarray(format="rgb24", threads=threads))
     pixel_aspect = stream.sample_aspect_ratio or Fraction(1)  # width of a pixel over its height
-    a, b, c, d = _display_matrix(frame)
+    a, b, c, d = matrix
     if a == 0:  # x and y change places
         picture, pixel_aspect = picture.transpose(0, 1), 1 / pixel_aspect
     mirrored = [axis for axis, sign in ((0, b + d), (1, a + c)) if sign < 0]

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from skiparse.models.data.buckets import Rule
+from skiparse.models.data.video import Limits
 from skiparse.models.suv.model import CHECKPOINTS, SUV
 from skiparse.models.train.clip import AdaptiveGradClipper, Mode
 
@@ -174,6 +175,7 @@ class Config:
         text: folder that holds the text encoders, as a pipeline keeps them; as ``vae``.
         source: what to train on: a ``data.txt``, or a folder of clips with captions beside them.
         cache: folder of ``skiparse cache build`` to train from, instead of ``source``.
+        limits: the largest files to decode, and the longest pause in one.
         posterior: latents to learn: a sample of the autoencoder's posterior, or its mean.
         drop: share of captions that are dropped, for guidance without a classifier.
         optimizer: AdamW's settings.
@@ -200,6 +202,7 @@ class Config:
     text: str | None = None
     source: str | None = None
     cache: str | None = None
+    limits: Limits = field(default_factory=Limits)
     posterior: Literal["sample", "mean"] = "sample"
     drop: float = 0.1
     optimizer: Optimizer = field(default_factory=Optimizer)

@@ -6,8 +6,9 @@ a run that continues from a checkpoint is the run that was never interrupted, on
 and the number of processes changes nothing but the order in which numbers are summed.
 
 In the folder of a run: ``checkpoints/``, ``log.jsonl`` with a line for every step, ``tensorboard/``
-with the same as curves, ``samples/``, ``data/`` with the index of each source, ``bad.jsonl`` with
-files that could not be read, and ``stopped.json`` if gradients made an end of it.
+with the same as curves, ``samples/``, ``data/`` with the index of each stage's source and, in
+``STAGE.json``, how many of its clips are used and why others are not, ``bad.jsonl`` with files that
+could not be read, and ``stopped.json`` if gradients made an end of it.
 
 Source: Open-Sora Plan v1.5 report, "Training details", and release.
 """
@@ -36,6 +37,7 @@ from skiparse.models.data.dataset import Clips
 from skiparse.models.data.draws import Use, torch_numbers
 from skiparse.models.data.features import Batch, Encoders, collate
 from skiparse.models.data.manifest import Manifest
+from skiparse.models.data.report import Report
 from skiparse.models.data.sampler import BucketBatchSampler
 from skiparse.models.train.checkpoint import (
     FOLDER,
@@ -226,18 +228,30 @@ def data_of(
     if cache is not None:
         held = Cache(cache, encoders.fingerprints() if encoders else None)
         held.buckets = without_minority(held.buckets, stage.global_batch, held.rule)
+        _tell(out, name, held.report(), world)
         return held, {"data": held.data, "windows": "fixed", **held.fingerprints}
     assert source is not None
     assert encoders is not None
     with world.first_here():  # the others find the index made
-        manifest = Manifest.open(source, index=out / "data" / name)
+        manifest = Manifest.open(source, index=out / "data" / name, limits=config.limits)
     buckets = without_minority(assign(manifest, stage.rule, seed), stage.global_batch, stage.rule)
-    clips = Clips(manifest, buckets, stage.rule, seed=seed, bad=out / "bad.jsonl")
+    _tell(out, name, manifest.report(buckets), world)
+    clips = Clips(
+        manifest, buckets, stage.rule, seed=seed, limits=config.limits, bad=out / "bad.jsonl"
+    )
     return clips, {
         "data": manifest.fingerprint,
         "windows": "random",
         **encoders.fingerprints(),
     }
+
+
+def _tell(out: Path, name: str, report: Report, world: World) -> None:
+    """How many clips a stage uses, in a line and a file."""
+    if world.rank == 0:
+        tqdm.write(f"stage {name}: {report.line}")
+        (out / "data").mkdir(parents=True, exist_ok=True)
+        report.write(out / "data" / f"{name}.json")
 
 
 def batches_of(

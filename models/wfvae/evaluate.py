@@ -31,7 +31,7 @@ from tqdm import tqdm
 import skiparse
 from skiparse.models import shards
 from skiparse.models.data.atomic import write_json
-from skiparse.models.data.video import probe, read_video
+from skiparse.models.data.video import Limits, probe, read_video
 from skiparse.models.data.writer import MAX_FPS, write_image
 from skiparse.models.wfvae.losses import LPIPS
 from skiparse.models.wfvae.model import WFVAE
@@ -224,6 +224,7 @@ def run(
     overlap: int | None = None,
     lpips: str | os.PathLike[str] | None = None,
     fvd: str | os.PathLike[str] | None = None,
+    limits: Limits | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
@@ -241,6 +242,7 @@ def run(
         tile, overlap: pixels, see :func:`reconstruct`.
         lpips: a file for :func:`load_lpips`, or None.
         fvd: a file for :func:`load_features`, or None.
+        limits: the largest source to decode.
         dtype: of the model; what is compared is fp32.
 
     Returns:
@@ -256,7 +258,7 @@ def run(
         raise ValueError(f"clips must be at least one and of different names, got twice: {twice}")
     if (tile is None) != (overlap is None):
         raise ValueError(f"tile and overlap go together, got tile={tile} and overlap={overlap}")
-    rates = [_rate(clip, fps) for clip in clips]
+    rates = [_rate(clip, fps, limits) for clip in clips]
     pictures = None if lpips is None else load_lpips(lpips, device=device)
     features = None if fvd is None else load_features(fvd, device=device)
     vae = load_vae(model, device=device, dtype=dtype)
@@ -271,7 +273,7 @@ def run(
     for clip, name, rate in tqdm(
         list(zip(clips, names, rates, strict=True)), unit="clip", disable=None, leave=False
     ):
-        source = read_video(clip, frames=frames, fps=rate, size=size)
+        source = read_video(clip, frames=frames, fps=rate, size=size, limits=limits)
         video = source.permute(3, 0, 1, 2)[None].to(device, torch.float32) / 127.5 - 1
         made = reconstruct(vae, video.to(dtype), tile=tile, overlap=overlap).float()
         row: dict[str, Any] = {"clip": name, "fps": str(rate)}
@@ -357,10 +359,10 @@ def _line(name: str, row: dict[str, Any], columns: Sequence[str]) -> str:
     return f"{name[:23]:24}" + "".join(f"{row[column]:17.4f}" for column in columns)
 
 
-def _rate(clip: str | os.PathLike[str], fps: float | None) -> Fraction:
+def _rate(clip: str | os.PathLike[str], fps: float | None, limits: Limits | None) -> Fraction:
     if fps is not None and not 0 < fps <= MAX_FPS:
         raise ValueError(f"fps must be above 0 and at most {MAX_FPS}, got {fps}")
-    found = probe(clip).fps
+    found = probe(clip, limits=limits).fps
     if fps is not None:
         return Fraction(fps).limit_denominator(100_000)
     if found is None:

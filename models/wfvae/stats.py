@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from skiparse.models import shards
 from skiparse.models.data.atomic import write_json
+from skiparse.models.data.plain import printable
+from skiparse.models.data.video import Limits
 from skiparse.models.wfvae.model import WFVAE
-from skiparse.models.wfvae.train import Clips, Settings, check_size
+from skiparse.models.wfvae.train import SCAN, Clips, Settings, check_size
 
 CHUNK = 2  # latents coded at a time: the result does not depend on it, memory does
 REPORT = "statistics.json"
@@ -88,6 +90,7 @@ def run(
     every: int = 1,
     cuts: int | None = None,
     seed: int = 0,
+    limits: Limits | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     workers: int = 0,
@@ -101,6 +104,7 @@ def run(
         frames, size: of the cuts; a multiple of the temporal factor plus 1, and of 8.
         every: take every so many frames of a file.
         cuts: how many; None takes one of each file. They are random, and follow from ``seed``.
+        limits: the largest files to decode.
         device, dtype: where, and the type to compute in. Weights are saved in float32.
         workers: processes that read clips ahead; 0 reads them in between.
 
@@ -120,9 +124,10 @@ def run(
     settings = Settings(frames=frames, size=size, every=every, batch=1, seed=seed)
     vae = WFVAE.from_pretrained(model, local_files_only=True).eval()
     check_size(vae, settings)
-    found = Clips(clips, settings)
+    found = Clips(clips, settings, limits)
     for reason in found.left_out.values():
-        print(f"left out: {reason}")
+        print(f"left out: {printable(reason)}")
+    print(found.report.line)
     count = len(found.files) if cuts is None else cuts
     loader = DataLoader(
         found, 1, sampler=range(count), num_workers=workers, generator=torch.Generator()
@@ -150,6 +155,7 @@ def run(
             "scale": list(scale),
         }
         write_json(folder / REPORT, about)
+        found.report.write(folder / SCAN)
     for channel, (mean, inverse) in enumerate(zip(shift, scale, strict=True)):
         print(f"channel {channel:3}: mean {mean:9.4f}, standard deviation {1 / inverse:9.4f}")
     print(f"The model with shift and scale is at {Path(out).resolve()}")

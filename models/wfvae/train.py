@@ -37,7 +37,10 @@ from tqdm import tqdm
 
 from skiparse.models import shards
 from skiparse.models.data.atomic import truncated
-from skiparse.models.data.video import VideoError, probe, read_video
+from skiparse.models.data.folder import walk
+from skiparse.models.data.plain import printable
+from skiparse.models.data.report import Dropped, Report
+from skiparse.models.data.video import Limits, VideoError, probe, read_video
 from skiparse.models.train.ema import EMA
 from skiparse.models.wfvae import losses
 from skiparse.models.wfvae.discriminator import Discriminator
@@ -48,8 +51,11 @@ from skiparse.models.wfvae.stream import Stream
 LOG, STATE, TENSORS = "log.jsonl", "state.json", "train.safetensors"
 KEEP = 2  # checkpoints in the folder of a run
 DTYPES = (torch.float32, torch.bfloat16)
+SCAN = "scan.json"  # which files are used
 
-_INIT, _STEP, _ORDER, _CUT = range(4)  # uses of random numbers, which must not meet
+_BAD_SHARE, _JUDGED, _TRIES = 0.01, 100, 20  # as in skiparse.models.data.dataset
+
+_INIT, _STEP, _ORDER, _CUT, _OTHER = range(5)  # uses of random numbers, which must not meet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,72 +125,130 @@ STAGES: dict[str, tuple[int, Settings]] = {
 class Clips(Dataset[Tensor]):
     """Cuts of the videos under a folder, without end: each file once an epoch, at a random time.
 
-    Cut ``i`` depends on ``i``, the seed and the list of files alone.
+    Cut ``i`` depends on ``i``, the seed and the files alone. In place of one that cannot be read
+    comes one of another file; once more than 1 % of those that a worker tried are bad (of 100, or
+    of all if there are fewer), it raises. A file too large to be read through at the beginning has
+    its frames counted when it is first cut.
 
     Args:
         folder: everything in it and below is tried.
         settings: size and length of the cuts, and the seed.
+        limits: the largest source to decode; ``Limits()`` if None.
 
     Attributes:
         files: path, frames per second of a cut, and frames to cut from, for each file that will do.
         left_out: path and reason, for each that will not.
+        bad: reasons of the files that could not be read in this process, by path.
+        report: how many files will do, and why others will not.
 
     Raises:
         ValueError: if there is no such folder or no file in it will do.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], settings: Settings) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        settings: Settings,
+        limits: Limits | None = None,
+    ) -> None:
+        self.settings, self.limits = settings, limits or Limits()
         self.files: list[tuple[Path, Fraction, int]] = []
         self.left_out: dict[Path, str] = {}
+        self.bad: dict[Path, str] = {}
+        self._tried: set[int] = set()  # numbers of files
+        self._estimated: set[Path] = set()  # their lengths are
         if not Path(folder).is_dir():
             raise ValueError(f"{os.fspath(folder)} is no folder; give one with video files")
-        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        dropped = Dropped()
+        paths = sorted(walk(Path(folder), dropped))
         with ThreadPoolExecutor() as pool:
             found = pool.map(self._look, paths)
             for path, looked in tqdm(
                 zip(paths, found, strict=True), "looking at files", len(paths), unit="file"
             ):
-                if isinstance(looked, str):
-                    self.left_out[path] = looked
+                if isinstance(looked[1], str):
+                    reason, why = looked
+                    self.left_out[path] = why
+                    dropped.add(str(reason), why)
                 else:
                     self.files.append((path, *looked))
+        self.report = Report(os.fspath(folder), len(self.files), dropped.counts, dropped.examples)
         if not self.files:
             reasons = "; ".join(list(self.left_out.values())[:3]) or "there are no files"
             raise ValueError(f"{os.fspath(folder)} has no video to train on: {reasons}")
 
-    def _look(self, path: Path) -> tuple[Fraction, int] | str:
-        """Rate of a cut and frames to cut from, or why the file will not do."""
-        settings = self.settings
+    def _look(self, path: Path) -> tuple[Fraction, int] | tuple[str, str]:
+        """Rate of a cut and frames to cut from; or why the file will not do, and more about it."""
+        settings, limits = self.settings, self.limits
         try:
-            info = probe(path)
+            info = probe(path, limits=limits)
             if not info.frames or not info.fps:
-                return f"{str(path)!r}: does not say how many frames it has, or how many a second"
+                why = "does not say how many frames it has, or how many a second"
+                return "without a length", f"{str(path)!r}: {why}"
+            held = limits.why_held(info.hold)
+            if held:
+                return "with a long pause", f"{str(path)!r}: {held}"
             rate, frames = info.fps / settings.every, (info.frames - 1) // settings.every + 1
+            if not info.exact:
+                self._estimated.add(path)
             if frames < settings.frames:
-                return (
+                return "too few frames", (
                     f"{str(path)!r}: {info.frames} frames, too few for {settings.frames} of every "
                     f"{settings.every}"
                 )
-            read_video(path, frames=1, fps=rate, size=settings.size, threads=1)
+            read_video(path, frames=1, fps=rate, size=settings.size, limits=limits, threads=1)
         except VideoError as error:
-            return str(error)
+            kind = printable(path.suffix.lower()) or "no suffix"
+            return f"that cannot be read ({kind})", str(error)
         return rate, frames
 
     def __getitem__(self, index: int) -> Tensor:
-        """uint8 ``[frames, height, width, 3]``, RGB; VideoError if the file is damaged."""
+        """uint8 ``[frames, height, width, 3]``, RGB; ValueError if too many files are bad."""
+        settings, count = self.settings, len(self.files)
+        epoch, place = divmod(index, count)
+        order = _random(settings.seed, epoch, _ORDER).permutation(count)
+        others = iter(_random(settings.seed, index, _OTHER).permutation(count)[:_TRIES].tolist())
+        number: int | None = int(order[place])
+        while number is not None:
+            self._tried.add(number)
+            try:
+                return self._cut(number, index)
+            except VideoError as error:
+                self.bad.setdefault(self.files[number][0], str(error))
+            share = len(self.bad) / len(self._tried)
+            if share > _BAD_SHARE and len(self._tried) >= min(_JUDGED, count):
+                break
+            number = next(others, None)
+        raise ValueError(
+            f"{len(self.bad)} of the {len(self._tried)} files tried are bad: "
+            f"{'; '.join(list(self.bad.values())[:3])}. Mend or remove these files"
+        )
+
+    def _cut(self, number: int, index: int) -> Tensor:
+        """Cut ``index`` of a file; VideoError if it cannot be read."""
         settings = self.settings
-        epoch, place = divmod(index, len(self.files))
-        order = _random(settings.seed, epoch, _ORDER).permutation(len(self.files))
-        path, rate, frames = self.files[order[place]]
-        last = frames - settings.frames
-        start = int(_random(settings.seed, index, _CUT).integers(last, endpoint=True))
+        path, rate, frames = self.files[number]
+        if path in self._estimated:
+            info = probe(path, limits=self.limits, whole=True)
+            if (
+                not info.fps
+                or not info.frames
+                or info.frames <= settings.every * (settings.frames - 1)
+            ):
+                raise VideoError(f"{str(path)!r}: {info.frames} frames when counted, too few")
+            rate, frames = info.fps / settings.every, (info.frames - 1) // settings.every + 1
+            self.files[number] = path, rate, frames
+            self._estimated.remove(path)
+        start = int(
+            _random(settings.seed, index, _CUT).integers(frames - settings.frames, endpoint=True)
+        )
         return read_video(
             path,
             frames=settings.frames,
             fps=rate,
             size=settings.size,
             start=start / rate,
+            limits=self.limits,
             threads=1,
         )
 
@@ -267,6 +331,7 @@ def train(
     steps: int,
     settings: Settings,
     lpips: LPIPS | None = None,
+    report: Report | None = None,
     save_every: int = 1000,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -285,6 +350,7 @@ def train(
         steps: in all, of both networks together.
         settings: the same as those of the checkpoint.
         lpips: the perceptual term; left out if None.
+        report: of the clips, to be kept in ``out`` as ``scan.json``.
         save_every: steps from one checkpoint to the next; there is one at the end too.
         device, dtype: where, and the type to compute in: float32, or bfloat16 by autocast.
         workers: processes that read clips ahead; 0 reads them in between.
@@ -318,6 +384,8 @@ def train(
     if steps <= begin:
         raise ValueError(f"steps must be above {begin}, which {out} has reached, got {steps}")
     out.mkdir(parents=True, exist_ok=True)
+    if report is not None:
+        report.write(out / SCAN)
     with (
         torch.random.fork_rng(range(torch.cuda.device_count())),
         tqdm(total=steps, initial=begin, unit="step") as bar,
@@ -415,6 +483,7 @@ def train_folder(
     steps: int | None = None,
     lpips: str | os.PathLike[str] | None = None,
     given: Mapping[str, Any],
+    limits: Limits | None = None,
     **how: Any,
 ) -> Path:
     """A published stage on the videos of a folder: what ``skiparse train-vae`` does.
@@ -429,6 +498,7 @@ def train_folder(
         lpips: file with the weights of :class:`LPIPS`; None leaves the term out.
         given: settings that differ from those of the stage, by name, weights among them as
             ``lpips_weight`` and so on.
+        limits: the largest files to decode.
         how: ``save_every``, ``device``, ``dtype``, ``workers`` of :func:`train`.
 
     Returns:
@@ -459,10 +529,11 @@ def train_folder(
             raise FileNotFoundError(f"{Path(init) / 'config.json'} is not there; give a WFVAE")
         vae = WFVAE.from_pretrained(init)
     check_size(vae, settings)
-    clips = Clips(folder, settings)
+    clips = Clips(folder, settings, limits)
     for reason in clips.left_out.values():
-        print(f"left out: {reason}")
+        print(f"left out: {printable(reason)}")
     print(f"files to train on: {len(clips.files)}")
+    print(clips.report.line)
     return train(
         vae,
         clips,
@@ -470,6 +541,7 @@ def train_folder(
         steps=length if steps is None else steps,
         settings=settings,
         lpips=perceptual,
+        report=clips.report,
         **how,
     )
 
