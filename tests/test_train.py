@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ pytest.importorskip("tensorboard")
 from test_text import save, tiny_encoders
 
 from skiparse import cli
+from skiparse.models import flow
 from skiparse.models.data import features as features_module
 from skiparse.models.data.buckets import Rule
 from skiparse.models.data.manifest import Manifest
@@ -31,7 +33,8 @@ from skiparse.models.suv.model import SUV
 from skiparse.models.train import guards, loop
 from skiparse.models.train import log as log_module
 from skiparse.models.train.checkpoint import CheckpointError, Checkpoints
-from skiparse.models.train.config import Config, Samples, Stage, load
+from skiparse.models.train.clip import AdaptiveGradClipper
+from skiparse.models.train.config import Config, Optimizer, Samples, Stage, load
 from skiparse.models.train.loop import train
 from skiparse.models.train.parallel import World
 from skiparse.models.wfvae.model import WFVAE
@@ -162,6 +165,91 @@ def test_the_conversion_carries_weights_and_average(source, tmp_path):
         elif name.startswith("ema."):
             expected = before[name].lerp(before[f"model{name[3:]}"], 0.5)
             torch.testing.assert_close(after[name], expected)
+
+
+def by_hand(config, stage, batches, seed):
+    """The weights and their average after the steps of ``batches``, each a list of micro-batches.
+
+    Of public functions, written out: a step draws noise and levels from streams of their own,
+    sums gradients, clips, sets the rate, steps, and only then averages.
+    """
+    torch.manual_seed(config.seed)
+    model = SUV(**SUV.presets["tiny"] | {"sparsity": stage.sparsity, "skip_connection": False})
+    average = {name: x.clone() for name, x in model.state_dict().items()}
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+    clipper = AdaptiveGradClipper()
+    for step, micros in enumerate(batches):
+        for batch in micros:
+            noises, levels = [], []
+            for at, index, _ in batch.places:
+                assert at == step
+                noise, level = (  # 6 is for noise, 5 for its level
+                    torch.Generator().manual_seed(
+                        int(np.random.default_rng((seed, at, index, use)).integers(2**63))
+                    )
+                    for use in (6, 5)
+                )
+                shape = batch.latents.shape[1:]
+                shift = flow.dynamic_shift(*shape[-2:])
+                noises.append(torch.randn(shape, generator=noise))
+                levels.append(flow.sample_sigmas(1, shift=shift, generator=level))
+            noise, level = torch.stack(noises), torch.cat(levels)
+            velocity = model(
+                flow.add_noise(batch.latents, noise, level),
+                flow.timesteps(level),
+                batch.text,
+                batch.pooled,
+                text_mask=batch.text_mask,
+            )
+            loss = flow.loss(velocity, flow.velocity(batch.latents, noise))
+            (loss / len(micros)).backward()
+        assert clipper.clip_(list(model.parameters())).action != "skip"
+        optimizer.param_groups[0]["lr"] = stage.learning_rate
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, x in model.state_dict().items():
+            average[name] = average[name].lerp(x, 1 - config.ema)
+    return model.state_dict(), average
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_equal_steps_written_out(source, tmp_path, monkeypatch, accumulate, processes):
+    stage = Stage(
+        steps=2, rule=rule(1), learning_rate=2e-3, global_batch=4, accumulate=accumulate,
+        sparsity=(1,) * 5, skip_connection=False,
+    )  # fmt: skip
+    # With a tiny eps of the optimiser, gradients of nearly 0 would make a step of their rounding.
+    settings = Optimizer(eps=1e-4)
+    given = config(source, tmp_path / "one", stages={"only": stage}, optimizer=settings)
+    seen, seeds, real = [], set(), loop.loss_of
+
+    def seeing(net, batch, seed, config):
+        seen.append(batch)
+        seeds.add(seed)
+        return real(net, batch, seed, config)
+
+    monkeypatch.setattr(loop, "loss_of", seeing)
+    train(given)
+    assert len(seen) == 2 * accumulate
+    batches = [seen[:accumulate], seen[accumulate:]]
+    weights, average = by_hand(given, stage, batches, *seeds)
+    if processes == 2:
+        two = dataclasses.replace(given, out=str(tmp_path / "two"))
+        launch(2, as_yaml(tmp_path / "two.yaml", two))
+    found = tensors(tmp_path / ("one" if processes == 1 else "two"))
+    for kind, right in (("model", weights), ("ema", average)):
+        for name, x in right.items():
+            if processes == 1:
+                assert torch.equal(found[f"{kind}.{name}"], x), f"{kind}.{name}"
+            else:  # summed in another order
+                torch.testing.assert_close(found[f"{kind}.{name}"], x)
 
 
 @pytest.mark.full  # a minute of compiling
