@@ -168,10 +168,10 @@ def test_the_conversion_carries_weights_and_average(source, tmp_path):
 
 
 def by_hand(config, stage, batches, seed):
-    """The weights and their average after the steps of ``batches``, each a list of micro-batches.
+    """Weights, their average and the norms of gradients after the steps of ``batches``.
 
-    Of public functions, written out: a step draws noise and levels from streams of their own,
-    sums gradients, clips, sets the rate, steps, and only then averages.
+    Each is a list of micro-batches. Of public functions, written out: a step draws noise and levels
+    from streams of their own, sums gradients, clips, sets the rate, steps, and only then averages.
     """
     torch.manual_seed(config.seed)
     model = SUV(**SUV.presets["tiny"] | {"sparsity": stage.sparsity, "skip_connection": False})
@@ -183,7 +183,7 @@ def by_hand(config, stage, batches, seed):
         eps=settings.eps,
         weight_decay=settings.weight_decay,
     )
-    clipper = AdaptiveGradClipper()
+    clipper, norms = AdaptiveGradClipper(), []
     for step, micros in enumerate(batches):
         for batch in micros:
             noises, levels = [], []
@@ -209,13 +209,15 @@ def by_hand(config, stage, batches, seed):
             )
             loss = flow.loss(velocity, flow.velocity(batch.latents, noise))
             (loss / len(micros)).backward()
-        assert clipper.clip_(list(model.parameters())).action != "skip"
+        decision = clipper.clip_(list(model.parameters()))
+        assert decision.action != "skip"
+        norms.append(decision.norm)
         optimizer.param_groups[0]["lr"] = stage.learning_rate
         optimizer.step()
         optimizer.zero_grad()
         for name, x in model.state_dict().items():
             average[name] = average[name].lerp(x, 1 - config.ema)
-    return model.state_dict(), average
+    return model.state_dict(), average, norms
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -227,7 +229,7 @@ def test_steps_equal_steps_written_out(source, tmp_path, monkeypatch, accumulate
     )  # fmt: skip
     # With a tiny eps of the optimiser, gradients of nearly 0 would make a step of their rounding.
     settings = Optimizer(eps=1e-4)
-    given = config(source, tmp_path / "one", stages={"only": stage}, optimizer=settings)
+    given = config(source, tmp_path / "one", stages={"only": stage}, optimizer=settings, ema=0.75)
     seen, seeds, real = [], set(), loop.loss_of
 
     def seeing(net, batch, seed, config):
@@ -239,11 +241,14 @@ def test_steps_equal_steps_written_out(source, tmp_path, monkeypatch, accumulate
     train(given)
     assert len(seen) == 2 * accumulate
     batches = [seen[:accumulate], seen[accumulate:]]
-    weights, average = by_hand(given, stage, batches, *seeds)
+    weights, average, norms = by_hand(given, stage, batches, *seeds)
     if processes == 2:
         two = dataclasses.replace(given, out=str(tmp_path / "two"))
         launch(2, as_yaml(tmp_path / "two.yaml", two))
-    found = tensors(tmp_path / ("one" if processes == 1 else "two"))
+    out = tmp_path / ("one" if processes == 1 else "two")
+    found = tensors(out)
+    # Neither the clipper nor the optimiser would let a wrong scale of all gradients be seen.
+    assert [row["norm"] for row in rows(out)] == pytest.approx(norms, rel=1e-6)
     for kind, right in (("model", weights), ("ema", average)):
         for name, x in right.items():
             if processes == 1:

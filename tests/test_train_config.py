@@ -60,6 +60,8 @@ def test_warm_up():
     rates = [one.rate(step) for step in range(10)]
     assert rates[:5] == pytest.approx([2e-5, 4e-5, 6e-5, 8e-5, 1e-4])
     assert rates[5:] == pytest.approx([1e-4] * 3 + [1e-5] * 2)
+    twice = stage(then={3: 1e-5, 6: 1e-6})
+    assert [twice.rate(step) for step in (2, 3, 5, 6, 9)] == [1e-4, 1e-5, 1e-5, 1e-6, 1e-6]
 
 
 def test_arguments_go_before_the_file(tmp_path):
