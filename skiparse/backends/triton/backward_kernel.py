@@ -135,7 +135,7 @@ def skiparse_delta(
         pointers = pair_pointers(lse, is_video, b, s, row, h)  # [M]
         row_lse = tl.load(pointers, mask=exists, other=-float("inf")) * LOG2E  # [M]
         row_lse = tl.where(row_lse == -float("inf"), float("inf"), row_lse)
-        place = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        place = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         tl.store(log2_lse + place, row_lse)
         row_delta = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)  # [M]
         if grad_lse is not None:
@@ -219,7 +219,7 @@ def skiparse_dkdv(
         q_tile = load_tile(q, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
         grad_tile = load_tile(grad, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
         first = tl.where(is_video, block * BLOCK_M, text + (block - video_blocks) * BLOCK_M)
-        row = first + tl.arange(0, BLOCK_M)
+        row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
         dk_acc, dv_acc = add_queries(
             q_tile, grad_tile, stats, row, k_tile, v_tile, dk_acc, dv_acc, log2_scale
         )
@@ -285,14 +285,14 @@ def skiparse_dkdv_tma(
     for block in range(tl.cdiv(L, BLOCK_M)):
         q_tile = video_tile(q, batch, block, s, w, head, BLOCK_M, HEAD_DIM)  # [M, D]
         grad_tile = video_tile(grad, batch, block, s, w, head, BLOCK_M, HEAD_DIM)  # [M, D]
-        row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        row = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         dk_acc, dv_acc = add_queries(
             q_tile, grad_tile, stats, row, k_tile, v_tile, dk_acc, dv_acc, log2_scale
         )
     for block in range(tl.cdiv(T, BLOCK_M)):
         q_tile = text_tile(text_q, batch, block, 0, head, BLOCK_M, HEAD_DIM)  # [M, D]
         grad_tile = text_tile(text_grad, batch, block, text_s, head, BLOCK_M, HEAD_DIM)
-        row = text + block * BLOCK_M + tl.arange(0, BLOCK_M)
+        row = (text + block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
         dk_acc, dv_acc = add_queries(
             q_tile, grad_tile, stats, row, k_tile, v_tile, dk_acc, dv_acc, log2_scale
         )
@@ -346,7 +346,7 @@ def skiparse_dq(
     grad_tile = load_tile(grad, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     stats, text = stats_at(stats, b, h, s, H, n, longest, T, ROWS)
     first = tl.where(is_video, block * BLOCK_M, text + (block - video_blocks) * BLOCK_M)
-    place = first + tl.arange(0, BLOCK_M)
+    place = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
     row_lse, row_delta = tl.load(stats[0] + place), tl.load(stats[1] + place)  # [M]
     log2_scale = scale * LOG2E
 
@@ -404,7 +404,7 @@ def skiparse_dq_tma(
     grad_tile = load_tile(grad, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     stats, text = stats_at(stats, b, h, s, H, n, longest, T, ROWS)
     first = tl.where(is_video, block * BLOCK_M, text + (block - video_blocks) * BLOCK_M)
-    place = first + tl.arange(0, BLOCK_M)
+    place = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
     row_lse, row_delta = tl.load(stats[0] + place), tl.load(stats[1] + place)  # [M]
     log2_scale = scale * LOG2E
     batch, head = b.to(tl.int32), h.to(tl.int32)
