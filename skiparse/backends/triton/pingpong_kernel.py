@@ -296,12 +296,11 @@ def consume(
     L, T, n, w, H = shape
     counts = (video_blocks, blocks, L, T)
     rows: ttgl.constexpr = BLOCK_M // 2
-    if mask is None:  # in whole rows; with masks as they lie: no registers for other addresses
-        stored: ttgl.constexpr = ttgl.BlockedLayout(
-            [1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0]
-        )
-    else:
-        stored: ttgl.constexpr = ttgl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    stored: ttgl.constexpr = (  # in whole rows; with masks as they lie, for want of registers
+        ttgl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+        if mask is None
+        else ttgl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    )
     done = 0
     for task in range(first, tasks, step):
         acc, top, total = attend(
