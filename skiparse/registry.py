@@ -69,7 +69,7 @@ BACKENDS = (
     Row(
         "triton.pingpong",
         (),
-        "the same with another forward for Hopper: producer and consumer warps; no key masks",
+        "the same with another forward for Hopper: producer and consumer warps",
         "CPU: its schedule, on a model of barriers and copies; sm_90a: the compiled PTX executed "
         "on a CPU. Not yet run on a GPU",
         if_measured=("cuda",),

@@ -155,7 +155,11 @@ def calls():
     made["pointers"] = functools.partial(by_pointers, made["tiles"])
     for name in ("plain", "packed", "no-text", "text-moved"):
         made[f"backward-{name}"] = backward(inputs(**FORWARDS[name]))
-    for name, how in {"pingpong": {}, "pingpong-longer": {"N": 128}}.items():
+    for name, how in {
+        "pingpong": {},
+        "pingpong-longer": {"N": 128},
+        "pingpong-masked": {"masked": True},
+    }.items():
         x = inputs(SkipPattern.dense(), **how)
         made[name] = functools.partial(pingpong_kernel.forward, x)
     x = inputs(N=64)

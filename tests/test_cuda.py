@@ -182,7 +182,8 @@ def test_pingpong_gives_the_exact_answer(p, N, dtype, ran):
     reason = registry.load("triton.pingpong").why_not()
     if reason is not None:
         pytest.skip(reason)
-    for shape in ({"T": 0}, {"T": 1}, {"T": 400}, {"T": 128, "D": 128}):
+    shapes = {"T": 0}, {"T": 1}, {"T": 400}, {"T": 128, "D": 128}
+    for shape in (*shapes, {"T": 40, "masked": True}, {"T": 40, "D": 128, "masked": True}):
         problem = problem_of(p, dtype, B=2, N=N, H=3, **shape)
         check(run(problem, "triton.pingpong"), problem)
         ran.only("skiparse_forward_pingpong", *BACKWARD_TMA)

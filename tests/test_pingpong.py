@@ -3,7 +3,8 @@
 There is no GPU here, and Triton's interpreter knows no Gluon. So the very source of the roles runs
 as Python on a model of what they call: barriers with phases, copies that land at any time, products
 that end in the order of their warpgroup. What happens next is drawn, or one role is always late.
-What comes out must be attention; and the model must see what is wrong with wrong sources.
+What comes out must be attention; and the model must see what is wrong with wrong sources. Key masks
+are played too; where rows of a block lie, which ``device.py`` says, is written here once more.
 """
 
 import ast
@@ -200,6 +201,7 @@ def nothing(*_):
 GLUON = SimpleNamespace(
     NVMMADistributedLayout=nothing,
     SliceLayout=nothing,
+    BlockedLayout=nothing,
     DotOperandLayout=nothing,
     float32=torch.float64,
     int32=torch.int32,
@@ -209,7 +211,7 @@ GLUON = SimpleNamespace(
     arange=lambda start, end, layout: torch.arange(start, end),
     full=lambda shape, value, dtype, _: torch.full(shape, value, dtype=dtype),
     zeros=lambda shape, dtype, _: torch.zeros(shape, dtype=dtype),
-    where=lambda mask, x, y: torch.where(mask, x, torch.tensor(y, dtype=x.dtype)),
+    where=torch.where,
     maximum=torch.maximum,
     max=lambda x, dim: x.amax(dim),
     sum=torch.sum,
@@ -236,6 +238,29 @@ class Tiles:
         return tile.reshape(self.block_type.shape)
 
 
+def rows_at(block, lane, video_blocks, sub, sizes, whole_runs, size):
+    """As device.py's, of the one sub-sequence that is played: numbers in it, not of tokens."""
+    assert (sub, whole_runs, size) == (1, True, BLOCK)
+    is_video = block < video_blocks
+    row = (block if is_video else block - video_blocks) * BLOCK + lane
+    return is_video, row, row < sizes[0 if is_video else 1]
+
+
+def attended(mask, is_video, b, sub, key, h, exists):
+    (rows, *strides), ours = mask[0 if is_video else 1], key[exists]
+    assert (b, sub, h, strides) == (3, 1, 2, [7, 0, 1, 0])
+    found = torch.zeros(BLOCK, dtype=torch.bool)
+    found[exists] = rows[ours]
+    return found
+
+
+HIDDEN = {  # of so many keys, the video's first: which are attended to
+    "a third": lambda keys: torch.arange(keys) % 3 != 0,
+    "the first block": lambda keys: torch.arange(keys) >= min(BLOCK, keys - 1),
+    "a block in the middle": lambda keys: torch.arange(keys) // BLOCK != 2,
+    "the last key alone is seen": lambda keys: torch.arange(keys) == keys - 1,
+    "all": lambda keys: torch.zeros(keys, dtype=torch.bool),
+}
 SCHEDULES = [f"late {who}" for who in (*ROLES, "land", "end")] + [f"drawn {i}" for i in range(20)]
 
 
@@ -247,7 +272,7 @@ def chooser(schedule):
     return lambda moves: min(moves, key=lambda move: what in move)
 
 
-def play(schedule, video, text, *, width=2, stages=2, tasks=3, change=("", "")):
+def play(schedule, video, text, *, width=2, stages=2, tasks=3, hide=None, change=("", "")):
     """Run the roles over so many keys; the answer of both consumers, and the right one."""
     generator = torch.Generator().manual_seed(0)
 
@@ -277,9 +302,16 @@ def play(schedule, video, text, *, width=2, stages=2, tasks=3, change=("", "")):
     counts = video_blocks, blocks, video, text
 
     names = {"ttgl": GLUON, "a_step": lambda name, *args, **options: (name, args, options)}
+    seen, mask = torch.ones(video + text, dtype=torch.bool), None
+    if hide is not None:
+        seen = HIDDEN[hide](video + text)
+        mask = tuple((rows, 7, 99, 1, 99) for rows in (seen[:video], seen[video:]))
+    shape = (video, text, 1, width, 1)
+
+    names |= {"rows_at": rows_at, "attended": attended}
     names["task_at"] = lambda task, *_: (torch.tensor(3), torch.tensor(2), 1, task)
     names["kept"] = lambda x: x
-    sources = [source_of(name) for name in ("attend", "copy", "produce", "softmax")]
+    sources = [source_of(name) for name in ("allowed", "attend", "copy", "produce", "softmax")]
     if not any(change[0] in source for source in sources):
         raise LookupError(f"the kernel has no {change[0]!r} any more")
     for source in sources:
@@ -290,13 +322,14 @@ def play(schedule, video, text, *, width=2, stages=2, tasks=3, change=("", "")):
         found = []
         for done in range(min(blocks, tasks)):
             answer = yield from names["attend"](
-                q_slots, slots, barriers, counts, 0.7, done, HEAD_DIM, BLOCK, stages, group
-            )
+                q_slots, slots, barriers, mask, done, shape, counts, 0.7, done,
+                True, HEAD_DIM, BLOCK, stages, group,
+            )  # fmt: skip
             found.append(answer)
         return found
 
     producer = names["produce"](
-        tiles, q_slots, slots, barriers, (video, text, 1, width, 1),
+        tiles, q_slots, slots, barriers, shape,
         (0, min(blocks, tasks), 1, video_blocks, blocks), HEAD_DIM, BLOCK, BLOCK, stages,
     )  # fmt: skip
     roles = {"first": consume(0), "second": consume(1), "producer": producer}
@@ -307,9 +340,12 @@ def play(schedule, video, text, *, width=2, stages=2, tasks=3, change=("", "")):
             source, block = (q, task) if task < video_blocks else (text_q, task - video_blocks)
             query = source[block * BLOCK + group * ROWS :][:ROWS]
             scores = query @ keys.T * 0.7 * math.log(2)  # the kernel's scale is for powers of two
+            scores = scores.masked_fill(~seen, -math.inf)
             rows = len(query)
+            total = torch.where(total == 0, 1.0, total)  # as consume does it
             out, lse = acc / total[:, None], (top + total.log2()) * math.log(2)
-            torch.testing.assert_close(out[:rows], scores.softmax(-1) @ values)
+            weights = scores.softmax(-1) if seen.any() else 0 * seen.to(scores.dtype)
+            torch.testing.assert_close(out[:rows], weights.expand(rows, -1) @ values)
             torch.testing.assert_close(lse[:rows], scores.logsumexp(-1))
 
 
@@ -323,6 +359,13 @@ def test_every_schedule_gives_attention(schedule, stages):
 @pytest.mark.parametrize("width", [1, 4, 8, 16])
 def test_runs_of_any_width(width):
     play("drawn 0", 64, 9, width=width)
+
+
+@pytest.mark.parametrize("hide", HIDDEN)
+def test_keys_are_masked(hide):
+    for schedule in SCHEDULES[::3]:
+        for video, text in ((5, 1), (40, 19), (64, 0)):
+            play(schedule, video, text, hide=hide)
 
 
 FIRST = "scores = warpgroup_mma_wait(0, [scores])"
@@ -373,6 +416,30 @@ def test_the_model_sees_what_is_wrong(slip):
         every_schedule()
 
 
+WRONG_MASKS = {
+    "the mask of the block before": ("= allowed(mask, task, i, ", "= allowed(mask, task, i - 1, "),
+    "the first block is seen whole": (
+        "softmax(scores, at_first, kept(0)",
+        "softmax(scores, None, kept(0)",
+    ),
+    "no key yet is not minded": ('ttgl.where(new_top == -float("inf"), 0.0, new_top)', "new_top"),
+    "masked keys weigh a little": (
+        'ttgl.where(attend[None, :], scores, -float("inf"))',
+        "ttgl.where(attend[None, :], scores, -9.0)",
+    ),
+}
+
+
+@pytest.mark.parametrize("slip", WRONG_MASKS)
+def test_the_model_sees_wrong_masks(slip):
+    def every_mask():
+        for hide in HIDDEN:
+            play("drawn 0", 40, 19, hide=hide, change=WRONG_MASKS[slip])
+
+    with pytest.raises(AssertionError):
+        every_mask()
+
+
 SINGLE = SkipPattern.single(4)
 
 
@@ -393,7 +460,7 @@ def test_reasons(monkeypatch):
         assert reason(p) is None
     assert reason(T=0) is None
     assert reason(dtype=torch.float16, shape=(2, 64, 3, 64)) is None
-    assert "no key masks" in reason(masked=True)
+    assert reason(masked=True) is None
     assert "fp16 and bf16, not torch.float32" in reason(dtype=torch.float32)
     assert "(64, 128), not 32" in reason(shape=(2, 64, 3, 32))
     assert "positive scale, not -0.1" in reason(scale=-0.1)

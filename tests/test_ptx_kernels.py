@@ -23,7 +23,15 @@ if shutil.which("g++") is None:
 HOPPER = {"skiparse_forward_tma", "skiparse_forward_pingpong", "skiparse_pack"}
 HOPPER |= {"skiparse_dkdv_tma", "skiparse_dq_tma"}
 EVERYWHERE = {"skiparse_forward", "skiparse_delta", "skiparse_dkdv", "skiparse_dq"}
-HOPPER_PARTS = ("attention", "fp32", "pingpong", "pack", "planted_more", "headline")
+HOPPER_PARTS = (
+    "attention",
+    "fp32",
+    "pingpong",
+    "pingpong_masked",
+    "pack",
+    "planted_more",
+    "headline",
+)
 AMPERE_PARTS = ("attention", "fp32", "pack", "planted_on_ampere")
 QUICK = (("sm_90", "quick", "planted", "refused"), ("sm_80", "quick_on_ampere"))
 

@@ -8,6 +8,7 @@ for each run.
 import ctypes
 import functools
 import time
+from dataclasses import replace
 
 import torch
 
@@ -152,6 +153,7 @@ def quick(runner):
     yield from runner.attention("group, masked", masked, [EARLY])
     laps = make_problem(SkipPattern.dense(), **LAPS, dtype=BF16)
     yield from runner.pingpong("dense", laps, [LATE, EARLY, DRAWN])
+    yield from runner.pingpong("no key", hidden(SINGLE, **SMALL | {"N": 272}, dtype=BF16), [DRAWN])
     yield from runner.pack("group", Packing(2, 2, N=48, T=6, D=64), [LATE])
 
 
@@ -190,6 +192,40 @@ def fp32_cases(runner):
     ):
         problem = make_problem(pattern, N=40, T=3, H=1, D=D, masked=masked)
         yield from runner.attention(name, problem, ALL_WAYS)
+
+
+def hidden(pattern, **arguments):
+    """A problem whose first sub-sequence has no key, and the second none in its first block."""
+    problem = make_problem(pattern, masked=True, **arguments)
+    N = problem.q.shape[1]
+    tokens = torch.arange(N)
+    mask, text_mask = problem.mask.clone(), torch.zeros_like(problem.text_mask)
+    own = [tokens[tokens // pattern.run % pattern.sparsity == s] for s in range(2)]
+    mask[:, own[0]] = False
+    mask[:, own[1][:128]] = False
+    assert mask[:, own[1]].any()
+    return replace(problem, mask=mask, text_mask=text_mask)
+
+
+def masked_pingpong_cases(runner):
+    """Key masks that hide some of the keys, all of a block, all of a sub-sequence."""
+    cases = {
+        "masked": (make_problem, {"p": GROUP, "N": 704, "T": 150, "masked": True}),
+        "masked, long runs": (
+            make_problem, {"p": SkipPattern.block(2, 512), "N": 512, "T": 20, "masked": True}
+        ),
+        "masked, packed": (
+            make_problem,
+            {"p": SINGLE, "B": 2, "N": 320, "T": 0, "H": 2, "layout": "packed", "masked": True},
+        ),
+        "no key": (hidden, {"p": SINGLE, "N": 560, "T": 130}),
+        "no key in runs": (hidden, {"p": SkipPattern.group(4), "N": 1040, "T": 3, "dtype": FP16}),
+    }  # fmt: skip
+    for name, (make, arguments) in cases.items():
+        for D in (64, 128):
+            given = {"H": 1, "dtype": BF16, **arguments}
+            problem = make(given.pop("p"), D=D, **given)
+            yield from runner.pingpong(f"{name} D{D}", problem, ALL_WAYS)
 
 
 def pingpong_cases(runner):
@@ -310,6 +346,7 @@ PARTS = {
     "attention": attention_cases,
     "fp32": fp32_cases,
     "pingpong": pingpong_cases,
+    "pingpong_masked": masked_pingpong_cases,
     "pack": pack_cases,
     "planted_more": planted_in((*faults.ON_HOPPER, *faults.MORE_ON_HOPPER), 128),
     "planted_on_ampere": planted_in(faults.ON_AMPERE, 64),

@@ -17,7 +17,7 @@ RELEASES = ("3.6", "3.7")
 
 
 def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | None:
-    """It takes regular strides and lengths on Hopper in half precision, without key masks.
+    """It takes regular strides and lengths on Hopper in half precision.
 
     The backward is that of the Triton backend, and takes what that does.
     """
@@ -43,8 +43,6 @@ def _takes(inputs: Inputs) -> str | None:
     from skiparse.backends.triton.pingpong_kernel import HEAD_DIMS, TILES
 
     q = inputs.q
-    if inputs.mask is not None or inputs.text_mask is not None:
-        return "the kernel takes no key masks"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"the kernel takes fp16 and bf16, not {q.dtype}"
     if q.shape[-1] not in HEAD_DIMS:

@@ -39,9 +39,11 @@ from skiparse.backends.triton import tiles
 from skiparse.backends.triton.device import (
     LOG2E,
     SIZES,
+    attended,
     inputs_of,
     launch,
     lse_pair,
+    mask_pair,
     own,
     pair_pointers,
     rows_at,
@@ -139,16 +141,47 @@ def produce(
 
 
 @gluon.jit
-def softmax(scores, i, counts, log2_scale, top, BLOCK_N: ttgl.constexpr, LAYOUT: ttgl.constexpr):
-    """Weights of the keys of block ``i``, the new ``top``, and by what the old sums decay."""
+def allowed(mask, task, i, shape, counts, WHOLE_RUNS: ttgl.constexpr, BLOCK_N: ttgl.constexpr):
+    """Which keys ``[N]`` of block ``i`` exist and are not masked, one a thread.
+
+    None without masks.
+    """
+    attend = None
+    if mask is not None:
+        L, T, n, w, H = shape
+        b, h, s, _ = task_at(task, counts[1], n, H)
+        i = kept(i)  # the row numbers of the first block, else computed before all tasks
+        lane = ttgl.arange(0, BLOCK_N, layout=ttgl.BlockedLayout([1], [32], [4], [0]))
+        is_video, key, exists = rows_at(i, lane, counts[0], s, (L, T, n, w), WHOLE_RUNS, BLOCK_N)
+        video, text = mask  # all heads and sub-sequences see the same: strides of 0, compiled in
+        seen = (video[0], video[1], 0, video[3], 0), (text[0], text[1], 0, text[3], 0)
+        attend = attended(seen, is_video, b, s, key, h, exists)
+    return attend
+
+
+@gluon.jit
+def softmax(
+    scores, attend, i, counts, log2_scale, top, BLOCK_N: ttgl.constexpr, LAYOUT: ttgl.constexpr
+):
+    """Weights of the keys of block ``i``, the new ``top``, and by what the old sums decay.
+
+    ``attend`` is None where every key is attended to that exists.
+    """
     video_blocks, _, L, T = counts
-    left = L - i * BLOCK_N if i < video_blocks else T - (i - video_blocks) * BLOCK_N
-    if left < BLOCK_N:  # else the block is full
-        key = ttgl.arange(0, BLOCK_N, layout=ttgl.SliceLayout(0, LAYOUT))
-        scores = ttgl.where((key < left)[None, :], scores, -float("inf"))
+    if attend is None:
+        left = L - i * BLOCK_N if i < video_blocks else T - (i - video_blocks) * BLOCK_N
+        if left < BLOCK_N:  # else the block is full
+            key = ttgl.arange(0, BLOCK_N, layout=ttgl.SliceLayout(0, LAYOUT))
+            scores = ttgl.where((key < left)[None, :], scores, -float("inf"))
+    else:
+        attend = ttgl.convert_layout(attend, ttgl.SliceLayout(0, LAYOUT))  # [N]
+        scores = ttgl.where(attend[None, :], scores, -float("inf"))
     new_top = ttgl.maximum(top, ttgl.max(scores, 1) * log2_scale)  # [M]
-    p = ttgl.exp2(scores * log2_scale - new_top[:, None])  # [M, N]
-    decay = ttgl.exp2(top - new_top)  # [M]
+    shift = new_top
+    if attend is not None:
+        shift = ttgl.where(new_top == -float("inf"), 0.0, new_top)  # no key yet: inf - inf is NaN
+    p = ttgl.exp2(scores * log2_scale - shift[:, None])  # [M, N]
+    decay = ttgl.exp2(top - shift)  # [M]
     return p, new_top, decay
 
 
@@ -157,9 +190,13 @@ def attend(
     q_slots,
     slots,
     barriers,
+    mask,
+    task,
+    shape,
     counts,
     log2_scale,
     done,
+    WHOLE_RUNS: ttgl.constexpr,
     HEAD_DIM: ttgl.constexpr,
     BLOCK_N: ttgl.constexpr,
     STAGES: ttgl.constexpr,
@@ -167,8 +204,8 @@ def attend(
 ):
     """One consumer: values weighted and added up, ``[M, D]``, with ``top`` and ``total``, ``[M]``.
 
-    There is at least one block, and a key in each. Barriers went on counting in the tasks ``done``
-    before this one, all of which had as many blocks.
+    There is at least one block, and a key in each, which may be masked. Barriers went on counting
+    in the tasks ``done`` before this one, all of which had as many blocks.
     """
     k_slots, v_slots = slots
     k_ready, v_ready, k_free, v_free, q_ready, q_free, turn = barriers
@@ -184,6 +221,7 @@ def attend(
     none = ttgl.zeros([rows, BLOCK_N], ttgl.float32, layout)
     acc = ttgl.zeros([rows, HEAD_DIM], ttgl.float32, out_layout)
 
+    at_first = allowed(mask, task, kept(0), shape, counts, WHOLE_RUNS, BLOCK_N)
     q_tile = q_slots.index(GROUP).reshape([rows, HEAD_DIM])
     before = done * blocks
     slot = before % STAGES
@@ -193,7 +231,7 @@ def attend(
     scores = warpgroup_mma(q_tile, k_tile.permute([1, 0]), none, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, [scores])
     mbarrier.arrive(k_free.index(slot), count=1)
-    p, top, _ = softmax(scores, kept(0), counts, log2_scale, top, BLOCK_N, layout)
+    p, top, _ = softmax(scores, at_first, kept(0), counts, log2_scale, top, BLOCK_N, layout)
     total = ttgl.sum(p, 1)  # [M]
 
     for i in range(1, blocks):
@@ -210,10 +248,12 @@ def attend(
         v_tile = v_slots.index(last).reshape([BLOCK_N, HEAD_DIM])
         acc = warpgroup_mma(weights, v_tile, acc, is_async=True)
         mbarrier.arrive(turn.index(1 - GROUP), count=1)
+        # Behind the products, which take longer than the load; in front of them registers run out.
+        attend = allowed(mask, task, i, shape, counts, WHOLE_RUNS, BLOCK_N)
 
         scores = warpgroup_mma_wait(1, [scores])
         mbarrier.arrive(k_free.index(slot), count=1)
-        p, top, decay = softmax(scores, i, counts, log2_scale, top, BLOCK_N, layout)
+        p, top, decay = softmax(scores, attend, i, counts, log2_scale, top, BLOCK_N, layout)
         total = total * decay + ttgl.sum(p, 1)
         # A wait that is over at once, and a dependence: without them the compilers move the end of
         # the products up before the exponentials.
@@ -235,6 +275,7 @@ def attend(
 
 @gluon.jit
 def consume(
+    mask,
     out,
     lse,
     q_slots,
@@ -255,22 +296,26 @@ def consume(
     L, T, n, w, H = shape
     counts = (video_blocks, blocks, L, T)
     rows: ttgl.constexpr = BLOCK_M // 2
-    wide: ttgl.constexpr = ttgl.BlockedLayout(
-        [1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0]
+    stored: ttgl.constexpr = (  # in whole rows; with masks as they lie, for want of registers
+        ttgl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+        if mask is None
+        else ttgl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     )
     done = 0
     for task in range(first, tasks, step):
         acc, top, total = attend(
-            q_slots, slots, barriers, counts, scale * LOG2E, done,
-            HEAD_DIM, BLOCK_N, STAGES, GROUP,
+            q_slots, slots, barriers, mask, task, shape, counts, scale * LOG2E, done,
+            WHOLE_RUNS, HEAD_DIM, BLOCK_N, STAGES, GROUP,
         )  # fmt: skip
+        if mask is not None:
+            total = ttgl.where(total == 0.0, 1.0, total)  # without a key acc is 0 and top -inf
         b, h, s, block = task_at(task, blocks, n, H)
-        lane = GROUP * rows + ttgl.arange(0, rows, layout=ttgl.SliceLayout(1, wide))  # [M]
-        d = ttgl.arange(0, HEAD_DIM, layout=ttgl.SliceLayout(0, wide)).to(ttgl.int64)  # [D]
+        lane = GROUP * rows + ttgl.arange(0, rows, layout=ttgl.SliceLayout(1, stored))  # [M]
+        d = ttgl.arange(0, HEAD_DIM, layout=ttgl.SliceLayout(0, stored)).to(ttgl.int64)  # [D]
         is_video, row, exists = rows_at(
             block, lane, video_blocks, s, (L, T, n, w), WHOLE_RUNS, BLOCK_M
         )
-        tile = ttgl.convert_layout((acc / total[:, None]).to(q_slots.dtype), wide)
+        tile = ttgl.convert_layout((acc / total[:, None]).to(q_slots.dtype), stored)
         pointers = pair_pointers(out, is_video, b, s, row, h)[:, None] + d[None, :]  # [M, D]
         ttgl.store(pointers, tile, mask=exists[:, None])
         lane = GROUP * rows + ttgl.arange(0, rows, layout=top.type.layout)  # [M], as top lies
@@ -288,6 +333,7 @@ def skiparse_forward_pingpong(
     v,
     text_k,
     text_v,
+    mask,
     out,
     lse,
     scale,
@@ -347,9 +393,9 @@ def skiparse_forward_pingpong(
     )  # fmt: skip
     ttgl.warp_specialize(
         [
-            (consume, (out, lse, q_slots, slots, barriers, shape, work, scale,
+            (consume, (mask, out, lse, q_slots, slots, barriers, shape, work, scale,
                        WHOLE_RUNS, HEAD_DIM, BLOCK_M, BLOCK_N, STAGES, 0)),
-            (consume, (out, lse, q_slots, slots, barriers, shape, work, scale,
+            (consume, (mask, out, lse, q_slots, slots, barriers, shape, work, scale,
                        WHOLE_RUNS, HEAD_DIM, BLOCK_M, BLOCK_N, STAGES, 1)),
             (produce, (tiles, q_slots, slots, barriers, shape, work,
                        HEAD_DIM, BLOCK_M, BLOCK_N, STAGES)),
@@ -381,6 +427,7 @@ def _launches(tensors: Sequence[Any], pattern: SkipPattern, scale: float) -> Out
         TILES["BLOCK_M"],
         *queries,
         *tile_views(inputs, TILES["BLOCK_N"], _described),
+        mask_pair(inputs),
         (shared(outputs.out), own(outputs.text_out)),
         lse_pair(outputs.lse, outputs.text_lse),
         scale,
