@@ -38,8 +38,7 @@ NAMED = {  # the kernels that spill: (release, architecture, kernel, D, masked) 
     ("3.6.0", "sm_89", "skiparse_dq", 128, True): 8,
     ("3.6.0", "sm_90", "skiparse_dkdv", 256, True): 8,
     ("3.7.1", "sm_89", "skiparse_dq", 128, True): 8,
-    ("3.7.1", "sm_100", "skiparse_delta", 256, False): 8,
-    ("3.7.1", "sm_100", "skiparse_delta", 256, True): 8,
+    ("3.7.1", "sm_100", "skiparse_dkdv", 64, True): 8,
 }
 NAMED_ELSEWHERE = {  # with masks, for some of the shapes that are not in the table: 8 bytes each
     ("3.6.0", "sm_80", "skiparse_forward", 128),  # runs of 3, tokens left over, fp16
