@@ -154,9 +154,17 @@ def recording() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
     def hopper(q: torch.Tensor) -> str:
         return ARCHITECTURE
 
+    def multiprocessors(q: torch.Tensor) -> int:
+        return 132  # any number: it is the grid's, not a kernel's
+
     with (
         mock.patch.object(JITFunction, "run", note),
-        mock.patch.multiple(device, architecture=hopper, exact_architecture=hopper),
+        mock.patch.multiple(
+            device,
+            architecture=hopper,
+            exact_architecture=hopper,
+            multiprocessors=multiprocessors,
+        ),
         mock.patch.object(pack_kernel, "architecture", hopper),
     ):
         yield recorded
