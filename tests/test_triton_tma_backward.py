@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 from skiparse import SkipPattern
 from skiparse.backends import Inputs, Outputs
 from skiparse.backends import triton as backend
-from skiparse.backends.triton import backward_kernel
+from skiparse.backends.triton import backward_kernel, plans
 from skiparse.backends.triton.device import Config
 from skiparse.testing import Answer, check, make_problem
 
@@ -73,6 +73,7 @@ def launched(monkeypatch):
 
     original = backward_kernel.launch
     monkeypatch.setattr(backward_kernel, "launch", launch)
+    plans._plan.cache_clear()  # with a plan nothing is launched this way
     return names
 
 
