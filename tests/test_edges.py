@@ -215,3 +215,20 @@ def test_masked_keys_and_values_may_be_as_large_as_numbers_are(T, p, backend):
     found = run(dataclasses.replace(problem, **large), backend)
     for name, x, y in zip(found._fields, found, right, strict=True):
         assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
+def test_more_sub_sequences_than_tokens(backend, dtype):
+    """Each attends to itself alone, so that gradients of q and k are 0, but for rounding."""
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("the kernels take no fp64")
+    for p in (SkipPattern.single(8), SkipPattern.group(8), SkipPattern(3, 7)):
+        problem = make_problem(p, B=2, N=3, D=32, dtype=dtype)
+        check(run(problem, backend), problem)
+
+
+def test_patterns_that_no_index_could_count_are_refused():
+    for arguments in ((2**63,), (2, 2**63), (2**31, 1)):
+        with pytest.raises(ValueError, match=r"must be in \[1, 2\*\*31\)"):
+            SkipPattern(*arguments)

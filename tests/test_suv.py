@@ -890,3 +890,19 @@ def test_a_low_rank_adapter_is_the_sum_of_weights(target):
         with torch.no_grad():
             module.weight += module.low
     close(model(*inputs), out, FORWARD)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_whole_model_compiles_and_exports(masked):
+    """In one graph, with a mask of the text too: it is then kept as it is, whatever is in it."""
+    torch._dynamo.reset()
+    model = small().eval()
+    inputs = random_inputs(model)
+    length = inputs[2].shape[1]
+    masks = {"text_mask": (torch.arange(length) < length - 2).expand(2, -1)} if masked else {}
+    with torch.no_grad():
+        right = model(*inputs, **masks)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        close(compiled(*inputs, **masks), right, FORWARD)
+        exported = torch.export.export(model, tuple(inputs), masks, strict=False)
+        close(exported.module()(*inputs, **masks), right, FORWARD)

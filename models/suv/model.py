@@ -148,7 +148,8 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
             video_mask: ``[B, t, h, w]``, True or 1 where there is video; a patch counts if any of
                 its pixels does; all of it if None.
             trim_text: drop what is padding in the whole batch. The velocity is the same, since
-                masked text reaches nothing, and a k = 8 layer 15 % cheaper; False keeps it.
+                masked text reaches nothing, and a k = 8 layer 15 % cheaper; False keeps it, and so
+                does a whole model that is compiled.
             reorder: keep tokens in skip order, where both patterns are views. The velocity is the
                 same; False keeps natural order.
             backend: of ``skiparse.joint_attention``.
@@ -254,7 +255,7 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
             keys = _unless_all(valid.flatten(1) > 0)
         if text_mask is not None:
             text_keys = skiparse.key_mask(text_mask, "text_mask")
-            if trim:
+            if trim and not torch.compiler.is_compiling():
                 used = text_keys.any(0).nonzero()
                 length = int(used[-1]) + 1 if len(used) else 0
                 text, text_keys = text[:, :length], text_keys[:, :length]
@@ -305,7 +306,7 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
 
     def _kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What ``make`` makes, from the last time if it was made before."""
-        if torch._guards.detect_fake_mode() is not None:
+        if torch.compiler.is_compiling() or torch._guards.detect_fake_mode() is not None:
             return make()  # what a tracer makes must not outlive it
         found = self._tables.get(key)
         if found is None:
@@ -471,8 +472,8 @@ def timestep_sinusoid(timestep: Tensor, channels: int) -> Tensor:
 
 
 def _unless_all(mask: Tensor) -> Tensor | None:
-    """The mask, or None if it hides nothing."""
-    return None if bool(mask.all()) else mask
+    """The mask, or None if it hides nothing; in a compiler's graph it stays, whatever is in it."""
+    return mask if torch.compiler.is_compiling() or not bool(mask.all()) else None
 
 
 def _check(
