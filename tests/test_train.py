@@ -324,6 +324,8 @@ def test_sigterm_saves_and_exits(source, whole, tmp_path, monkeypatch):
 def test_signals_that_come_together_are_one_request(monkeypatch):
     seen = []
     outer = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    # What starts a process in the background may have it ignore Ctrl-C.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     alone, two = (World(0, size, torch.device("cpu")) for size in (1, 2))
     try:
         with guards.told_to_stop(alone) as told:
@@ -349,6 +351,7 @@ def test_signals_that_come_together_are_one_request(monkeypatch):
             assert seen == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, outer)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def test_sigterm_to_every_process_of_a_job_saves(source, tmp_path):
