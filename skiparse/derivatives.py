@@ -2,8 +2,10 @@
 
 ``torch.library.custom_op`` knows the reverse mode alone: it drops tangents without a word, and
 ``torch.func`` cannot see through it. So the operators are declared here with a kernel for autograd
-of their own, which applies an ordinary ``torch.autograd.Function``: its ``backward``, ``jvp`` and
-``setup_context`` then hold in eager mode, under ``torch.func`` and in compiled graphs alike.
+of their own, which applies an ordinary ``torch.autograd.Function``: its ``backward`` then holds in
+eager mode, under ``torch.func`` and in compiled graphs alike, its ``jvp`` in the first two.
+
+This is the one file that takes private names of torch for it; seen to work with torch 2.13.
 """
 
 from __future__ import annotations

@@ -44,7 +44,6 @@ def test_its_gradient_alone(p, backend):
     loss = (lse * problem.grad_lse).sum() + (text_lse * problem.grad_text_lse).sum()
     found = torch.autograd.grad(loss, inputs)
     rows = torch.arange(23 + p.sparsity * 4)
-    exact = oracle_rows(problem.with_inputs(inputs), rows)[1]
     weights = torch.cat([problem.grad_lse, problem.grad_text_lse.flatten(2)], 2)
     scaled = problem.__class__(**(problem.__dict__ | {"scale": 0.25}))
     exact = oracle_rows(scaled.with_inputs(inputs), rows)[1]
