@@ -244,7 +244,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype ``x`` has inside an attention operator: that of autocast, if on and eligible."""
     device = x.device.type
     if (
-        torch.amp.is_autocast_available(device)
+        device != "meta"  # has no autocast; `torch.amp.is_autocast_available` breaks graphs to 2.11
         and torch.is_autocast_enabled(device)
         and x.is_floating_point()
         and x.dtype != torch.float64
