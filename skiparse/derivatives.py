@@ -5,7 +5,8 @@
 of their own, which applies an ordinary ``torch.autograd.Function``: its ``backward`` then holds in
 eager mode, under ``torch.func`` and in compiled graphs alike, its ``jvp`` in the first two.
 
-This is the one file that takes private names of torch for it; its tests pass with torch 2.10, 2.11 and 2.13.
+This is the one file that takes private names of torch for it; its tests passed
+with torch 2.10, 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _inside_functorch(name: str, rule: type[torch.autograd.Function], args: Any)
             f"there is no forward-mode derivative of skiparse::{name} here: torch.func.jvp has to "
             "stand outside torch.compile, and second derivatives are not written"
         )
-    # The snapshot is for the fake tensors of a compiled graph, which torch 2.10 and 2.11 miss there.
+    # The snapshot is for a compiled graph's fake tensors: torch 2.10 and 2.11 miss it there.
     front = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode)
     front = front | torch._C.DispatchKeySet(torch._C.DispatchKey.PythonTLSSnapshot)
     with torch._C._ForceDispatchKeyGuard(

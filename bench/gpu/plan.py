@@ -73,8 +73,10 @@ def views(library: str, kind: str, k: int, *, backward: bool = False) -> Step:
 def dense(*, backward: bool, batch: bool = False) -> Step:
     """The dense kernels; the first time also which is the best."""
     case = GPU.case("dense", backward=backward, batch=GPU.batch if batch else 1)
-    calls = [model.once(case, f"dense.{library}") for library in ("cudnn", "flash")]
-    seconds = 2 * model.PLAN[backward] + model.turns(calls, GPU.rounds) + 3 * sum(calls)
+    names = ("dense.cudnn", "dense.flash")
+    calls = [model.once(case, name) for name in names]
+    plans = sum(model.plan(case, name) for name in names)
+    seconds = plans + model.turns(calls, GPU.rounds) + 3 * sum(calls)
     name = f"{case.name.partition('.')[2]}" + (f" B={case.B}" if batch else "")
     return Step(name, steps.dense(backward=backward, batch=batch), seconds)
 
@@ -189,14 +191,22 @@ def first_run() -> list[Step]:
 
 
 def second_run() -> list[Step]:
-    """Tests, what run 1 left out, and the order that ``"auto"`` goes by."""
+    """Tests, what run 1 left out, and the order that ``"auto"`` goes by.
+
+    With run 1 every backward is timed at every k: ``sdpa``'s of the single kind is the view of run
+    1, and at the k that ``tune`` asks for, ``tune`` times it.
+    """
     compared = [("group", False), ("group", True)]
     return [
         tests(),
         Step("memcheck", steps.memcheck, model.MEMCHECK, process="programs"),
         *(backend("triton", "group.skip", k, backward=True) for k in FALLING),
-        *(backend("sdpa", kind, 8, backward=True) for kind in ("single", "group")),
-        *(views("flash", kind, 8, backward=True) for kind in ("single", "group.skip")),
+        *(backend("sdpa", "group", k, backward=True) for k in FALLING if k != steps.TUNED),
+        *(
+            views("flash", kind, k, backward=True)
+            for k in FALLING
+            for kind in ("single", "group.skip")
+        ),
         backend("triton.pointers", "group", 8),
         backend("triton.short", "group", 8),
         dense(backward=False, batch=True),
