@@ -18,11 +18,15 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 demo: install
 	$(BIN)/skiparse demo --out demo_out
 
+# As many processes as cores, each with whole files of tests: what they make for themselves, they
+# share. A test computes on one thread (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
 test: lint types torch_npu
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-full: lint types torch_npu
-	$(BIN)/python -m pytest -m 'full or not full'
+	$(PYTEST) -m 'full or not full'
 
 lint: install
 	$(BIN)/ruff check .
