@@ -206,6 +206,8 @@ def test_sources_that_make_no_sense(tmp_path: Path) -> None:
     check("[" * 10**5, "a.json", r"a\.json: no JSON")
     check("\n{}x", "a.jsonl", r"a\.jsonl:2: no JSON")
     check("5", "a.jsonl", r"a\.jsonl:1: expected a record, got int")
+    check("[]", "a.json", r"no clip in .*/a\.json: no records$")
+    check("\n", "a.jsonl", r"no clip in .*/a\.jsonl: no records$")
     check(b"\xff", "a.jsonl", r"a\.jsonl:1 is not utf-8")
     check("", "a.csv", r"annotations must be \.json or \.jsonl")
     with pytest.raises(DataError, match=r"gone does not exist"):
@@ -662,6 +664,9 @@ def test_damaged_lists_are_errors_with_their_place(tmp_path: Path, indexed: bool
     check(f"[{row},\n{row},\n{row[:9]}".encode(), "a.json", ": no JSON: .* line 3 ")
     check(f"[{row},\n{row},\n".encode() + b'"\xff"]', "a.json", ":3 is not utf-8: ")
     check(f"{row}\n{row}\n{row}".encode("utf-16")[:-1], "a.jsonl", ":3 is not utf-16.*: truncated")
+    twice = row[:-1] + ', "cap": "another"}'
+    check(f"{row}\n{twice}\n".encode(), "a.jsonl", ":2: no JSON: 'cap' is there twice")
+    check(f"[{twice}]".encode(), "a.json", ": no JSON: 'cap' is there twice")
     check(b".,a.json\n.,\xff\n", "data.txt", ":2 is not utf-8: ")
     check(b".,a.json\n\n.,a.json\0\n", "data.txt", ":3 is not utf-8: NUL in it")
     for name in ("b.json", "b.jsonl", "b.txt"):

@@ -27,7 +27,7 @@ import pyarrow as pa
 from filelock import FileLock
 from tqdm import tqdm
 
-from skiparse.models.data.atomic import replacing, write_json
+from skiparse.models.data.atomic import replacing, seal, write_json
 from skiparse.models.data.folder import walk
 from skiparse.models.data.image import IMAGES, probe_image
 from skiparse.models.data.plain import MARK, encoding_of, printable, read_text
@@ -185,7 +185,7 @@ class Manifest:
                     about = _write(found, numbers, texts)
                 files = {name: sha256(index / name) for name in (_NUMBERS, _TEXTS)}
                 about |= {"stamp": stamp, "files": files}
-                write_json(index / _ABOUT, {**about, "seal": _seal(about)})
+                write_json(index / _ABOUT, {**about, "seal": seal(about)})
             return cls._of_index(index)
 
     @classmethod
@@ -274,16 +274,12 @@ def _about_of(path: Path) -> dict[str, Any] | None:
         raise _Damaged(f"{path} is no JSON ({error})") from error
     if not isinstance(about, dict):
         raise _Damaged(f"{path} is no table")
-    seal, stamp = about.pop("seal", None), about.get("stamp")
-    if seal is None and stamp is not None and stamp[:1] in ([1], [2]):  # which had none
+    written, stamp = about.pop("seal", None), about.get("stamp")
+    if written is None and stamp is not None and stamp[:1] in ([1], [2]):  # which had none
         return None
-    if seal != _seal(about):
+    if written != seal(about):
         raise _Damaged(f"{path} is not as it was written")
     return about
-
-
-def _seal(about: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _check_whole(path: Path, digest: str) -> None:
@@ -345,6 +341,10 @@ class _Source:
 
     def roots(self) -> list[str]:
         return [str(root) for root, _ in self.parts]
+
+    def names(self) -> list[str]:
+        """What was looked at: lists, and folders without one."""
+        return [str(listed or root) for root, listed in self.parts]
 
     def rows(self, dropped: Dropped) -> Iterator[_Row]:
         """The rows; DataError for an annotation that makes no sense, with its place."""
@@ -467,11 +467,20 @@ def _line_without_text(path: Path) -> int:
 
 def _json(data: str | bytes, where: str) -> Any:
     try:
-        return json.loads(data)
+        return json.loads(data, object_pairs_hook=_once)
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: no JSON: {error}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON in which no key is there twice: the last one would win, without a word."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name!r} is there twice in one object; leave one")
+    return table
 
 
 def _files(folder: Path, dropped: Dropped) -> list[Path]:
@@ -720,7 +729,7 @@ def _write(source: _Source, numbers: Any, texts: Any) -> dict[str, Any]:
     if not done:
         found = ", ".join(f"{count} {reason}" for reason, count in dropped.counts.items())
         raise DataError(
-            f"no clip in {printable(', '.join(source.roots()))}: "
+            f"no clip in {printable(', '.join(source.names()))}: "
             f"{found or 'no records' + source.there()}"
         )
     table = pa.table({name: np.concatenate([part[name] for part in done]) for name in _TYPES})
