@@ -549,6 +549,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _data_check(options: argparse.Namespace) -> None:
+    from skiparse.models.data.atomic import check_writable
     from skiparse.models.data.buckets import assign, without_minority
     from skiparse.models.data.manifest import Manifest
     from skiparse.models.train.config import load
@@ -563,6 +564,7 @@ def _data_check(options: argparse.Namespace) -> None:
         if name not in stages:
             raise ValueError(f"{name} is no stage; take one of {', '.join(stages)}")
         stage = stages[name]
+    check_writable(options.out)
     manifest = Manifest.open(options.source, limits=_limits(options))
     buckets = None
     if stage is not None:

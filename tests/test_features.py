@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from test_text import save, tiny_encoders  # after the check for the extra
 
-from skiparse.models.data.draws import Place
+from skiparse.models.data.draws import Place, Use, numbers, stage_seed, torch_numbers
 from skiparse.models.data.features import Encoders, Features, Text, collate, digest
 from skiparse.models.text import TextEncoders
 from skiparse.models.wfvae.model import WFVAE
@@ -196,6 +196,16 @@ def test_a_sample_draws_the_same_in_any_batch():
     ):
         assert not torch.equal(whole.latents, other.latents)
     assert len({row.flatten()[0].item() for row in whole.latents}) == 4
+
+
+def test_numbers_for_different_uses_never_meet():
+    """Nor those of another seed, step or place."""
+    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    given = [(*place, use) for place in places for use in Use.__members__.values()]
+    assert len({numbers(*each).random() for each in given}) == len(given) == 40
+    drawn = {torch.rand((), generator=torch_numbers(*each)).item() for each in given}
+    assert len(drawn) == len(given)
+    assert len({stage_seed(seed, stage) for seed in range(3) for stage in range(3)}) == 9
 
 
 def test_latents_are_the_mean_or_samples_of_the_posterior():

@@ -768,6 +768,13 @@ def test_data_check(source, tmp_path, capsys, monkeypatch):
     assert cli.main(["data", "check", str(folder), "--limits.max_hold", "0"]) == 2
     assert "max_hold must be above 0" in capsys.readouterr().err
 
+    def never(*arguments, **options):
+        raise AssertionError("looked at the clips")
+
+    monkeypatch.setattr(Manifest, "open", never)
+    assert cli.main(["data", "check", str(folder), "--out", str(folder)]) == 2
+    assert "cannot be written: it is a folder" in capsys.readouterr().err
+
 
 def test_limits_are_settings(source, tmp_path):
     """As the errors say."""
