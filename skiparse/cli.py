@@ -558,7 +558,7 @@ def _data_check(options: argparse.Namespace) -> None:
         raise ValueError("--stage is of a --config; give that too")
     stage = None
     if options.config is not None:
-        needed = ["--out", "unused", "--source", options.source, "--vae", "", "--text", ""]
+        needed = [f"--{name}=unused" for name in ("out", "source", "vae", "text")]
         stages = load(options.config, needed).stages
         name = options.stage or list(stages)[-1]
         if name not in stages:

@@ -212,6 +212,8 @@ def test_sources_that_make_no_sense(tmp_path: Path) -> None:
     check("", "a.csv", r"annotations must be \.json or \.jsonl")
     with pytest.raises(DataError, match=r"gone does not exist"):
         Manifest.open(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"source is empty"):  # and not where one happens to be
+        Manifest.open("")
 
 
 # A folder.

@@ -735,6 +735,13 @@ def test_half_precision_and_checkpointing(source, whole, tmp_path):
     assert {x.dtype for x in tensors(tmp_path / "b").values()} == {torch.float32}
 
 
+def test_an_out_that_cannot_be_made_is_named(source, tmp_path):
+    (tmp_path / "file").touch()
+    for out, what in (("file", "file is a file"), ("x" * 300, "File name too long")):
+        with pytest.raises(ValueError, match=f"cannot be written: .*{what}"):
+            train(config(source, tmp_path / out))
+
+
 def test_one_run_at_a_time(source, tmp_path):
     from filelock import FileLock
 
@@ -782,6 +789,8 @@ def test_other_data_is_not_the_same_run(source, whole, tmp_path):
         ({"model": {"text_channels": 8}}, "text_channels=8, but the text encoder has 24"),
         ({"model": {"pooled_channels": 8}}, "pooled_channels=8, but the text encoder has 20"),
         ({"model": {"depth": 8}}, "model has no depth"),
+        ({"model": {"num_heads": 0}}, "num_heads must be a whole number above 0, got 0"),
+        ({"model": {"pooled_channels": -1}}, "pooled_channels must be a whole number above 0"),
         ({"model": {"num_layers": (2, 2)}}, "model: .*num_layers"),
         ({"model": {"sparsity": (1, 2)}}, "model: .*sparsity"),
         ({"stages": {"a": dataclasses.replace(stages()["suv"], sparsity=(1, 2))}},

@@ -46,7 +46,7 @@ VIDEOS = frozenset(
     }
 )
 _CAPTION = ".txt"
-_FASTEST = 1000  # frames per second
+FASTEST = 1000  # frames per second
 _SPECIAL = re.compile(
     r"[A-Za-z][A-Za-z0-9+.-]*:"
 )  # may look like a drive or a URL; here it is none
@@ -160,6 +160,8 @@ class Manifest:
                 caption or resolution are counted in ``dropped`` instead, and so is what cannot be
                 used of a folder; for files that cannot be opened there is a warning.
         """
+        if not os.fspath(source):
+            raise DataError("source is empty; give annotations or a folder of clips")
         found = _source(Path(source), limits or Limits())
         if index is None:
             numbers, texts = pa.BufferOutputStream(), pa.BufferOutputStream()
@@ -560,7 +562,7 @@ def _look(folder: Path, path: Path, limits: Limits) -> dict[str, Any] | tuple[st
         return _UNREADABLE, str(error)
     if not info.frames or not info.fps:
         return _UNREADABLE, f"{name!r}: does not say how many frames it has, or how many a second"
-    if not info.fps <= _FASTEST:
+    if not info.fps <= FASTEST:
         return _UNREADABLE, f"{name!r}: {float(info.fps):.0f} frames a second are too many"
     height, width = info.upright()
     return {
@@ -674,8 +676,8 @@ def _part(record: dict[str, Any], where: str) -> tuple[int, int]:
 
 def _fps(record: dict[str, Any], where: str) -> float:
     fps = 24 if record.get("fps") is None else record["fps"]
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= 1000:
-        raise DataError(f"{where}: fps must be above 0 and at most 1000, got {fps!r}")
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= FASTEST:
+        raise DataError(f"{where}: fps must be above 0 and at most {FASTEST}, got {fps!r}")
     return float(fps)
 
 
