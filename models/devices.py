@@ -15,7 +15,7 @@ def chosen(device: str | None, *, setting: str) -> torch.device:
     Raises:
         ValueError: if there is no such device here.
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
         made = torch.device(kind)
     except RuntimeError as error:

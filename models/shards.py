@@ -89,12 +89,20 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def refuse_existing(path: str | os.PathLike[str]) -> None:
-    """Raise ValueError unless a folder can be made at ``path``."""
+    """Raise ValueError unless a folder can be made at ``path``, by trying it under another name."""
     if os.path.lexists(path):
         raise ValueError(f"{path} exists; give a new name, or remove it first")
-    parent = Path(os.path.abspath(path)).parent
+    parent, name = Path(os.path.abspath(path)).parent, Path(os.path.abspath(path)).name
     if not parent.is_dir():
         raise ValueError(f"{parent} is no folder, so {path} cannot be made; make it first")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be made: {error.strerror}; choose another place, or see that it may be "
+            "written to"
+        ) from error
 
 
 def write(

@@ -9,6 +9,13 @@ from typing import Any
 from diffusers import ConfigMixin, ModelMixin
 
 
+def check_sizes(**sizes: int) -> None:
+    """ValueError unless each is a whole number above 0."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a whole number above 0, got {size!r}")
+
+
 class StrictModelMixin(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' are untyped
     """diffusers' ``ModelMixin`` and ``ConfigMixin``, which by themselves warn and go on.
 
@@ -21,6 +28,7 @@ class StrictModelMixin(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
 
         Raises:
             FileNotFoundError: if ``path`` is no folder with a ``config.json``.
+            ValueError: if that holds no config.
         """
         local = kwargs.setdefault("local_files_only", True)
         folder = os.path.join(path, kwargs.get("subfolder") or "")
@@ -29,7 +37,10 @@ class StrictModelMixin(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
                 f"{os.path.normpath(folder)}/config.json is not there; give the folder of a "
                 f"{cls.__name__}"
             )
-        return super().load_config(path, *args, **kwargs)
+        found = super().load_config(path, *args, **kwargs)
+        if not isinstance(found[0] if isinstance(found, tuple) else found, dict):
+            raise ValueError(f"{os.path.normpath(folder)}/config.json holds no table of settings")
+        return found
 
     @classmethod
     def from_config(cls, config: Any = None, **kwargs: Any) -> Any:
@@ -53,9 +64,12 @@ class StrictModelMixin(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
 
         Raises:
             FileNotFoundError: if ``path`` is no folder with a ``config.json``.
-            ValueError: with the first ten keys that are missing, unexpected or misshapen.
+            ValueError: with the first ten keys that are missing, unexpected or misshapen, or if
+                ``path`` is a file.
         """
         kwargs.setdefault("local_files_only", True)
+        if os.path.isfile(path):
+            raise ValueError(f"{path} is a file; give the folder of a {cls.__name__} that holds it")
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
         wrong = [f"{kind}: {list(keys)[:10]}" for kind, keys in info.items() if keys]

@@ -162,15 +162,9 @@ class TextEncoders:
             raise ValueError("prompts is empty; give at least one, '' for none in particular")
         if "{prompt}" not in template:
             raise ValueError(f"template must contain {{prompt}}, got {template!r}")
-        for prompt in prompts:
+        for prompt in prompts:  # before any of them is cleaned
             check_text(prompt)
-        texts = [clean(prompt) if clean_caption else prompt for prompt in prompts]
-        for prompt, text in zip(prompts, texts, strict=True):
-            if prompt.strip() and not text:
-                raise ValueError(
-                    f"cleaning leaves nothing of prompt {prompt!r}; say it in English, or pass "
-                    "clean_caption=False"
-                )
+        texts = [cleaned(prompt) if clean_caption else prompt for prompt in prompts]
         rows = [self._row(template.replace("{prompt}", text)) for text in texts]
         lengths = torch.tensor([len(text) for text, _ in rows])
         return TextEmbeddings(
@@ -221,6 +215,18 @@ def clean(prompt: str) -> str:
     for pattern, replacement in _CLEANING:
         text = pattern.sub(replacement, text)
     return text.strip()
+
+
+def cleaned(prompt: str) -> str:
+    """As :func:`clean`; ValueError if that leaves nothing of a prompt, or it is no text."""
+    check_text(prompt)
+    text = clean(prompt)
+    if prompt.strip() and not text:
+        raise ValueError(
+            f"cleaning leaves nothing of prompt {prompt!r}; say it in English, or pass "
+            "clean_caption=False"
+        )
+    return text
 
 
 def check_text(prompt: str) -> None:

@@ -549,6 +549,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _data_check(options: argparse.Namespace) -> None:
+    from skiparse.models.data.atomic import check_writable
     from skiparse.models.data.buckets import assign, without_minority
     from skiparse.models.data.manifest import Manifest
     from skiparse.models.train.config import load
@@ -557,12 +558,13 @@ def _data_check(options: argparse.Namespace) -> None:
         raise ValueError("--stage is of a --config; give that too")
     stage = None
     if options.config is not None:
-        needed = ["--out", "unused", "--source", options.source, "--vae", "", "--text", ""]
+        needed = [f"--{name}=unused" for name in ("out", "source", "vae", "text")]
         stages = load(options.config, needed).stages
         name = options.stage or list(stages)[-1]
         if name not in stages:
             raise ValueError(f"{name} is no stage; take one of {', '.join(stages)}")
         stage = stages[name]
+    check_writable(options.out)
     manifest = Manifest.open(options.source, limits=_limits(options))
     buckets = None
     if stage is not None:

@@ -98,6 +98,12 @@ def test_the_shape_follows_the_source(source: tuple[int, int], expected: Any) ->
     assert got == (expected if isinstance(expected, str) else (1, *expected))
 
 
+def test_an_aspect_is_height_by_width() -> None:
+    rule = Rule(max_pixels=65536, min_aspect=1.0, max_aspect=1.8)
+    assert shape((480, 270, 1, 0.0), rule) == (1, 256, 144)
+    assert shape((270, 480, 1, 0.0), rule) == "aspect out of range"
+
+
 def test_min_pixels_is_a_quarter_if_not_given() -> None:
     rule = Rule(max_pixels=65536, five_ratios=False)
     assert shape((128, 128, 1, 0.0), rule) == (1, 128, 128)
@@ -317,6 +323,8 @@ def test_a_clip_is_in_the_bucket_of_its_shape_in_every_part_of_a_large_manifest(
     assert parts.shapes == whole.shapes == tuple(sorted(set(whole.shapes)))
     assert np.array_equal(parts.bucket, whole.bucket)
     assert parts.dropped == whole.dropped
+    assert parts.examples == whole.examples
+    assert max(map(max, whole.examples.values())) > 20
     assert len(whole.shapes) > 10
 
 

@@ -459,12 +459,22 @@ def test_a_lost_part_of_the_index(folder, manifest, encoders):
     assert contents(folder) == expected
 
 
+def sealed(about):
+    rest = {name: value for name, value in about.items() if name != "seal"}
+    return {**rest, "seal": atomic.seal(rest)}
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda about: about | {"schema": 0},
         lambda about: {"schema": about["schema"]},
         lambda about: [about],
+        lambda about: about | {"rows": 3},
+        lambda about: about | {"shapes": about["shapes"][1:]},
+        lambda about: about | {"seal": "0" * 64},
+        lambda about: sealed(about | {"schema": 2}),
+        lambda about: sealed(about | {"more": 1}),
     ],
 )
 def test_what_is_no_cache(folder, manifest, encoders, change):
@@ -475,14 +485,18 @@ def test_what_is_no_cache(folder, manifest, encoders, change):
         lambda: verify(folder),
         lambda: make(folder, manifest, encoders),
     ):
-        with pytest.raises(CacheError, match=r"cache.json is damaged, or not of schema 2"):
+        with pytest.raises(CacheError, match=r"cache.json is damaged, or not of schema 3"):
             use()
 
 
 def test_no_cache_at_all(tmp_path, manifest, encoders):
-    for use in (Cache, verify):
-        with pytest.raises(CacheError, match="is no cache"):
-            use(tmp_path)
+    for text in (None, "", "[" * 10**5, "\0"):
+        if text is not None:
+            (tmp_path / "cache.json").write_text(text)
+        for use in (Cache, verify):
+            with pytest.raises(CacheError, match="is no cache"):
+                use(tmp_path)
+    (tmp_path / "cache.json").unlink()
     (tmp_path / "thesis.tex").write_text("years of work")
     (tmp_path / ".thesis.tmp").write_text("hours of work")
     with pytest.raises(CacheError, match="holds something else than a cache"):

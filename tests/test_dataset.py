@@ -132,6 +132,17 @@ def test_the_training_rate(tmp_path: Path, fps: int, frames: int, expected: Any)
     assert numbers(data[Place(0, 0, 0)]) == list(expected)
 
 
+def test_windows_of_faster_files(tmp_path: Path) -> None:
+    """They begin where the key says, in frames of the file, and reach to its last."""
+    write(tmp_path / "a.mkv", 60, 50)
+    write(tmp_path / "b.mkv", 14, 40)
+    data = clips(tmp_path, [record("a.mkv", 60, 50), record("b.mkv", 14, 40)])
+    for step in range(5):
+        clip = data[Place(step, 0, 0)]
+        assert numbers(clip) == list(range(first_of(clip), first_of(clip) + 17, 2))
+    assert {first_of(data[Place(step, 0, 1)]) for step in range(10)} == {0, 1}  # 0 to 12, 1 to 13
+
+
 def test_a_rate_that_is_nearly_the_training_rate_is_taken_as_it_is(tmp_path: Path) -> None:
     """Frames at 24.08 a second from 24 would repeat one now and then."""
     write(tmp_path / "a.mkv", 60, 24)
@@ -280,6 +291,7 @@ def test_a_bad_file_is_replaced_and_written_down(tmp_path: Path) -> None:
     again = data[Place(0, 0, 7)]
     assert again.key == clip.key
     assert len({data[Place(step, 0, 7)].place.row for step in range(5)}) > 1
+    assert len({data[Place(0, index, 7)].place.row for index in range(5)}) > 1
     (line,) = (tmp_path / "bad.jsonl").read_text().splitlines()  # once, however often it is met
     entry = json.loads(line)
     assert entry["path"] == str(tmp_path / "bad.mkv")

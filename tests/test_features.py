@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 from test_text import save, tiny_encoders  # after the check for the extra
 
-from skiparse.models.data.draws import Place
+from skiparse.models.data.draws import Place, Use, numbers, stage_seed, torch_numbers
 from skiparse.models.data.features import Encoders, Features, Text, collate, digest
 from skiparse.models.text import TextEncoders
 from skiparse.models.wfvae.model import WFVAE
@@ -198,6 +198,18 @@ def test_a_sample_draws_the_same_in_any_batch():
     assert len({row.flatten()[0].item() for row in whole.latents}) == 4
 
 
+def test_numbers_for_different_uses_never_meet():
+    """Nor those of another seed, step or place."""
+    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    given = [(*place, use) for place in places for use in Use.__members__.values()]
+    assert len({numbers(*each).random() for each in given}) == len(given) == 40
+    drawn = {torch.rand((), generator=torch_numbers(*each)).item() for each in given}
+    assert len(drawn) == len(given)
+    seeds = {int(numbers(*each).integers(2**63)) for each in given}
+    assert seeds == {torch_numbers(*each).initial_seed() for each in given}
+    assert len({stage_seed(seed, stage) for seed in range(3) for stage in range(3)}) == 9
+
+
 def test_latents_are_the_mean_or_samples_of_the_posterior():
     made = [
         replace(feature(Place(0, i, 0)), mean=torch.full((2, 2, 2, 2), 3.0),
@@ -220,6 +232,10 @@ def test_captions_are_chosen_and_dropped_as_often_as_they_should():
     for value, share in ((-1, drop), *((i, (1 - drop) / 3) for i in range(3))):
         error = (count * share * (1 - share)) ** 0.5
         assert abs((values == value).sum() - count * share) < 4 * error
+    for value, (step, index, _) in zip(values.tolist()[:300], batch.places, strict=False):
+        dropped = numbers(3, step, index, Use.DROP).random() < drop
+        choice = numbers(3, step, index, Use.CAPTION).integers(3)  # of a stream of its own
+        assert value == (-1 if dropped else choice)
     pairs = list(itertools.pairwise((values == -1).tolist()))
     assert sum(a and b for a, b in pairs) < 2 * count * drop**2  # neighbours drop independently
     assert (collate(made[:100], seed=3, drop=0).pooled >= 0).all()

@@ -8,8 +8,10 @@ import os
 import pickle
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,16 +200,20 @@ def test_sources_that_make_no_sense(tmp_path: Path) -> None:
     check(".,gone.json", "data.txt", r"data\.txt:1: .*gone\.json does not exist")
     check(".,data.txt", "data.txt", r"data\.txt:1: annotations must be \.json or \.jsonl")
     check("\n", "data.txt", r"data\.txt is empty")
-    check(b"\xff", "data.txt", r"data\.txt is not UTF-8")
+    check(b"\xff", "data.txt", r"data\.txt:1 is not utf-8")
     check("{}", "a.json", r"a\.json must hold an array of records, got dict")
     check("[", "a.json", r"a\.json: no JSON")
     check("[" * 10**5, "a.json", r"a\.json: no JSON")
     check("\n{}x", "a.jsonl", r"a\.jsonl:2: no JSON")
     check("5", "a.jsonl", r"a\.jsonl:1: expected a record, got int")
-    check(b"\xff", "a.jsonl", r"a\.jsonl:1: no JSON")
+    check("[]", "a.json", r"no clip in .*/a\.json: no records$")
+    check("\n", "a.jsonl", r"no clip in .*/a\.jsonl: no records$")
+    check(b"\xff", "a.jsonl", r"a\.jsonl:1 is not utf-8")
     check("", "a.csv", r"annotations must be \.json or \.jsonl")
     with pytest.raises(DataError, match=r"gone does not exist"):
         Manifest.open(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"source is empty"):  # and not where one happens to be
+        Manifest.open("")
 
 
 # A folder.
@@ -554,6 +560,121 @@ def test_an_index_whose_making_was_interrupted_is_made_again(
     assert not list(index.glob(".*"))
     write(source, [VIDEO, VIDEO])
     assert len(Manifest.open(source, index=index)) == 2
+
+
+def _flipped(path: Path, at: float) -> None:
+    """One bit of it, that far into it."""
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data))] ^= 4
+    path.write_bytes(data)
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+    (path / "mine").write_text("kept")
+
+
+def _loop(path: Path) -> None:
+    """What cannot be opened by anybody."""
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "cut short": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "its last bytes": lambda path: os.truncate(path, path.stat().st_size - 2),
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    **{f"a bit at {at}": partial(_flipped, at=at) for at in (0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999)},
+    "no text": lambda path: path.write_bytes(b"\xff" * 9),
+    "other JSON": lambda path: path.write_text("5"),
+    "an empty table": lambda path: path.write_text("{}"),
+    "too deep": lambda path: path.write_text("[" * 10**5),
+    "a folder": _folder,
+    "nothing to open": _loop,
+}
+
+
+@pytest.mark.parametrize("name", ["about.json", "numbers.arrow", "texts.arrow"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_index_is_named_and_made_anew(
+    tmp_path: Path, built: list[int], name: str, damage: str
+) -> None:
+    source, index = write(tmp_path / "a.jsonl", [VIDEO, IMAGE]), tmp_path / "index"
+    sound = Manifest.open(source, index=index)
+    right, print_ = [sound.record(row) for row in range(2)], sound.fingerprint
+    DAMAGE[damage](index / name)
+    with pytest.warns(UserWarning, match=rf"^{re.escape(str(index / name))} .* made anew$") as told:
+        again = Manifest.open(source, index=index)
+    assert len(told) == 1
+    assert "\n" not in str(told[0].message)
+    assert ([again.record(row) for row in range(2)], again.fingerprint) == (right, print_)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(Manifest.open(source, index=index)) == 2
+    assert len(built) == 2
+    kept = [path.read_text() for path in index.glob(f"{name}.*.aside/mine")]
+    assert kept == (["kept"] if damage == "a folder" else [])
+
+
+def test_what_an_index_lacks_is_made_anew(tmp_path: Path, built: list[int]) -> None:
+    """With a warning where the rest says that it was there; other formats are no damage."""
+    source, index = write(tmp_path / "a.jsonl", [VIDEO, IMAGE]), tmp_path / "index"
+    for name in ("numbers.arrow", "texts.arrow"):
+        Manifest.open(source, index=index)
+        (index / name).unlink()
+        with pytest.warns(UserWarning, match=rf"{name} cannot be read \(No such file"):
+            assert len(Manifest.open(source, index=index)) == 2
+    (index / "texts.arrow").write_bytes((index / "numbers.arrow").read_bytes())
+    with pytest.warns(UserWarning, match=r"texts\.arrow is not as it was written"):
+        assert len(Manifest.open(source, index=index)) == 2
+    assert len(built) == 4
+    before = {"roots": [], "dropped": {}, "fingerprint": "x", "stamp": [2, "x"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_json(index / "about.json", before)
+        assert len(Manifest.open(source, index=index)) == 2
+        (index / "about.json").unlink()
+        assert len(Manifest.open(source, index=index)) == 2
+    (index / "lock").unlink()
+    (index / "lock").mkdir()
+    assert len(Manifest.open(source, index=index)) == 2
+    assert len(built) == 6
+
+
+def test_an_index_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [VIDEO])
+    for index in (source, source / "below"):
+        with pytest.raises(DataError, match=rf"index={re.escape(str(index))} cannot be written"):
+            Manifest.open(source, index=index)
+    assert len(Manifest.open(source)) == 1  # and was not touched
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_damaged_lists_are_errors_with_their_place(tmp_path: Path, indexed: bool) -> None:
+    """For nobody can make them anew; and what cannot be opened is one too."""
+
+    def check(data: bytes, name: str, message: str) -> None:
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match=rf"^{re.escape(str(tmp_path / name))}{message}"):
+            Manifest.open(tmp_path / name, index=tmp_path / "index" if indexed else None)
+
+    row = json.dumps(VIDEO)
+    check(f"{row}\n{row[:-5]}\n{row}\n".encode(), "a.jsonl", ":2: no JSON: ")
+    check(f"{row}\n{row}\n".encode() + b'{"path": "\xff"}', "a.jsonl", ":3 is not utf-8: ")
+    check(f"[{row},\n{row},\n{row[:9]}".encode(), "a.json", ": no JSON: .* line 3 ")
+    check(f"[{row},\n{row},\n".encode() + b'"\xff"]', "a.json", ":3 is not utf-8: ")
+    check(f"{row}\n{row}\n{row}".encode("utf-16")[:-1], "a.jsonl", ":3 is not utf-16.*: truncated")
+    twice = row[:-1] + ', "cap": "another"}'
+    check(f"{row}\n{twice}\n".encode(), "a.jsonl", ":2: no JSON: 'cap' is there twice")
+    check(f"[{twice}]".encode(), "a.json", ": no JSON: 'cap' is there twice")
+    check(b".,a.json\n.,\xff\n", "data.txt", ":2 is not utf-8: ")
+    check(b".,a.json\n\n.,a.json\0\n", "data.txt", ":3 is not utf-8: NUL in it")
+    for name in ("b.json", "b.jsonl", "b.txt"):
+        (tmp_path / name).symlink_to("/proc/self/mem")  # a file of which nobody can read a byte
+        with pytest.raises(DataError, match=rf"{name} cannot be read: Input/output error"):
+            Manifest.open(tmp_path / name)
 
 
 def test_columns_are_mapped_not_read(tmp_path: Path) -> None:

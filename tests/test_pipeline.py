@@ -352,6 +352,23 @@ def test_arguments_that_make_no_sense(pipe, change, message):
         pipe(**{"prompt": "a cat", **SIZE, **change})
 
 
+def test_both_prompts_are_cleaned_or_neither(pipe, monkeypatch):
+    asked, real = [], pipe.text.encode
+
+    def encode(prompt, **options):
+        asked.append((prompt, options))
+        return real(prompt, **options)
+
+    monkeypatch.setattr(pipe.text, "encode", encode)
+    for clean in (True, False):
+        pipe("A Cat", negative_prompt="A Dog", clean_caption=clean, **SIZE)
+        assert asked == [
+            ("A Cat", {"template": TEMPLATE, "clean_caption": clean}),
+            ("A Dog", {"clean_caption": clean}),
+        ]
+        asked.clear()
+
+
 def sample(saved, *arguments):
     sizes = ["--height", "32", "--width", "48", "--steps", "2", "--device", "cpu"]
     return main(["sample", "--model", str(saved), *sizes, *map(str, arguments)])
@@ -465,6 +482,7 @@ def test_sample_writes_nothing_that_is_not_finite(saved, tmp_path, capsys, monke
         (["--dtype", "int8"], "--dtype int8: give float32"),
         (["--device", "mps"], "--device mps: models run on cpu and cuda alone"),
         (["--device", "gpu"], "--device gpu: give cpu, cuda or cuda:1"),
+        (["--device", ""], "--device : give cpu, cuda or cuda:1"),
         (["--seed", "-1"], "--seed -1: give a number from 0"),
         (["--seed", str(2**63)], "give a number from 0, below 2**63"),
         (["--negative", "\udcff"], "holds U+DCFF, which is no character"),

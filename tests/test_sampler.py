@@ -141,6 +141,9 @@ def test_seeds_and_epochs_differ() -> None:
     assert buckets[0] != buckets[1] != buckets[2] != buckets[0]
     batches = [{frozenset(run[i : i + 3]) for i in range(0, 60, 3)} for run in runs]
     assert batches[0] != batches[1] != batches[2] != batches[0]
+    for groups in batches:  # and so do buckets of as many samples
+        first = {group for group in groups if min(group) < 30}
+        assert first != {frozenset(row - 30 for row in group) for group in groups - first}
 
 
 def test_the_filling_of_a_batch_repeats_none_of_it() -> None:
@@ -173,6 +176,7 @@ def test_batches_by_a_budget_of_tokens() -> None:
     shapes = [(1, 256, 256), (1, 144, 256), (33, 256, 256), (121, 576, 1024)]
     assert token_batches(shapes, 2560) == [10, 17, 2, 1]
     assert token_batches([(17, 64, 64)], 100, patch=(8, 32, 32)) == [100 // (3 * 4)]
+    assert token_batches([(8, 16, 16), (16, 16, 16)], 6) == [6, 3]
     with pytest.raises(ValueError, match="budget must be at least 1 token, got 0"):
         token_batches(shapes, 0)
 

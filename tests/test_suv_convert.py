@@ -461,7 +461,7 @@ def test_key_chooses(tiny, tmp_path):
     assert holds(tmp_path / "out", tiny)
 
 
-def test_what_exists_is_never_touched(tiny, tmp_path):
+def test_what_exists_is_never_touched(tiny, tmp_path, monkeypatch):
     torch.save(tiny, tmp_path / "in.pt")
     for make in (Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")):
         make(tmp_path / "out")
@@ -472,6 +472,11 @@ def test_what_exists_is_never_touched(tiny, tmp_path):
         os.rename(tmp_path / "out", tmp_path / f"kept{before.st_ino}")
     with pytest.raises(ValueError, match="is no folder, so"):
         convert.convert_file(tmp_path / "in.pt", tmp_path / "no" / "out")
+    monkeypatch.setattr(
+        convert.checkpoints, "read", None
+    )  # what cannot be made is said before any work
+    with pytest.raises(ValueError, match="x cannot be made: File name too long; choose another"):
+        convert.convert_file(tmp_path / "in.pt", tmp_path / ("x" * 300))
 
 
 def test_a_full_disk_leaves_nothing(tiny, tmp_path, monkeypatch):

@@ -23,16 +23,19 @@ from test_text import save, tiny_encoders
 
 from skiparse import cli
 from skiparse.models import flow
+from skiparse.models.data import draws
 from skiparse.models.data import features as features_module
-from skiparse.models.data.buckets import Rule
-from skiparse.models.data.manifest import Manifest
+from skiparse.models.data.buckets import Rule, assign
+from skiparse.models.data.dataset import Clips
+from skiparse.models.data.manifest import DataError, Manifest
+from skiparse.models.data.sampler import BucketBatchSampler
 from skiparse.models.data.video import Limits
 from skiparse.models.data.writer import write_video
-from skiparse.models.pipeline import SUVPipeline
+from skiparse.models.pipeline import SUVPipeline, SUVPipelineOutput
 from skiparse.models.suv.model import SUV
 from skiparse.models.train import guards, loop
 from skiparse.models.train import log as log_module
-from skiparse.models.train.checkpoint import CheckpointError, Checkpoints
+from skiparse.models.train.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from skiparse.models.train.clip import AdaptiveGradClipper
 from skiparse.models.train.config import Config, Optimizer, Samples, Stage, load
 from skiparse.models.train.loop import train
@@ -142,6 +145,8 @@ def test_the_stages_are_walked(whole):
     assert about["stage"] == "video"
     assert about["model"]["skip_connection"] is True
     assert about["model"]["sparsity"] == list(SUV.presets["tiny"]["sparsity"])
+    assert sum(about["clipper"]["counts"].values()) == 9  # of the whole run
+    assert about["clipper"]["fed"] == 4  # since the last stage began
     assert [path.name for path in (whole / "samples").iterdir()] == ["step-00000006-0.mp4"]
     assert list((whole / "tensorboard").iterdir())
 
@@ -165,6 +170,27 @@ def test_the_conversion_carries_weights_and_average(source, tmp_path):
         elif name.startswith("ema."):
             expected = before[name].lerp(before[f"model{name[3:]}"], 0.5)
             torch.testing.assert_close(after[name], expected)
+
+
+def read_by_hand(config, stage, seed):
+    """The micro-batches of each step of a stage, of public functions."""
+    manifest = Manifest.open(config.source)
+    buckets = assign(manifest, stage.rule, seed)
+    clips = Clips(manifest, buckets, stage.rule, seed=seed)
+    encoders = features_module.Encoders.from_pretrained(config.vae, config.text)
+    sampler = BucketBatchSampler(
+        buckets.bucket,
+        stage.global_batch // stage.accumulate,
+        accumulate=stage.accumulate,
+        seed=seed,
+        stop=stage.steps,
+    )
+    options = {"seed": seed, "drop": config.drop, "mode": config.posterior}
+    micros = [
+        features_module.collate([encoders.features(clips[place]) for place in places], **options)
+        for places in sampler
+    ]
+    return [micros[i : i + stage.accumulate] for i in range(0, len(micros), stage.accumulate)]
 
 
 def by_hand(config, stage, batches, seed):
@@ -212,7 +238,7 @@ def by_hand(config, stage, batches, seed):
         decision = clipper.clip_(list(model.parameters()))
         assert decision.action != "skip"
         norms.append(decision.norm)
-        optimizer.param_groups[0]["lr"] = stage.learning_rate
+        optimizer.param_groups[0]["lr"] = stage.learning_rate * (1 / 2, 1)[step]  # warm-up
         optimizer.step()
         optimizer.zero_grad()
         for name, x in model.state_dict().items():
@@ -223,13 +249,17 @@ def by_hand(config, stage, batches, seed):
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_steps_equal_steps_written_out(source, tmp_path, monkeypatch, accumulate, processes):
+    # Of one frame out of nine; or of clips that are too short, of which chance takes a part.
+    wanted = rule(1) if accumulate == 1 else rule(17, min_frames=9, drop_short=0.5)
     stage = Stage(
-        steps=2, rule=rule(1), learning_rate=2e-3, global_batch=4, accumulate=accumulate,
+        steps=2, rule=wanted, learning_rate=2e-3, global_batch=4, accumulate=accumulate, warmup=1,
         sparsity=(1,) * 5, skip_connection=False,
     )  # fmt: skip
     # With a tiny eps of the optimiser, gradients of nearly 0 would make a step of their rounding.
-    settings = Optimizer(eps=1e-4)
-    given = config(source, tmp_path / "one", stages={"only": stage}, optimizer=settings, ema=0.75)
+    given = config(
+        source, tmp_path / "one", stages={"only": stage}, optimizer=Optimizer(eps=1e-4), ema=0.75,
+        seed=3, drop=0.5, posterior="sample" if accumulate == 1 else "mean",
+    )  # fmt: skip
     seen, seeds, real = [], set(), loop.loss_of
 
     def seeing(net, batch, seed, config):
@@ -239,8 +269,12 @@ def test_steps_equal_steps_written_out(source, tmp_path, monkeypatch, accumulate
 
     monkeypatch.setattr(loop, "loss_of", seeing)
     train(given)
-    assert len(seen) == 2 * accumulate
-    batches = [seen[:accumulate], seen[accumulate:]]
+    assert seeds == {draws.stage_seed(3, 0)}
+    batches = read_by_hand(given, stage, *seeds)
+    for found, right in zip(seen, [micro for step in batches for micro in step], strict=True):
+        assert (found.keys, found.places) == (right.keys, right.places)
+        for name in ("latents", "text", "text_mask", "pooled"):
+            assert torch.equal(getattr(found, name), getattr(right, name)), name
     weights, average, norms = by_hand(given, stage, batches, *seeds)
     if processes == 2:
         two = dataclasses.replace(given, out=str(tmp_path / "two"))
@@ -255,6 +289,57 @@ def test_steps_equal_steps_written_out(source, tmp_path, monkeypatch, accumulate
                 assert torch.equal(found[f"{kind}.{name}"], x), f"{kind}.{name}"
             else:  # summed in another order
                 torch.testing.assert_close(found[f"{kind}.{name}"], x)
+
+
+def test_each_stage_has_its_own(source, tmp_path, monkeypatch):
+    """Seed, rates, sparsity and checkpointing, also when a run goes on within it."""
+    seen, averages, real = [], [], loop.loss_of
+
+    def seeing(net, batch, seed, config):
+        seen.append((seed, net.config.sparsity, net.checkpointing))
+        return real(net, batch, seed, config)
+
+    monkeypatch.setattr(loop, "loss_of", seeing)
+    monkeypatch.setattr(
+        loop, "make_samples", lambda *given: averages.append(given[3].config.sparsity)
+    )
+    sparse, own = (1, 2, 2, 2, 1), {"checkpointing": "block", "then": {1: 5e-4}, "steps": 1}
+    first = dataclasses.replace(stages()["image"], steps=1)
+    second = dataclasses.replace(stages()["suv"], sparsity=sparse, **own)
+    given = config(
+        source, tmp_path, stages={"a": first, "b": second}, seed=3,
+        samples=Samples(every=1, prompts=("a",), shape=(1, *SIZE)),
+    )  # fmt: skip
+    train(given)
+    longer = {"a": first, "b": dataclasses.replace(second, steps=2)}
+    train(dataclasses.replace(given, stages=longer))
+    assert seen == [
+        (draws.stage_seed(3, 0), (1,) * 5, ("none",) * 5),
+        *[(draws.stage_seed(3, 1), sparse, ("block",) * 5)] * 2,
+    ]
+    assert averages == [(1,) * 5, sparse, sparse]
+    assert [row["learning_rate"] for row in rows(tmp_path)] == [2e-3, 2e-3, 5e-4]
+
+
+def test_samples_are_of_the_averaged_weights(source, tmp_path, monkeypatch):
+    """Each prompt with noise of its own, the same every time, and as the config says."""
+    calls = []
+
+    def called(self, prompt, *, generator, **options):
+        weights = {name: x.clone() for name, x in self.transformer.state_dict().items()}
+        calls.append((prompt, generator.initial_seed(), options, weights))
+        return SUVPipelineOutput(torch.zeros(1, 1, *SIZE, 3, dtype=torch.uint8))
+
+    monkeypatch.setattr(SUVPipeline, "__call__", called)
+    samples = Samples(every=1, prompts=("a", "b"), shape=(1, *SIZE), steps=2, guidance=3.0)
+    only = {"image": dataclasses.replace(stages()["image"], steps=1)}
+    train(config(source, tmp_path, stages=only, samples=samples, seed=3))
+    found, options = tensors(tmp_path), {"num_frames": 1, "height": SIZE[0], "width": SIZE[1]}
+    options |= {"num_inference_steps": 2, "guidance_scale": 3.0}
+    assert [call[:3] for call in calls] == [("a", 3, options), ("b", 4, options)]
+    for name, x in calls[0][3].items():
+        assert torch.equal(x, found[f"ema.{name}"]), name
+    assert any(not torch.equal(x, found[f"model.{name}"]) for name, x in calls[0][3].items())
 
 
 @pytest.mark.full  # a minute of compiling
@@ -427,7 +512,7 @@ def test_another_number_of_processes_continues_the_same_order(source, whole, tmp
 def test_training_from_a_cache_is_training_on_line(source, tmp_path):
     """Clips as long as the rule wants leave nothing to chance but what comes after the encoders."""
     cache = pytest.importorskip("skiparse.models.data.cache")
-    only = {"video": stages()["video"]}
+    only = {"video": dataclasses.replace(stages()["video"], rule=rule(9, minority=1))}
     online = config(source, tmp_path / "online", stages=only)
     train(online)
     encoders = features_module.Encoders.from_pretrained(source / "vae", source / "text")
@@ -444,7 +529,11 @@ def test_training_from_a_cache_is_training_on_line(source, tmp_path):
     )
     train(held)
     assert_same(online.out, held.out)
-    other = {"video": dataclasses.replace(only["video"], rule=rule(9, fps=12))}
+    few = {"video": dataclasses.replace(only["video"], global_batch=8)}
+    for given in (online, held):
+        with pytest.raises(DataError, match="no bucket has the 1 global batches of 8 samples"):
+            train(dataclasses.replace(given, stages=few, out=str(tmp_path / "few")))
+    other = {"video": dataclasses.replace(only["video"], rule=rule(9, fps=12, minority=1))}
     with pytest.raises(ValueError, match="was built by another rule"):
         train(dataclasses.replace(held, stages=other, out=str(tmp_path / "new")))
 
@@ -465,6 +554,23 @@ def test_a_step_that_is_not_finite_is_skipped(source, tmp_path, monkeypatch, at)
     assert len(found[at]["keys"]) == 4
     assert all(torch.isfinite(x).all() for x in tensors(tmp_path).values())
     assert Checkpoints(tmp_path / "checkpoints").latest().about["clipper"]["counts"]["skip"] == 1
+
+
+def test_a_skipped_step_moves_nothing(source, tmp_path, monkeypatch):
+    calls, real = iter(range(100)), loop.loss_of
+    monkeypatch.setattr(
+        loop, "loss_of", lambda *a: real(*a) * (float("nan") if next(calls) == 3 else 1)
+    )
+    only = {"image": dataclasses.replace(stages()["image"], steps=2, accumulate=2)}
+    train(config(source, tmp_path, stages=only, save_every=1))
+    assert [row["action"] == "skip" for row in rows(tmp_path)] == [False, True]
+    assert len(set(rows(tmp_path)[1]["keys"])) == 4  # of both micro-batches
+    before, after = (
+        Checkpoint.at(tmp_path / "checkpoints" / f"step-{step:08d}").read("") for step in (1, 2)
+    )
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
+    averages = [name for name in before if name.startswith("ema.")]  # which are on their way
+    assert any(not torch.equal(before[name], before[f"model{name[3:]}"]) for name in averages)
 
 
 def test_fifty_of_them_stop_the_run(source, tmp_path, monkeypatch):
@@ -629,6 +735,13 @@ def test_half_precision_and_checkpointing(source, whole, tmp_path):
     assert {x.dtype for x in tensors(tmp_path / "b").values()} == {torch.float32}
 
 
+def test_an_out_that_cannot_be_made_is_named(source, tmp_path):
+    (tmp_path / "file").touch()
+    for out, what in (("file", "file is a file"), ("x" * 300, "File name too long")):
+        with pytest.raises(ValueError, match=f"cannot be written: .*{what}"):
+            train(config(source, tmp_path / out))
+
+
 def test_one_run_at_a_time(source, tmp_path):
     from filelock import FileLock
 
@@ -676,6 +789,8 @@ def test_other_data_is_not_the_same_run(source, whole, tmp_path):
         ({"model": {"text_channels": 8}}, "text_channels=8, but the text encoder has 24"),
         ({"model": {"pooled_channels": 8}}, "pooled_channels=8, but the text encoder has 20"),
         ({"model": {"depth": 8}}, "model has no depth"),
+        ({"model": {"num_heads": 0}}, "num_heads must be a whole number above 0, got 0"),
+        ({"model": {"pooled_channels": -1}}, "pooled_channels must be a whole number above 0"),
         ({"model": {"num_layers": (2, 2)}}, "model: .*num_layers"),
         ({"model": {"sparsity": (1, 2)}}, "model: .*sparsity"),
         ({"stages": {"a": dataclasses.replace(stages()["suv"], sparsity=(1, 2))}},
@@ -767,6 +882,13 @@ def test_data_check(source, tmp_path, capsys, monkeypatch):
     assert cli.main(["data", "check", str(tmp_path / "none")]) == 2
     assert cli.main(["data", "check", str(folder), "--limits.max_hold", "0"]) == 2
     assert "max_hold must be above 0" in capsys.readouterr().err
+
+    def never(*arguments, **options):
+        raise AssertionError("looked at the clips")
+
+    monkeypatch.setattr(Manifest, "open", never)
+    assert cli.main(["data", "check", str(folder), "--out", str(folder)]) == 2
+    assert "cannot be written: it is a folder" in capsys.readouterr().err
 
 
 def test_limits_are_settings(source, tmp_path):

@@ -123,6 +123,11 @@ def test_arguments_go_before_the_file(tmp_path):
         ({"stages": {"image": {"learning_rate": float("inf")}}}, "learning_rate must be above 0"),
         ({"stages": {"image": {"then": {-1: 1e-4}}}}, "then must begin at steps"),
         ({"stages": {"image": {"rule": {"fps": float("inf")}}}}, "fps must be above 0"),
+        ({"stages": {"image": {"rule": {"fps": 5000}}}}, "fps must be above 0 and at most 1000"),
+        ({"samples": {"guidance": 0.5}}, r"samples\.guidance must be at least 1, got 0\.5"),
+        ({"samples": {"prompts": ["a", "\u732b"]}}, "cleaning leaves nothing of prompt"),
+        ({"stages": {"image": {"source": ""}}}, "source is empty"),
+        ({"stages": {"image": {"cache": ""}}}, "cache is empty"),
     ],
 )  # fmt: skip
 def test_what_means_nothing_is_refused(tmp_path, change, message):
@@ -178,6 +183,38 @@ def test_the_same_stage_twice_is_refused(tmp_path):
     doubled = "".join(f"  {line}\n" for line in (stages + stages).splitlines())
     file.write_text(yaml.safe_dump(table) + "stages:\n" + doubled)
     with pytest.raises(ValueError, match=r"run.yaml is no YAML: 'image' is there twice"):
+        load(file, GIVEN)
+
+
+@pytest.mark.parametrize("name", ["out", "init", "vae", "text", "source", "cache"])
+def test_no_path_is_not_this_folder(name):
+    with pytest.raises(ValueError, match=f"{name} is empty; give a path, or leave it out"):
+        load("mini", [*GIVEN, f"--{name}", ""])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", ".", "..", "../x", "a/b", "/a", "a\\b", "a.b", "a b", "x\n", "\0", "-a", "n" * 65,
+     1, True, None],
+)  # fmt: skip
+def test_names_of_stages_are_names_of_files(tmp_path, name):
+    """And of settings on the command line, where a point would lead further."""
+    table = yaml.safe_load(CHAINS["mini"].read_text())
+    table["stages"] = {name: table["stages"]["image"]}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(table))
+    with pytest.raises(ValueError, match=r"stages: .* cannot be the name of one"):
+        load(file, GIVEN)
+    table["stages"] = {"V1_b-2é": next(iter(table["stages"].values()))}
+    file.write_text(yaml.safe_dump(table))
+    assert list(load(file, GIVEN).stages) == ["V1_b-2é"]
+
+
+@pytest.mark.parametrize("text", ["stages: [1, 2]", "stages: image", "stages: 3", "[1, 2]: 3"])
+def test_tables_that_are_none_are_refused(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"stages|is no YAML"):
         load(file, GIVEN)
 
 

@@ -338,6 +338,8 @@ def test_a_small_video_alone_is_not_convolved_slowly(channels):
 def test_saved_and_loaded(tmp_path):
     vae = small(shift=(1.0, 2.0, 3.0, 4.0), scale=(0.5,) * 4, haar_gain=0.3536)
     vae.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json is a file; give the folder of a WFVAE"):
+        WFVAE.from_pretrained(tmp_path / "config.json")
     again = WFVAE.from_pretrained(tmp_path)
     assert again.config.shift == (1.0, 2.0, 3.0, 4.0)
     video = torch.rand(1, 3, 9, 16, 16)
@@ -390,6 +392,9 @@ def test_what_it_cannot_take():
         vae.decode(torch.rand(1, 3, 2, 2, 2))
     with pytest.raises(ValueError, match="not finite"):
         vae.decode(torch.full((1, 4, 2, 2, 2), float("inf")))
+    for sizes in ({"base_channels": -8}, {"latent_channels": 0}, {"latent_channels": "4"}):
+        with pytest.raises(ValueError, match=r"_channels must be a whole number above 0, got"):
+            WFVAE(**sizes)
     with pytest.raises(ValueError, match="temporal_factor must be 4 or 8"):
         small(temporal_factor=2)
     with pytest.raises(ValueError, match="shift must have 4 values"):

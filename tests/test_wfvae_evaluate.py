@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -266,6 +267,19 @@ def test_bad_arguments_stop_before_any_work(model, clips, tmp_path):
         with pytest.raises(ValueError, match=message):
             evaluate.run(model, out=tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_out_that_cannot_be_written_stops_before_any_work(model, clips, tmp_path, monkeypatch):
+    def never(*arguments, **options):
+        raise AssertionError("worked")
+
+    monkeypatch.setattr(evaluate, "reconstruct", never)
+    (tmp_path / "file").touch()
+    (tmp_path / "out" / f"{Path(clips[1]).stem}.png").mkdir(parents=True)
+    given = {"clips": clips, "frames": 9, "size": (32, 40)}
+    for out, what in (("file", "is a file"), ("out", "it is a folder")):
+        with pytest.raises(ValueError, match=f"cannot be written: .*{what}"):
+            evaluate.run(model, out=tmp_path / out, **given)
 
 
 def test_the_command(model, clips, tmp_path, monkeypatch, capsys):

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skiparse.models.data.draws import Use, numbers
-from skiparse.models.data.manifest import DataError, Manifest
+from skiparse.models.data.manifest import FASTEST, DataError, Manifest
 from skiparse.models.data.report import NAMED
 
 RATIOS = ((9, 16), (3, 4), (1, 1), (4, 3), (16, 9))  # height : width
@@ -80,8 +80,8 @@ class Rule:
         for name in ("frames", "stride", "min_frames", "temporal_factor", "sequence_parallel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.fps < math.inf:
-            raise ValueError(f"fps must be above 0, got {self.fps}")
+        if not 0 < self.fps <= FASTEST:
+            raise ValueError(f"fps must be above 0 and at most {FASTEST}, got {self.fps}")
         if not 0 <= self.drop_short <= 1:
             raise ValueError(f"drop_short must be in [0, 1], got {self.drop_short}")
         if not 0 < self.min_aspect <= self.max_aspect < math.inf:

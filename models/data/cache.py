@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from skiparse.models.data.atomic import replacing, write_json
+from skiparse.models.data.atomic import replacing, seal, write_json
 from skiparse.models.data.buckets import Buckets, Rule, assign
 from skiparse.models.data.content import Content
 from skiparse.models.data.dataset import Clip, Clips
@@ -56,7 +56,7 @@ from skiparse.models.shards import inside
 
 ABOUT, NULL, SHARDS, INDEX, BAD = "cache.json", "null.safetensors", "shards", "index", "bad.jsonl"
 LOCK, MANIFEST, SCAN, SOURCE = "lock", "manifest", "scan.json", "clips"
-SCHEMA = 2  # of the folder and of all that its fingerprints do not tell, such as text cleaning
+SCHEMA = 3  # of the folder and of all that its fingerprints do not tell, such as text cleaning
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _ORIGIN = ("schema", "data", "rule", "seed", "encoders", "dtype")  # what must not change
@@ -164,7 +164,7 @@ def build(
         for row, clip, was in _readable(clips, missing, workers, folder / BAD, reasons):
             shards.add(encoders.features(clip), int(buckets.bucket[row]), was)
         shards.close()
-        write_json(folder / ABOUT, {**about, "clips": len(_index(folder))})
+        _write_about(folder, {**about, "clips": len(_index(folder))})
         _tell(folder, manifest.report(buckets), reasons)
     return folder
 
@@ -212,7 +212,7 @@ def verify(
         if replaced:
             found.append(Damage(SOURCE, "replaced since they were read", tuple(replaced.values())))
         if repair and found:
-            write_json(folder / ABOUT, {**about, "clips": None})
+            _write_about(folder, {**about, "clips": None})
             _forget(folder, replaced)
             for damage in found:
                 name = Path(damage.file).stem
@@ -348,7 +348,7 @@ def _begin(folder: Path, about: dict[str, Any]) -> None:
         path.name not in (LOCK, MANIFEST) and path.suffix != ".tmp" for path in folder.iterdir()
     ):
         raise CacheError(f"{folder} holds something else than a cache; take a new folder")
-    write_json(folder / ABOUT, about)
+    _write_about(folder, about)
     for place in (folder, folder / SHARDS, folder / INDEX):
         place.mkdir(exist_ok=True)
         for leftover in place.glob(".*.tmp"):
@@ -531,13 +531,18 @@ def _part(folder: Path, name: str) -> Path:
     return inside(folder, f"{INDEX}/{name}.parquet")
 
 
+def _write_about(folder: Path, about: Mapping[str, Any]) -> None:
+    write_json(folder / ABOUT, {**about, "seal": seal(about)})
+
+
 def _about(folder: Path) -> dict[str, Any]:
     path = folder / ABOUT
     try:
         about = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CacheError(f"{folder} is no cache: {path}: {error}; build one") from error
-    if not isinstance(about, dict) or about.keys() != _KEYS or about["schema"] != SCHEMA:
+    sealed = isinstance(about, dict) and about.pop("seal", None) == seal(about)
+    if not sealed or about.keys() != _KEYS or about["schema"] != SCHEMA:
         raise CacheError(
             f"{path} is damaged, or not of schema {SCHEMA}, which is read here; build it anew in "
             "another folder"

@@ -12,10 +12,12 @@ import itertools
 import json
 import os
 import re
+import secrets
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -25,12 +27,13 @@ import pyarrow as pa
 from filelock import FileLock
 from tqdm import tqdm
 
-from skiparse.models.data.atomic import replacing, write_json
+from skiparse.models.data.atomic import replacing, seal, write_json
 from skiparse.models.data.folder import walk
 from skiparse.models.data.image import IMAGES, probe_image
 from skiparse.models.data.plain import MARK, encoding_of, printable, read_text
 from skiparse.models.data.report import Dropped, Report
 from skiparse.models.data.video import SCAN_BYTES, Limits, VideoError, check_name, probe
+from skiparse.models.shards import sha256
 
 if TYPE_CHECKING:
     from skiparse.models.data.buckets import Buckets
@@ -43,14 +46,14 @@ VIDEOS = frozenset(
     }
 )
 _CAPTION = ".txt"
-_FASTEST = 1000  # frames per second
+FASTEST = 1000  # frames per second
 _SPECIAL = re.compile(
     r"[A-Za-z][A-Za-z0-9+.-]*:"
 )  # may look like a drive or a URL; here it is none
 _DRIVE = re.compile(r"[A-Za-z]:\s")  # no drive of Windows, but a title
 
-_FORMAT = 2  # of the index; another number makes a new one
-_NUMBERS, _TEXTS, _ABOUT = "numbers.arrow", "texts.arrow", "about.json"
+_FORMAT = 3  # of the index; another number makes a new one
+_NUMBERS, _TEXTS, _ABOUT, _LOCK = "numbers.arrow", "texts.arrow", "about.json", "lock"
 _ROWS = 2**16  # written at once
 _MOST = 2**31 - 1  # of the numbers in the index
 _TYPES = {
@@ -147,15 +150,18 @@ class Manifest:
                   reads one.
 
             index: folder to keep the rows in, for large data sets and many processes; made anew
-                if a file was added, removed or changed, by size and time. None: in memory.
+                if a file was added, removed or changed, by size and time, and if it is damaged
+                itself, of which there is a warning. None: in memory.
             limits: as for reading; files that exceed them are left out of a folder.
 
         Raises:
-            DataError: naming the file, the record and the key that will not do, or if no row is
-                left, with what there was. Records without caption or resolution are counted in
-                ``dropped`` instead, and so is what cannot be used of a folder; for files that
-                cannot be opened there is a warning.
+            DataError: naming the file, the line or record and the key that will not do, or if no
+                row is left, with what there was; or if ``index`` cannot be written. Records without
+                caption or resolution are counted in ``dropped`` instead, and so is what cannot be
+                used of a folder; for files that cannot be opened there is a warning.
         """
+        if not os.fspath(source):
+            raise DataError("source is empty; give annotations or a folder of clips")
         found = _source(Path(source), limits or Limits())
         if index is None:
             numbers, texts = pa.BufferOutputStream(), pa.BufferOutputStream()
@@ -166,10 +172,11 @@ class Manifest:
                 about,
             )
         index = Path(index)
-        index.mkdir(parents=True, exist_ok=True)
         stamp = found.stamp()
-        with FileLock(index / "lock"):
-            if not _is_current(index / _ABOUT, stamp):
+        with _held(index):
+            if not _is_current(index, stamp):
+                for name in (_ABOUT, _NUMBERS, _TEXTS):
+                    _make_way(index / name)
                 (index / _ABOUT).unlink(missing_ok=True)
                 with (
                     replacing(index / _NUMBERS) as numbers_file,
@@ -178,7 +185,9 @@ class Manifest:
                     pa.OSFile(str(texts_file), "wb") as texts,
                 ):
                     about = _write(found, numbers, texts)
-                write_json(index / _ABOUT, {**about, "stamp": stamp})
+                files = {name: sha256(index / name) for name in (_NUMBERS, _TEXTS)}
+                about |= {"stamp": stamp, "files": files}
+                write_json(index / _ABOUT, {**about, "seal": seal(about)})
             return cls._of_index(index)
 
     @classmethod
@@ -237,8 +246,76 @@ def _column(table: pa.Table, name: str) -> np.ndarray:
     return table[name].chunk(0).to_numpy(zero_copy_only=True)
 
 
-def _is_current(about: Path, stamp: list[Any]) -> bool:
-    return about.is_file() and json.loads(about.read_bytes()).get("stamp") == stamp
+def _is_current(index: Path, stamp: list[Any]) -> bool:
+    """Whether an index is whole and has this stamp; if it is damaged, there is a warning."""
+    try:
+        about = _about_of(index / _ABOUT)
+        if about is None or about["stamp"] != stamp:
+            return False
+        for name, digest in about["files"].items():
+            _check_whole(index / name, digest)
+    except _Damaged as error:
+        warnings.warn(f"{error}: the index is damaged, and made anew", stacklevel=3)
+        return False
+    return True
+
+
+class _Damaged(Exception):
+    """A file of the index that is not as it was written, and how."""
+
+
+def _about_of(path: Path) -> dict[str, Any] | None:
+    """What there is to know of an index; None if there is none, or only one as they once were."""
+    try:
+        about = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _Damaged(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise _Damaged(f"{path} is no JSON ({error})") from error
+    if not isinstance(about, dict):
+        raise _Damaged(f"{path} is no table")
+    written, stamp = about.pop("seal", None), about.get("stamp")
+    if written is None and stamp is not None and stamp[:1] in ([1], [2]):  # which had none
+        return None
+    if written != seal(about):
+        raise _Damaged(f"{path} is not as it was written")
+    return about
+
+
+def _check_whole(path: Path, digest: str) -> None:
+    try:
+        found = sha256(path)
+    except OSError as error:
+        raise _Damaged(f"{path} cannot be read ({error.strerror})") from error
+    if found != digest:
+        raise _Damaged(f"{path} is not as it was written")
+
+
+@contextmanager
+def _held(index: Path) -> Iterator[None]:
+    """Nobody else makes the index, or looks whether it is whole, meanwhile."""
+    try:
+        index.mkdir(parents=True, exist_ok=True)
+        _make_way(index / _LOCK)
+        lock = FileLock(index / _LOCK)
+        lock.acquire()
+    except OSError as error:
+        raise DataError(
+            f"index={index} cannot be written ({error.strerror or error}); it must be a folder "
+            "that may be written to"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make_way(path: Path) -> None:
+    """Move a folder aside that stands where a file is to be; it may hold anything."""
+    if path.is_dir() and not path.is_symlink():
+        path.rename(path.with_name(f"{path.name}.{secrets.token_hex(4)}.aside"))
 
 
 # Writing the index.
@@ -266,6 +343,10 @@ class _Source:
 
     def roots(self) -> list[str]:
         return [str(root) for root, _ in self.parts]
+
+    def names(self) -> list[str]:
+        """What was looked at: lists, and folders without one."""
+        return [str(listed or root) for root, listed in self.parts]
 
     def rows(self, dropped: Dropped) -> Iterator[_Row]:
         """The rows; DataError for an annotation that makes no sense, with its place."""
@@ -339,41 +420,69 @@ def _check_annotations(path: Path, where: str) -> None:
 
 
 def _text(path: Path) -> str:
-    try:
+    with _readable(path):
         return read_text(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error}; convert it") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _annotations(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix.lower() == ".json":
-        items = _json(path.read_bytes(), str(path))
+        with _readable(path):
+            items = _json(path.read_bytes(), str(path))
         if not isinstance(items, list):
             raise DataError(f"{path} must hold an array of records, got {type(items).__name__}")
         yield from ((f"{path}[{number}]", item) for number, item in enumerate(items))
         return
-    with path.open("rb") as file:
+    with _readable(path), path.open("rb") as file:
         encoding = encoding_of(file.read(4))
         file.seek(0)
         # JSON knows the encoding of a line, but where lines end is known for UTF-8 alone.
         plain = encoding.startswith("utf-8")
         lines: Iterable[str | bytes] = file if plain else io.TextIOWrapper(file, encoding)
-        try:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    where = f"{path}:{number}"
-                    yield where, _json(line, where)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not {encoding}: {error}; convert it") from error
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{path}:{number}"
+                yield where, _json(line, where)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """DataError, with the line, where a file is no text, and where it cannot be read."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        where = f"{path}:{_line_without_text(path)}"
+        raise DataError(f"{where} is not {error.encoding}: {error.reason}; convert it") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _line_without_text(path: Path) -> int:
+    """The first line that is none in the encoding of its file, or has NUL in it."""
+    data = path.read_bytes()
+    encoding = encoding_of(data)
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        return data[: error.start].decode(encoding, "ignore").count("\n") + 1
+    return text.partition("\0")[0].count("\n") + 1
 
 
 def _json(data: str | bytes, where: str) -> Any:
     try:
-        return json.loads(data)
+        return json.loads(data, object_pairs_hook=_once)
+    except UnicodeDecodeError:
+        raise
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: no JSON: {error}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON in which no key is there twice: the last one would win, without a word."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name!r} is there twice in one object; leave one")
+    return table
 
 
 def _files(folder: Path, dropped: Dropped) -> list[Path]:
@@ -453,7 +562,7 @@ def _look(folder: Path, path: Path, limits: Limits) -> dict[str, Any] | tuple[st
         return _UNREADABLE, str(error)
     if not info.frames or not info.fps:
         return _UNREADABLE, f"{name!r}: does not say how many frames it has, or how many a second"
-    if not info.fps <= _FASTEST:
+    if not info.fps <= FASTEST:
         return _UNREADABLE, f"{name!r}: {float(info.fps):.0f} frames a second are too many"
     height, width = info.upright()
     return {
@@ -567,8 +676,8 @@ def _part(record: dict[str, Any], where: str) -> tuple[int, int]:
 
 def _fps(record: dict[str, Any], where: str) -> float:
     fps = 24 if record.get("fps") is None else record["fps"]
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= 1000:
-        raise DataError(f"{where}: fps must be above 0 and at most 1000, got {fps!r}")
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= FASTEST:
+        raise DataError(f"{where}: fps must be above 0 and at most {FASTEST}, got {fps!r}")
     return float(fps)
 
 
@@ -622,7 +731,7 @@ def _write(source: _Source, numbers: Any, texts: Any) -> dict[str, Any]:
     if not done:
         found = ", ".join(f"{count} {reason}" for reason, count in dropped.counts.items())
         raise DataError(
-            f"no clip in {printable(', '.join(source.roots()))}: "
+            f"no clip in {printable(', '.join(source.names()))}: "
             f"{found or 'no records' + source.there()}"
         )
     table = pa.table({name: np.concatenate([part[name] for part in done]) for name in _TYPES})

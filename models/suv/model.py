@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import skiparse
 from skiparse import SkipPattern
-from skiparse.models.strict import StrictModelMixin
+from skiparse.models.strict import StrictModelMixin, check_sizes
 from skiparse.models.suv.blocks import Fp32Linear, Norm, Stage, SUVBlock
 from skiparse.models.suv.config import PRESETS
 from skiparse.models.suv.parts import clamp_fp16
@@ -82,6 +82,13 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
     ) -> None:
         super().__init__()
         layers, skipped = tuple(num_layers), tuple(sparsity)
+        check_sizes(
+            num_heads=num_heads,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            text_channels=text_channels,
+            pooled_channels=pooled_channels,
+        )
         _check(layers, skipped, head_dim, timestep_channels, norm, patch_size)
         self.register_to_config(
             num_layers=layers, sparsity=skipped, patch_size=tuple(patch_size)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import yaml
 from skiparse.models.data.buckets import Rule
 from skiparse.models.data.video import Limits
 from skiparse.models.suv.model import CHECKPOINTS, SUV
+from skiparse.models.text import cleaned
 from skiparse.models.train.clip import AdaptiveGradClipper, Mode
 
 CHAINS = {file.stem: file for file in Path(__file__).parent.glob("*.yaml")}
@@ -158,6 +160,10 @@ class Samples:
             )
         if self.every and not self.prompts:
             raise ValueError("samples.every is set but samples.prompts is empty; give a prompt")
+        if not 1 <= self.guidance < math.inf:
+            raise ValueError(f"samples.guidance must be at least 1, got {self.guidance}")
+        for prompt in self.prompts:
+            cleaned(prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +172,7 @@ class Config:
 
     Args:
         out: folder for checkpoints, log and samples; a run that has begun there continues.
-        stages: by name, in the order in which they are trained.
+        stages: by name (letters, digits, - and _), in the order in which they are trained.
         preset: size of the model; see ``SUV.presets``.
         model: arguments of SUV that differ from the preset's.
         init: folder with weights to start from: a released model that was converted, an exported
@@ -223,6 +229,18 @@ class Config:
         _refuse_nulls(self)
         if not self.stages:
             raise ValueError("stages is empty; give at least one")
+        for name in self.stages:
+            if not (isinstance(name, str) and re.fullmatch(r"\w[\w-]{0,63}", name)):
+                raise ValueError(
+                    f"stages: {name!r} cannot be the name of one, which names files too; take "
+                    "letters, digits, - and _, in quotes if they are all digits"
+                )
+        places = [(name, self) for name in ("out", "init", "vae", "text", "source", "cache")]
+        for stage in self.stages.values():
+            places += [("source", stage), ("cache", stage)]
+        for name, holder in places:
+            if getattr(holder, name) == "":
+                raise ValueError(f"{name} is empty; give a path, or leave it out")
         if self.preset not in SUV.presets:
             raise ValueError(f"preset must be one of {', '.join(SUV.presets)}, got {self.preset!r}")
         if self.init is not None and self.model:
@@ -330,7 +348,7 @@ class _Once(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is untyped
         """As in PyYAML; a YAMLError with line and column for a key that was there before."""
         seen = set()
         for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{key.value!r} is there twice; leave one", key.start_mark
                 )
@@ -354,6 +372,11 @@ def _refuse_empty(where: str, table: Mapping[Any, Any]) -> None:
         raise ValueError(f"{where} null for {', '.join(empty[:10])}; give a value, or leave it out")
 
 
+def _is_tables(hint: Any) -> bool:
+    """Whether it is a dict of dataclasses."""
+    return get_origin(hint) is dict and is_dataclass(get_args(hint)[1])
+
+
 def _may_be_null(hint: Any) -> bool:
     return hint is Any or type(None) in get_args(hint)
 
@@ -367,7 +390,7 @@ def null_keys(kind: Any, table: Mapping[Any, Any], path: str = "") -> Iterator[s
             yield here
         elif is_dataclass(inner) and isinstance(value, Mapping):
             yield from null_keys(inner, value, f"{here}.")
-        elif get_origin(inner) is dict and is_dataclass(get_args(inner)[1]):
+        elif _is_tables(inner) and isinstance(value, Mapping):
             for name, entry in value.items():
                 if entry is None:
                     yield f"{here}.{name}"
@@ -387,8 +410,8 @@ def unknown_keys(kind: Any, table: Mapping[Any, Any], path: str = "") -> list[st
         inner = hints[key]
         if is_dataclass(inner) and isinstance(value, Mapping):
             wrong += unknown_keys(inner, value, f"{here}.")
-        elif get_origin(inner) is dict and is_dataclass(get_args(inner)[1]):
-            for name, entry in (value or {}).items():
+        elif _is_tables(inner) and isinstance(value, Mapping):
+            for name, entry in value.items():
                 if isinstance(entry, Mapping):
                     wrong += unknown_keys(get_args(inner)[1], entry, f"{here}.{name}.")
     return wrong

@@ -59,7 +59,7 @@ def export(
         raise FileNotFoundError(f"no complete checkpoint in {checkpoints}; give the out of a run")
     if "model" not in last.about:
         raise ValueError(f"{last.path} is of no SUV: its about.json has no model")
-    channels = WFVAE.load_config(vae)["latent_channels"]
+    channels = WFVAE.load_config(vae).get("latent_channels")
     if channels != last.about["model"]["in_channels"]:
         raise ValueError(
             f"vae={vae} has latents of {channels} channels, but the model of {run} takes "

@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from skiparse.models.data.atomic import check_writable
 from skiparse.models.train.parallel import World
 
 GRACE = 10.0  # seconds in which signals count as one request
@@ -23,7 +24,7 @@ def alone(out: Path, world: World) -> Iterator[None]:
     if world.rank > 0:
         yield
         return
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out / ".lock")
     try:
         with FileLock(out / ".lock", timeout=0):
             yield

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import skiparse
 from skiparse.models import shards
-from skiparse.models.data.atomic import write_json
+from skiparse.models.data.atomic import check_writable, write_json
 from skiparse.models.data.video import Limits, probe, read_video
 from skiparse.models.data.writer import MAX_FPS, write_image
 from skiparse.models.wfvae.losses import LPIPS
@@ -250,7 +250,8 @@ def run(
 
     Raises:
         FileNotFoundError: if the model or a network is not there.
-        ValueError: for arguments that make no sense, or clips that cannot be used.
+        ValueError: for arguments that make no sense, clips that cannot be used, or an ``out`` that
+            cannot be written to; before any work.
     """
     names = [Path(clip).stem for clip in clips]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -264,7 +265,7 @@ def run(
     vae = load_vae(model, device=device, dtype=dtype)
     vae._check_video(torch.zeros(1, 3, frames, *size))
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder / "evaluation.json", *(folder / f"{name}.png" for name in names))
 
     rows: list[dict[str, Any]] = []
     pairs: list[Tensor] = []

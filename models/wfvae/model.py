@@ -18,7 +18,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from skiparse.models.strict import StrictModelMixin
+from skiparse.models.strict import StrictModelMixin, check_sizes
 from skiparse.models.wfvae.blocks import (
     CausalConv,
     ChannelNorm,
@@ -288,6 +288,7 @@ class WFVAE(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' a
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        check_sizes(base_channels=base_channels, latent_channels=latent_channels)
         if temporal_factor not in (4, 8):
             raise ValueError(f"temporal_factor must be 4 or 8, got {temporal_factor}")
         energy = encoder_energy_channels, decoder_energy_channels
