@@ -5,6 +5,8 @@ import os
 # For threads and processes that tests start: torch.set_num_threads holds for the thread that calls
 # it, and a convolution in a new one takes as many OpenMP threads as there are cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+# Where a test asks for two threads after all: on busy cores they sleep while they wait, not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
