@@ -23,3 +23,17 @@ def poison_uninitialised_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=hasattr(os, "sched_getscheduler"))
+def stays_out_of_real_time():
+    """A library (SVT-AV1 does, for root) may make this process real-time, and all it starts.
+
+    Two threads of that kind which wait for each other leave no core to anything else.
+    """
+    before = os.sched_getscheduler(0)
+    yield
+    after = os.sched_getscheduler(0)
+    if after != before:
+        os.sched_setscheduler(0, before, os.sched_param(0))
+    assert after == before, f"this test changed the process's scheduling: {before} to {after}"
