@@ -54,4 +54,29 @@ SKIPARSE_DEVICE constexpr Runs runs_at(int64_t s, int64_t j, int64_t end, int64_
     return {token_of(s, j, n, w), whole ? left / w : 1, whole ? w : part, n * w};
 }
 
+// Positions that kernels move at once are a multiple of this many, but for the last of all.
+constexpr int64_t TILE = 64;
+
+// A sub-sequence, and what of its tiles takes a division: made once, for positions by the thousand.
+struct Deal {
+    int64_t s, n, w;
+    int64_t runs_of_tile;  // 0 unless a tile is whole runs
+};
+SKIPARSE_DEVICE constexpr Deal deal_of(int64_t s, int64_t n, int64_t w) {
+    return {s, n, w, TILE % w == 0 ? TILE / w : 0};
+}
+
+// The same as above. It divides by w at the end of a sub-sequence alone, or where tiles cut runs.
+SKIPARSE_DEVICE constexpr Runs runs_at(const Deal& d, int64_t j, int64_t end) {
+    const int64_t left = end - j, apart = d.n * d.w;
+    if (end <= d.w) return {d.s * d.w + j, 1, left, apart};  // of the first run
+    if (d.runs_of_tile == 0 || j % TILE != 0 || left < d.w) {
+        return runs_at(d.s, j, end, d.n, d.w);
+    }
+    const int64_t whole = d.w == 1           ? left
+                          : left % TILE == 0 ? left / TILE * d.runs_of_tile
+                                             : left / d.w;
+    return {j / TILE * d.runs_of_tile * apart + d.s * d.w, whole, d.w, apart};
+}
+
 }  // namespace skiparse

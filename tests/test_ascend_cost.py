@@ -153,7 +153,7 @@ def test_busy_and_bytes(tiny):
     (lane,) = report["lanes"]
     assert lane["busy"]["MTE2"] == pytest.approx(20 + 4096 / 69)
     assert lane["busy"]["V"] == pytest.approx(12.5 + REPEATS * 2)
-    assert report["global"] == {"A": [4096, 4096, 0]}
+    assert report["global"] == {"A": [4096, 4096, 0, 1]}
 
 
 @pytest.fixture(scope="module")

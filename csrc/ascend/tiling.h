@@ -17,7 +17,7 @@ struct Strides {  // elements; the last one is 1
     int64_t batch, token, head;
 };
 
-// Plain data: written by the host, copied word by word by the kernels.
+// Plain data, a parameter of the kernels.
 struct Tiling {
     int64_t batch, tokens, text, heads, head_dim;  // head_dim is 64 or 128
     int64_t sparsity, run;
@@ -25,7 +25,6 @@ struct Tiling {
     int32_t masked;  // whether some key is hidden by a mask
     float scale;
 };
-static_assert(sizeof(Tiling) % sizeof(uint64_t) == 0, "copied word by word");
 
 SKIPARSE_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 SKIPARSE_DEVICE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -128,5 +127,8 @@ constexpr int64_t WORKSPACE_BYTES = RING * (SCORES_BYTES + WEIGHTS_BYTES + VALUE
 // Added to the score of a key that must not be attended to; and where the maximum starts, far above
 // it, so that the weight of such a key is exactly 0 even where there are no others.
 constexpr float HIDDEN = -3.0e38f, FLOOR = -1.0e30f;
+
+// The log-sum-exp of a row without keys.
+constexpr float OF_NOTHING = -__builtin_inff();
 
 }  // namespace skiparse

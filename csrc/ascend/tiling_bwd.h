@@ -11,14 +11,13 @@ constexpr int64_t STEP_RING = 2;  // steps whose matrices are in the workspace a
 // Query blocks whose gradients are summed at a time: 5 MiB of them for each core stay in the L2.
 constexpr int64_t MOST_IN_PART = 40;
 
-// Plain data, as `Tiling`, and first, so that its address is that of a `Tiling` as well.
+// Plain data, as `Tiling`.
 struct BackwardTiling {
     Tiling forward;
     Strides grad_out, grad_text_out;
     int64_t grad_text_sub;  // from sub-sequence to sub-sequence of grad_text_out
     int64_t most_in_part;   // query blocks; MOST_IN_PART unless a test wants less
 };
-static_assert(sizeof(BackwardTiling) % sizeof(uint64_t) == 0, "copied word by word");
 
 SKIPARSE_DEVICE constexpr int64_t sequences(const Tiling& t) {
     return t.batch * t.heads * t.sparsity;
@@ -56,27 +55,27 @@ public:
     SKIPARSE_DEVICE constexpr void step() {
         if (++query < part_end()) return;
         ++key_count;
-        if (++key < blocks()) {
+        if (++key < blocks_) {
             query = part_begin_;
             return;
         }
         key = 0;
         part_begin_ = query;
-        if (query < blocks()) return;
+        if (query < blocks_) return;
         query = part_begin_ = 0;
-        query_count += blocks();
+        query_count += blocks_;
         next_sequence();
     }
 
-    SKIPARSE_DEVICE constexpr int64_t blocks() const { return ceil_div(rows, BLOCK_ROWS); }
-    SKIPARSE_DEVICE constexpr int64_t parts() const { return ceil_div(blocks(), most_in_part_); }
+    SKIPARSE_DEVICE constexpr int64_t parts() const { return parts_; }
     SKIPARSE_DEVICE constexpr int64_t part_end() const {
-        return least(part_begin_ + ceil_div(blocks(), parts()), blocks());
+        return least(part_begin_ + part_length_, blocks_);
     }
+    SKIPARSE_DEVICE constexpr bool begins() const { return key == 0 && query == 0; }
     SKIPARSE_DEVICE constexpr bool first_of_part() const { return query == part_begin_; }
     SKIPARSE_DEVICE constexpr bool last_of_part() const { return query + 1 == part_end(); }
-    SKIPARSE_DEVICE constexpr bool last_query() const { return query + 1 == blocks(); }
-    SKIPARSE_DEVICE constexpr bool last_key() const { return key + 1 == blocks(); }
+    SKIPARSE_DEVICE constexpr bool last_query() const { return query + 1 == blocks_; }
+    SKIPARSE_DEVICE constexpr bool last_key() const { return key + 1 == blocks_; }
 
     // The rows that half 0 or 1 of a block has.
     SKIPARSE_DEVICE constexpr int64_t rows_of_half(int64_t block, int64_t half) const {
@@ -110,11 +109,16 @@ private:
             rows = length + tiling_.text;
         }
         done = rows == 0;
+        if (done) return;
+        blocks_ = ceil_div(rows, BLOCK_ROWS);
+        parts_ = ceil_div(blocks_, most_in_part_);
+        part_length_ = ceil_div(blocks_, parts_);
     }
 
     const Tiling& tiling_;
     int64_t most_in_part_;
     int64_t next_, end_;
+    int64_t blocks_ = 0, parts_ = 1, part_length_ = 0;  // of the sequence
     int64_t part_begin_ = 0;
 };
 

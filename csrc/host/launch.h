@@ -23,12 +23,10 @@ struct BackwardPointers {
 
 // Device memory that the caller lends to a pass, 512-byte aligned, and how much it takes.
 struct ForwardScratch {
-    void* tiling;     // a copy of the Tiling
     void* bias;       // bias_bytes
     void* workspace;  // WORKSPACE_BYTES for each cube core
 };
 struct BackwardScratch {
-    void* tiling;      // a copy of the BackwardTiling
     void* bias;        // bias_bytes
     void* values;      // row_values_bytes
     void* text_parts;  // text_parts_bytes

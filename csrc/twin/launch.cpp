@@ -9,26 +9,28 @@
 #include "../host/passes.h"
 #include "report.h"
 
+// A kernel of so many pointers, and the problem by value.
+template <class TILING, int POINTERS, class... Pointers>
+struct KernelOf : KernelOf<TILING, POINTERS - 1, GM_ADDR, Pointers...> {};
+template <class TILING, class... Pointers>
+struct KernelOf<TILING, 0, Pointers...> {
+    using Type = void (*)(Pointers..., TILING);
+};
+template <class TILING, int POINTERS>
+using Kernel = typename KernelOf<TILING, POINTERS>::Type;
+
 struct Kernels {
-    void (*key_bias)(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR);
-    void (*forward_fp16)(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR,
-                         GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR);
-    decltype(forward_fp16) forward_bf16;
+    Kernel<skiparse::Tiling, 3> key_bias;
+    Kernel<skiparse::Tiling, 12> forward_fp16, forward_bf16;
 
     // Of the backward pass, which altered copies may lack.
-    void (*row_values_fp16)(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR,
-                            GM_ADDR) = nullptr;
-    decltype(row_values_fp16) row_values_bf16 = nullptr;
-    void (*backward_fp16)(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR,
-                          GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR,
-                          GM_ADDR, GM_ADDR) = nullptr;
-    decltype(backward_fp16) backward_bf16 = nullptr;
-    void (*text_gradients_fp16)(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR) = nullptr;
-    decltype(text_gradients_fp16) text_gradients_bf16 = nullptr;
+    Kernel<skiparse::BackwardTiling, 7> row_values_fp16 = nullptr, row_values_bf16 = nullptr;
+    Kernel<skiparse::BackwardTiling, 16> backward_fp16 = nullptr, backward_bf16 = nullptr;
+    Kernel<skiparse::Tiling, 4> text_gradients_fp16 = nullptr, text_gradients_bf16 = nullptr;
 
     // With scores in half, likewise.
-    decltype(forward_fp16) forward_half_scores_fp16 = nullptr;
-    decltype(forward_fp16) forward_half_scores_bf16 = nullptr;
+    Kernel<skiparse::Tiling, 12> forward_half_scores_fp16 = nullptr;
+    Kernel<skiparse::Tiling, 12> forward_half_scores_bf16 = nullptr;
 
     auto forward(bool bf16, bool half_scores) const {
         if (half_scores) return bf16 ? forward_half_scores_bf16 : forward_half_scores_fp16;
@@ -73,7 +75,9 @@ public:
     }
     GM_ADDR scratch(const char* name, size_t bytes) {
         own_.emplace_back(machine_.costs_only ? 0 : bytes, 0xcd);
-        return add(name, own_.back().data(), bytes, false);
+        GM_ADDR address = add(name, own_.back().data(), bytes, false);
+        machine_.global.back().scratch = true;
+        return address;
     }
     void expect_outputs_written() const {
         for (size_t i : outputs_) {
@@ -112,30 +116,30 @@ struct Twin {
     bool half_scores = false;
 
     template <class... Pointers>
-    void key_bias(Pointers... p) const {
-        launch(false, kernels.key_bias, p...);
+    void key_bias(const skiparse::Tiling& t, Pointers... p) const {
+        launch(false, kernels.key_bias, t, p...);
     }
     template <class... Pointers>
-    void forward(bool bf16, Pointers... p) const {
-        launch(true, kernels.forward(bf16, half_scores), p...);
+    void forward(const skiparse::Tiling& t, bool bf16, Pointers... p) const {
+        launch(true, kernels.forward(bf16, half_scores), t, p...);
     }
     template <class... Pointers>
-    void row_values(bool bf16, Pointers... p) const {
-        launch(false, bf16 ? kernels.row_values_bf16 : kernels.row_values_fp16, p...);
+    void row_values(const skiparse::BackwardTiling& t, bool bf16, Pointers... p) const {
+        launch(false, bf16 ? kernels.row_values_bf16 : kernels.row_values_fp16, t, p...);
     }
     template <class... Pointers>
-    void backward(bool bf16, Pointers... p) const {
-        launch(true, bf16 ? kernels.backward_bf16 : kernels.backward_fp16, p...);
+    void backward(const skiparse::BackwardTiling& t, bool bf16, Pointers... p) const {
+        launch(true, bf16 ? kernels.backward_bf16 : kernels.backward_fp16, t, p...);
     }
     template <class... Pointers>
-    void text_gradients(bool bf16, Pointers... p) const {
-        launch(false, bf16 ? kernels.text_gradients_bf16 : kernels.text_gradients_fp16, p...);
+    void text_gradients(const skiparse::Tiling& t, bool bf16, Pointers... p) const {
+        launch(false, bf16 ? kernels.text_gradients_bf16 : kernels.text_gradients_fp16, t, p...);
     }
 
 private:
-    template <class Kernel, class... Pointers>
-    void launch(bool cube, Kernel kernel, Pointers... p) const {
-        twin::launch(machine, cores, cube, [&] { kernel(static_cast<GM_ADDR>(p)...); });
+    template <class Kernel, class TILING, class... Pointers>
+    void launch(bool cube, Kernel kernel, const TILING& t, Pointers... p) const {
+        twin::launch(machine, cores, cube, [&] { kernel(static_cast<GM_ADDR>(p)..., t); });
     }
 };
 
@@ -165,10 +169,10 @@ std::string forward(const Kernels& kernels, skiparse::Tiling t, bool bf16, int c
     GM_ADDR text_lse = global.output("text_lse", p.text_lse, text_rows * sizeof(float));
 
     skiparse::run_forward(
-        Twin{machine, kernels, cores, model.half_scores != 0}, bf16,
+        Twin{machine, kernels, cores, model.half_scores != 0}, t, bf16,
         {q, k, v, text_q, text_k, text_v, p.mask ? mask : nullptr,
          p.text_mask ? text_mask_at : nullptr, out, text_out, lse, text_lse},
-        {&t, bias, workspace});
+        {bias, workspace});
     global.expect_outputs_written();
     return twin::report(machine);
 }
@@ -213,11 +217,11 @@ std::string backward(const Kernels& kernels, skiparse::BackwardTiling b, bool bf
     GM_ADDR grad_text_v = global.output("grad_text_v", p.grad_text_v, text_rows * row);
 
     skiparse::run_backward(
-        Twin{machine, kernels, cores}, bf16,
+        Twin{machine, kernels, cores}, b, bf16,
         {q, k, v, text_q, text_k, text_v, p.mask ? mask : nullptr,
          p.text_mask ? text_mask_at : nullptr, out, text_out, lse, text_lse, grad_out,
          grad_text_out, grad_q, grad_k, grad_v, grad_text_q, grad_text_k, grad_text_v},
-        {&b, bias, values, parts, workspace, key_sums});
+        {bias, values, parts, workspace, key_sums});
     global.expect_outputs_written();
     return twin::report(machine);
 }

@@ -50,15 +50,32 @@ class Lane:
 
 @dataclass(frozen=True)
 class Buffer:
-    """One in global memory: its size, and what the DMA read from it and wrote to it, in bytes."""
+    """One in global memory: its size, and what the DMA read from it and wrote to it, in bytes.
+
+    ``copies`` are the instructions that did.
+    """
 
     size: int
     read: int
     written: int
+    copies: int
 
     @property
     def moved(self) -> int:
         return self.read + self.written
+
+
+@dataclass(frozen=True)
+class Unaligned:
+    """Instructions of one line at places of global memory that are no multiple of 512 bytes.
+
+    They are slower, not wrong. Counted are all that write, and those that read scratch memory.
+    """
+
+    line: str
+    instruction: str
+    buffer: str
+    times: int
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,7 @@ class Costs:
 
     lanes: tuple[Lane, ...]
     buffers: dict[str, Buffer]
+    unaligned: tuple[Unaligned, ...]
 
     def cycles(self, launch: int) -> float:
         """Of the slowest core."""
@@ -335,6 +353,7 @@ def _call(
     return Costs(
         tuple(Lane(**lane) for lane in found["lanes"]),
         {name: Buffer(*sizes) for name, sizes in found["global"].items()},
+        tuple(Unaligned(*found) for found in found["unaligned"]),
     )
 
 

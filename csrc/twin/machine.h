@@ -23,6 +23,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cost.h"
@@ -102,7 +103,8 @@ public:
     uint8_t* data;
     size_t bytes;
     bool writable;
-    uint64_t bytes_read = 0, bytes_written = 0;  // by the DMA
+    bool scratch = false;  // of the kernels themselves, so where buffers lie is their choice
+    uint64_t bytes_read = 0, bytes_written = 0, copies = 0;  // by the DMA
 
     bool filled(size_t first, size_t size) const {
         return !std::memchr(filled_.data() + first, 0, size);
@@ -124,14 +126,14 @@ private:
 // least that two pipes of a kernel write side by side.
 constexpr size_t CHIP_CELL = 32, GLOBAL_CELL = 4;
 
-// An on-chip memory, from which buffers are cut one after another.
+// An on-chip memory, from which one allocator cuts buffers.
 struct Chip {
     Chip(const char* name, size_t bytes)
         : storage(bytes, 0xcd), memory(name, storage.data(), bytes, CHIP_CELL, false, true) {}
 
     std::vector<uint8_t> storage;
     Memory memory;
-    size_t used = 0;
+    bool cut = false;
 };
 
 struct Flag {
@@ -187,6 +189,13 @@ struct SubCore {
     // The scalar unit goes on to the next instruction, or to a flag or barrier.
     void issue(const Costs& costs) { base[S].cycle += costs.of(figure::ISSUE); }
 
+    // Anything but a barrier: it stands after InitSocState(), and before the last barrier.
+    void begin(Where where) {
+        require(initialised, where, "before InitSocState(): what the kernel before left is in force");
+        last = where;
+        drained = false;
+    }
+
     // An operation takes its pipe.
     void take(int pipe, const Cost& cost, const Costs& costs) {
         issue(costs);
@@ -205,6 +214,9 @@ struct SubCore {
         return cycle;
     }
 
+    bool initialised = false;  // by InitSocState()
+    bool drained = false;      // by PipeBarrier<PIPE_ALL>, with nothing after it
+    Where last{"the kernel", 0};
     bool adds = false;  // whether copies to global memory add to what is there
     Where adds_since{"", 0};
     bool finished = false;
@@ -212,6 +224,16 @@ struct SubCore {
     Where waits_at{"", 0};
     ucontext_t context{};
     std::vector<char> stack = std::vector<char>(STACK_BYTES);
+};
+
+// An instruction whose place in global memory is no multiple of this many bytes is slower.
+constexpr size_t FAST_ALIGNMENT = 512;
+
+// Such instructions, of one line of a kernel: where and in which memory.
+struct Unaligned {
+    std::string place, name, memory;
+    auto key() const { return std::tie(place, name, memory); }
+    bool operator<(const Unaligned& other) const { return key() < other.key(); }
 };
 
 // What a launch took of each sub-core that ran.
@@ -233,6 +255,7 @@ struct Machine {
     int launches = 0;
     std::vector<Usage> usage;
     std::vector<Memory> global;
+    std::map<Unaligned, uint64_t> unaligned;  // how many of each there were
     std::vector<Issued> log{1};
     uint32_t launch_begins = 1;  // the operations before it belong to launches that have ended
     Lanes lanes;
@@ -254,11 +277,19 @@ struct Machine {
         fail(where, "outside every allocation of global memory");
     }
 
-    void count_moved(const void* address, uint64_t read, uint64_t written, Where where) {
+    // A DMA instruction that reads or writes so many bytes of global memory, from `address` on and
+    // not beyond `extent` bytes. Writes, and all in scratch memory, are counted if not aligned.
+    void count_moved(const char* name, const void* address, size_t extent, uint64_t read,
+                     uint64_t written, Where where) {
         if (read + written == 0) return;
-        Memory& memory = find(address, 1, where);
+        Memory& memory = find(address, extent, where);
         memory.bytes_read += read;
         memory.bytes_written += written;
+        ++memory.copies;
+        const size_t first = static_cast<const uint8_t*>(address) - memory.data;
+        if ((written > 0 || memory.scratch) && first % FAST_ALIGNMENT != 0) {
+            ++unaligned[{where.text(), name, memory.name}];
+        }
     }
 };
 
@@ -272,6 +303,7 @@ public:
     Operation(int pipe, const char* name, const Cost& cost, Where where)
         : where_(where), in_order_(pipe == S) {
         SubCore& self = *machine->self;
+        self.begin(where);
         self.take(pipe, cost, machine->costs);
         if (machine->costs_only) return;
         start_ = self.base[pipe];
@@ -334,7 +366,9 @@ public:
 
     void read_global(const void* address, size_t size) {
         Memory& memory = machine->find(address, size, where_);
-        read(memory, static_cast<const uint8_t*>(address) - memory.data, size);
+        const size_t first = static_cast<const uint8_t*>(address) - memory.data;
+        if (component_ % PIPES == S) expect_no_dma_wrote(memory, first, size);
+        read(memory, first, size);
     }
 
     void write_global(const void* address, size_t size) {
@@ -359,6 +393,19 @@ private:
         const Issued& other = machine->log[id];
         fail(where_, label() + " " + does + " " + memory.name + ", " + was + " by " + other.name +
                          " at " + other.where.text() + ", and nothing orders the two");
+    }
+
+    // The scalar unit reads through a cache that no DMA updates.
+    void expect_no_dma_wrote(Memory& memory, size_t first, size_t size) {
+        if (!memory.writable) return;
+        const size_t end = (first + size - 1) / memory.cell_;
+        for (size_t i = first / memory.cell_; i <= end; ++i) {
+            const uint32_t id = memory.cells_[i].write;
+            if (id < machine->launch_begins || machine->log[id].component % PIPES == S) continue;
+            fail(where_, label() + " reads " + memory.name + " through the cache of the scalar " +
+                             "unit, which does not see what " + machine->log[id].name + " at " +
+                             machine->log[id].where.text() + " wrote in this launch");
+        }
     }
 
     void remember_read(Memory::Cell& cell, size_t i, Memory& memory) {
@@ -398,6 +445,7 @@ inline void barrier_all() {
     Clock all;
     for (const Clock& clock : self.done) all.join(clock);
     for (Clock& clock : self.base) clock.join(all);
+    self.drained = true;
 }
 
 inline std::string flag_name(int from, int to, int id) {
@@ -414,6 +462,7 @@ inline void set_flag(int from, int to, int id, Where where) {
     Flag& f = flag(from, to, id, where);
     require(!f.set, where,
             flag_name(from, to, id) + " is set again; nothing waited since " + f.where.text());
+    machine->self->begin(where);
     machine->self->issue(machine->costs);
     f = {true, machine->self->complete_at_flag(from), where};
 }
@@ -422,6 +471,7 @@ inline void wait_flag(int from, int to, int id, Where where) {
     Flag& f = flag(from, to, id, where);
     require(f.set, where, flag_name(from, to, id) + " is waited for, and nothing has set it");
     f.set = false;
+    machine->self->begin(where);
     machine->self->issue(machine->costs);
     machine->self->base[to].join(f.clock, machine->costs.of(figure::FLAG));
 }
@@ -459,6 +509,7 @@ inline void set_cross_flag(int id, int pipe, Where where) {
             "cross-core flag " + std::to_string(id) + ": a kernel has 0 to 10");
     require(machine->mixed, where, "cross-core flag in a kernel of vector cores alone");
     SubCore& self = *machine->self;
+    self.begin(where);
     self.issue(machine->costs);
     const int first = cube() ? 1 : 0, last = cube() ? 2 : 0;
     for (int lane = first; lane <= last; ++lane) {
@@ -481,6 +532,7 @@ inline void wait_cross_flag(int id, Where where) {
     require(id >= 0 && id < CROSS_FLAGS, where,
             "cross-core flag " + std::to_string(id) + ": a kernel has 0 to 10");
     SubCore& self = *machine->self;
+    self.begin(where);
     self.issue(machine->costs);
     self.waits_for = id;
     self.waits_at = where;
@@ -500,6 +552,7 @@ inline void sync_all(bool vectors_only, Where where) {
     require(!vectors_only || !cube(), where, "SyncAll of the vector cores, on a cube core");
     SubCore& self = *machine->self;
     barrier_all();
+    self.begin(where);
     self.waits_for = vectors_only ? ALL_VECTORS : ALL;
     self.waits_at = where;
     while (self.waits_for >= 0) swapcontext(&self.context, &machine->scheduler);
@@ -527,6 +580,8 @@ inline void run_lane() {
         machine->kernel();
         expect_clean_end(self);
         require(!self.adds, self.adds_since, "SetAtomicAdd is still in force at the end");
+        require(self.drained, self.last,
+                "is the last of this core, and a PipeBarrier<PIPE_ALL> must be");
     } catch (const Fault& fault) {
         machine->fault = std::string(LANE_NAMES[self.lane]) + ": " + fault.what();
     }

@@ -8,7 +8,8 @@
 namespace twin {
 
 // {"lanes": [{"launch", "core", "lane", "cycles", "busy": {pipe: cycles}}],
-//  "global": {memory: [its bytes, bytes read, bytes written]}}
+//  "global": {memory: [its bytes, bytes read, bytes written, instructions that did]},
+//  "unaligned": [[line, instruction, memory, how many]]}
 inline std::string report(const Machine& machine) {
     std::ostringstream text;
     text.precision(17);
@@ -28,10 +29,17 @@ inline std::string report(const Machine& machine) {
     comma = "";
     for (const Memory& memory : machine.global) {
         text << comma << '"' << memory.name << "\": [" << memory.bytes << ", " << memory.bytes_read
-             << ", " << memory.bytes_written << "]";
+             << ", " << memory.bytes_written << ", " << memory.copies << "]";
         comma = ", ";
     }
-    text << "}}";
+    text << "}, \"unaligned\": [";
+    comma = "";
+    for (const auto& [of, times] : machine.unaligned) {
+        text << comma << "[\"" << of.place << "\", \"" << of.name << "\", \"" << of.memory
+             << "\", " << times << "]";
+        comma = ", ";
+    }
+    text << "]}";
     return text.str();
 }
 
