@@ -204,6 +204,7 @@ struct SubCore {
         const double start = std::max({base[S].cycle, base[pipe].cycle, free[pipe]});
         oldest = start;
         free[pipe] = start + cost.busy;
+        if (pipe == S) base[S].cycle = free[S];
         busy[pipe] += cost.busy;
         done[pipe].cycle = std::max(done[pipe].cycle, free[pipe] + cost.latency);
     }
@@ -268,12 +269,13 @@ struct Machine {
 
     Memory& find(const void* address, size_t size, Where where) {
         const auto* first = static_cast<const uint8_t*>(address);
+        const Memory* short_one = nullptr;  // tensors may lie in one another, as slices of one
         for (Memory& memory : global) {
-            if (first >= memory.data && first < memory.data + memory.bytes) {
-                if (first + size <= memory.data + memory.bytes) return memory;
-                fail(where, "runs past the end of " + memory.name);
-            }
+            if (first < memory.data || first >= memory.data + memory.bytes) continue;
+            if (first + size <= memory.data + memory.bytes) return memory;
+            short_one = &memory;
         }
+        if (short_one != nullptr) fail(where, "runs past the end of " + short_one->name);
         fail(where, "outside every allocation of global memory");
     }
 

@@ -68,13 +68,13 @@ public:
         return {chip, space, at, end};
     }
     T GetValue(uint32_t i, Where where = Where::here()) const {
-        twin::Operation operation(twin::S, "GetValue", twin::Cost{}, where);
+        twin::Operation operation(twin::S, "GetValue", twin::machine->costs.scalar(), where);
         if (!operation.executes()) return T{};
         operation.read(memory(where), place(i, where), sizeof(T));
         return data()[i];
     }
     void SetValue(uint32_t i, T value, Where where = Where::here()) const {
-        twin::Operation operation(twin::S, "SetValue", twin::Cost{}, where);
+        twin::Operation operation(twin::S, "SetValue", twin::machine->costs.scalar(), where);
         if (!operation.executes()) return;
         operation.write(memory(where), place(i, where), sizeof(T));
         data()[i] = value;
@@ -122,7 +122,7 @@ public:
     }
     T* GetPhyAddr() const { return address_; }
     T GetValue(uint64_t i, Where where = Where::here()) const {
-        twin::Operation operation(twin::S, "GetValue", twin::Cost{}, where);
+        twin::Operation operation(twin::S, "GetValue", twin::machine->costs.scalar(), where);
         if (!operation.executes()) return T{};
         operation.read_global(address_ + i, sizeof(T));
         return address_[i];
