@@ -30,16 +30,16 @@ template <class T> GlobalTensor<T> global(uint8_t* address) {
     tensor.SetGlobalBuffer(reinterpret_cast<T*>(address));
     return tensor;
 }
-template <TPosition P, class T> LocalTensor<T> cut(TPipe& pipe, uint32_t elements) {
-    TBuf<P> buffer;
-    pipe.InitBuffer(buffer, elements * sizeof(T));
-    return buffer.template Get<T>();
+using UB = LocalMemAllocator<Hardware::UB>;
+using L1 = LocalMemAllocator<Hardware::L1>;
+template <TPosition P, class T> LocalTensor<T> cut(UB& ub, uint32_t elements) {
+    return ub.template Alloc<P, T>(elements);
 }
 
 // C = exp(A + B), by one vector core
 void sum() {
-    TPipe pipe;
-    auto a = cut<TPosition::VECIN, float>(pipe, N), b = cut<TPosition::VECIN, float>(pipe, N);
+    UB ub;
+    auto a = cut<TPosition::VECIN, float>(ub, N), b = cut<TPosition::VECIN, float>(ub, N);
     DataCopy(a, global<float>(A), N);
     DataCopy(b, global<float>(B), N);
     UNLESS(1) SetFlag<HardEvent::MTE2_V>(0);
@@ -52,38 +52,15 @@ void sum() {
     DataCopy(global<float>(C), a, N);
 }
 
-// C = A + A, through queues of two buffers each
-void queues() {
-    constexpr int PART = 128;
-    TPipe pipe;
-    TQue<TPosition::VECIN, 1> in;
-    TQue<TPosition::VECOUT, 1> out;
-    pipe.InitBuffer(in, 2, PART * sizeof(float));
-    pipe.InitBuffer(out, 2, PART * sizeof(float));
-    for (int i = 0; i < N; i += PART) {
-        auto x = in.AllocTensor<float>();
-        DataCopy(x, global<float>(A)[i], PART);
-        UNLESS(1) in.EnQue(x);
-        UNLESS(1) x = in.DeQue<float>();
-        auto y = out.AllocTensor<float>();
-        Add(y, x, x, PART);
-        UNLESS(2) in.FreeTensor(x);
-        UNLESS(3) out.EnQue(y);
-        UNLESS(3) y = out.DeQue<float>();
-        DataCopy(global<float>(C)[i], y, PART);
-        UNLESS(4) out.FreeTensor(y);
-    }
-}
-
 enum Maths { ADD, SUB, MUL, DIV, MAX, MIN, MIN_REPEATED, EXP, LN, ABS, SQRT, RSQRT, RECIPROCAL,
              ADDS, MULS, MAXS, MINS, CAST };
 
 // C = f(A, B) in T, where `omitted` says which f
 template <class T> void maths() {
-    TPipe pipe;
-    auto a = cut<TPosition::VECIN, T>(pipe, N), b = cut<TPosition::VECIN, T>(pipe, N);
-    auto c = cut<TPosition::VECOUT, T>(pipe, N);
-    auto f = cut<TPosition::VECCALC, float>(pipe, N);
+    UB ub;
+    auto a = cut<TPosition::VECIN, T>(ub, N), b = cut<TPosition::VECIN, T>(ub, N);
+    auto c = cut<TPosition::VECOUT, T>(ub, N);
+    auto f = cut<TPosition::VECCALC, float>(ub, N);
     DataCopy(a, global<T>(A), N);
     DataCopy(b, global<T>(B), N);
     PipeBarrier<PIPE_ALL>();
@@ -124,8 +101,8 @@ template <class T> void maths() {
 void everyone() {
     constexpr int PART = 32;
     const int cores = GetBlockNum(), mine = GetBlockIdx() * PART;
-    TPipe pipe;
-    auto x = cut<TPosition::VECCALC, float>(pipe, N);
+    UB ub;
+    auto x = cut<TPosition::VECCALC, float>(ub, N);
     DataCopy(x, global<float>(A)[mine], PART);
     PipeBarrier<PIPE_ALL>();
     Add(x, x, x, PART);
@@ -140,9 +117,9 @@ void everyone() {
 
 // What a vector core writes is read by the cube of another core.
 void all() {
-    TPipe pipe;
     if (ASCEND_IS_AIV && GetBlockIdx() == 0) {
-        auto x = cut<TPosition::VECCALC, float>(pipe, 8);
+        UB ub;
+        auto x = cut<TPosition::VECCALC, float>(ub, 8);
         Duplicate(x, 1.0f, 8);
         PipeBarrier<PIPE_ALL>();
         DataCopy(global<float>(C), x, 8);
@@ -150,7 +127,7 @@ void all() {
     UNLESS(1) SyncAll<false>();
     if (omitted == 2) SyncAll();
     if (ASCEND_IS_AIC && GetBlockIdx() == 1) {
-        auto x = cut<TPosition::A1, half>(pipe, 16);
+        auto x = L1().Alloc<TPosition::A1, half>(16);
         Nd2NzParams nd;
         nd.ndNum = 1; nd.nValue = 1; nd.dValue = 16; nd.srcDValue = 16;
         nd.dstNzC0Stride = 1; nd.dstNzNStride = 1;
@@ -163,20 +140,28 @@ struct Operands {
     LocalTensor<float> c;
 };
 
-// A in L0A and B in L0B, ready to be multiplied, and place for C
-Operands load() {
-    TPipe pipe;
-    auto a1 = cut<TPosition::A1, half>(pipe, M * K), a2 = cut<TPosition::A2, half>(pipe, M * K);
-    auto b1 = cut<TPosition::B1, half>(pipe, K * COLUMNS);
-    auto b2 = cut<TPosition::B2, half>(pipe, K * COLUMNS);
-    auto c = cut<TPosition::CO1, float>(pipe, M * COLUMNS);
-    pipe.Destroy();
+// A in L0A and B in L0B, ready to be multiplied, and place for C; copied in pairs and in columns of
+// blocks, or as 16-bit elements
+Operands load(bool otherwise = false) {
+    L1 l1;
+    auto a1 = l1.Alloc<TPosition::A1, half>(M * K), b1 = l1.Alloc<TPosition::B1, half>(K * COLUMNS);
+    auto a2 = LocalMemAllocator<Hardware::L0A>().Alloc<TPosition::A2, half>(M * K);
+    auto b2 = LocalMemAllocator<Hardware::L0B>().Alloc<TPosition::B2, half>(K * COLUMNS);
+    auto c = LocalMemAllocator<Hardware::L0C>().Alloc<TPosition::CO1, float>(M * COLUMNS);
     Nd2NzParams nd;
-    nd.ndNum = 1; nd.nValue = M; nd.dValue = K; nd.srcDValue = K;
+    const int unit = otherwise ? 2 : 1;
+    nd.ndNum = 1; nd.nValue = M; nd.dValue = K / unit; nd.srcDValue = K / unit;
     nd.dstNzC0Stride = M; nd.dstNzNStride = 1;
-    DataCopy(a1, global<half>(A), nd);
-    nd.nValue = K; nd.dValue = COLUMNS; nd.srcDValue = COLUMNS; nd.dstNzC0Stride = K;
-    DataCopy(b1, global<half>(B), nd);
+    DataCopyParams blocks;
+    blocks.blockCount = K; blocks.blockLen = 1; blocks.srcStride = COLUMNS / 16 - 1;
+    if (otherwise) {
+        DataCopy(a1.ReinterpretCast<uint32_t>(), global<uint32_t>(A), nd);
+        for (int i = 0; i < COLUMNS; i += 16) DataCopy(b1[i * K], global<half>(B)[i], blocks);
+    } else {
+        DataCopy(a1, global<half>(A), nd);
+        nd.nValue = K; nd.dValue = COLUMNS; nd.srcDValue = COLUMNS; nd.dstNzC0Stride = K;
+        DataCopy(b1, global<half>(B), nd);
+    }
     UNLESS(1) SetFlag<HardEvent::MTE2_MTE1>(0);
     UNLESS(1) WaitFlag<HardEvent::MTE2_MTE1>(0);
     LoadData2DParams load;
@@ -196,9 +181,9 @@ Operands load() {
 }
 
 // C[M, COLUMNS] = A[M, K] B[K, COLUMNS] in half, by the cube; vector cores do nothing
-void product() {
+template <bool OTHERWISE> void product() {
     if ASCEND_IS_AIV return;
-    const auto [a, b, c] = load();
+    const auto [a, b, c] = load(OTHERWISE);
     MmadParams mm;
     mm.m = M; mm.n = COLUMNS; mm.k = K;
     Mmad(c, a, b, mm);  // product
@@ -267,9 +252,9 @@ void sums() {
 
 // C[i] = A[2 i], every element from a block of its own
 void collect() {
-    TPipe pipe;
-    auto wide = cut<TPosition::VECIN, float>(pipe, 64 * 8);
-    auto packed = cut<TPosition::VECOUT, float>(pipe, 64);
+    UB ub;
+    auto wide = cut<TPosition::VECIN, float>(ub, 64 * 8);
+    auto packed = cut<TPosition::VECOUT, float>(ub, 64);
     DataCopyExtParams p;
     p.blockCount = 64; p.blockLen = 4; p.srcStride = 4;
     DataCopyPad(wide, global<float>(A), p, DataCopyPadExtParams<float>());
@@ -289,9 +274,9 @@ void exchange() {
         UNLESS(2) CrossCoreSetFlag<2, PIPE_FIX>(1);
         return;
     }
-    TPipe pipe;
+    UB ub;
     const int part = N / 2, mine = GetSubBlockIdx() * part, other = part - mine;
-    auto a = cut<TPosition::VECCALC, float>(pipe, part);
+    auto a = cut<TPosition::VECCALC, float>(ub, part);
     DataCopy(a, global<float>(A)[mine], part);
     SetFlag<HardEvent::MTE2_V>(0);
     WaitFlag<HardEvent::MTE2_V>(0);
@@ -308,12 +293,12 @@ void exchange() {
 // One rule broken in each.
 void rule() {
     if ASCEND_IS_AIC return;
-    TPipe pipe;
-    auto x = cut<TPosition::VECCALC, float>(pipe, N), y = cut<TPosition::VECCALC, float>(pipe, 64);
+    UB ub;
+    auto x = cut<TPosition::VECCALC, float>(ub, N), y = cut<TPosition::VECCALC, float>(ub, 64);
     switch (omitted) {
         case 0: Duplicate(x, 0.0f, N + 1); break;
-        case 1: { TBuf<TPosition::VECCALC> large; pipe.InitBuffer(large, 190 * 1024); } break;
-        case 2: { TBuf<TPosition::A1> l1; pipe.InitBuffer(l1, 32); } break;
+        case 1: ub.Alloc<TPosition::VECCALC, float>(190 * 256); break;
+        case 2: L1(); break;
         case 3: Duplicate(x[1], 0.0f, 8); break;
         case 4: Exp(y, x, 64); break;
         case 5: Duplicate(x, 0.0f, N); PipeBarrier<PIPE_V>(); Exp(x[8], x, 64); break;
@@ -334,18 +319,16 @@ void rule() {
         case 18: CrossCoreSetFlag<2, PIPE_V>(11); break;
         case 19: x.SetValue(0, 1.0f); Exp(x, x, 1); break;
         case 20: DataCopy(x, global<float>(A), N); DataCopy(x, global<float>(B), N); break;
-        case 21: { TQue<TPosition::VECIN, 2> q; q.DeQue<float>(); } break;
-        case 22: { TQue<TPosition::VECIN, 2> q; pipe.InitBuffer(q, 2, 32);
-                   q.EnQue(q.AllocTensor<float>()); } break;
-        case 23: { TQue<TPosition::VECIN, 2> q; pipe.InitBuffer(q, 2, 32); q.EnQue(x); } break;
-        case 24: { TQue<TPosition::VECIN, 2> q; pipe.InitBuffer(q, 2, 32);
-                   x = q.AllocTensor<float>(); q.EnQue(x); q.EnQue(x); } break;
-        case 25: { TQue<TPosition::VECIN, 1> q; pipe.InitBuffer(q, 2, 32);
-                   q.EnQue(q.AllocTensor<float>()); q.EnQue(q.AllocTensor<float>()); } break;
-        case 26: { TQue<TPosition::VECIN, 1> q; pipe.InitBuffer(q, 2, 32);
-                   x = q.AllocTensor<float>(); q.FreeTensor(x); q.FreeTensor(x); } break;
-        case 27: { TQue<TPosition::VECIN, 1> q; pipe.InitBuffer(q, 2, 32);
-                   q.AllocTensor<float>(); } break;
+        case 21: UB(); break;
+        case 22: Duplicate(x, 1.0f, N); SetFlag<HardEvent::V_MTE3>(0);
+                 WaitFlag<HardEvent::V_MTE3>(0); DataCopy(global<float>(C), x, N);
+                 PipeBarrier<PIPE_ALL>(); global<float>(C).GetValue(8); break;
+        case 23: Duplicate(x, 0.0f, N); PipeBarrier<PIPE_V>(); Ln(x, x, N); break;
+        case 24: DataCopy(x, global<float>(A)[N - 8], 16); break;
+        case 25: Compares(x.ReinterpretCast<uint8_t>(), y, 0.0f, CMPMODE::GT, 32); break;
+        case 26: Compares(x.ReinterpretCast<uint8_t>(), y, 0.0f, CMPMODE::LT, 64); break;
+        case 27: Select(x, y.ReinterpretCast<uint8_t>(), x, 0.0f, SELMODE::VSEL_CMPMASK_SPR, 64);
+                 break;
         case 28: { LocalTensor<half> z; Cast(z, x, RoundMode::CAST_NONE, N); } break;
         case 29: { MmadParams mm; mm.unitFlag = 4; } break;
         case 30: SetAtomicAdd<float>(); DataCopy(global<float>(C), y, 64); break;
@@ -356,11 +339,10 @@ void rule() {
 // The same on the cube core.
 void cube_rule() {
     if ASCEND_IS_AIV return;
-    TPipe pipe;
-    auto l1 = cut<TPosition::A1, half>(pipe, 1024), l0a = cut<TPosition::A2, half>(pipe, 1024);
-    auto l0b = cut<TPosition::B2, half>(pipe, 1024);
-    auto l0c = cut<TPosition::CO1, float>(pipe, 1024);
-    pipe.Destroy();
+    auto l1 = L1().Alloc<TPosition::A1, half>(1024);
+    auto l0a = LocalMemAllocator<Hardware::L0A>().Alloc<TPosition::A2, half>(1024);
+    auto l0b = LocalMemAllocator<Hardware::L0B>().Alloc<TPosition::B2, half>(1024);
+    auto l0c = LocalMemAllocator<Hardware::L0C>().Alloc<TPosition::CO1, float>(1024);
     Nd2NzParams nd;
     nd.ndNum = 1; nd.nValue = 16; nd.dValue = 16; nd.srcDValue = 16; nd.dstNzC0Stride = 16;
     nd.dstNzNStride = 1;
@@ -373,7 +355,7 @@ void cube_rule() {
     const auto c = global<float>(C);
     switch (omitted) {
         case 100: DataCopy(l0a, global<half>(A), nd); break;
-        case 101: DataCopy(l1, global<half>(A), 16); break;
+        case 101: DataCopy(l0c.ReinterpretCast<half>(), global<half>(A), 16); break;
         case 102: LoadData(l1, l1, load); break;
         case 103: LoadData(l0a, l0b, load); break;
         case 104: Mmad(l0c, l0b, l0a, mm); break;
@@ -386,14 +368,32 @@ void cube_rule() {
         case 111: mm.m = 1; Mmad(l0c, l0a, l0b, mm); break;
         case 112: fix.nSize = 8; Fixpipe<float, float, CFG_ROW_MAJOR>(c, l0c, fix); break;
         case 113: nd.dstNzC0Stride = 16385; break;
-        case 114: { TBuf<TPosition::VECIN> ub; pipe.InitBuffer(ub, 32); } break;
+        case 114: UB(); break;
         case 115: { Nd2NzParams unset; DataCopy(l1, global<half>(A), unset); } break;
     }
 }
 
-void trap() {  // flag 0 of M_MTE1 is the pipe's until Destroy()
-    TPipe pipe;
-    if ASCEND_IS_AIC SetFlag<HardEvent::M_MTE1>(0);
+// C = A where A > 0, else -1
+void select() {
+    UB ub;
+    auto a = cut<TPosition::VECCALC, float>(ub, 64), c = cut<TPosition::VECCALC, float>(ub, 64);
+    auto mask = cut<TPosition::VECCALC, uint8_t>(ub, 32);
+    DataCopy(a, global<float>(A), 64);
+    PipeBarrier<PIPE_ALL>();
+    Compares(mask, a, 0.0f, CMPMODE::GT, 64);
+    UNLESS(1) PipeBarrier<PIPE_V>();
+    Select(c, mask, a, -1.0f, SELMODE::VSEL_TENSOR_SCALAR_MODE, 64);
+    PipeBarrier<PIPE_ALL>();
+    DataCopy(global<float>(C), c, 64);
+}
+
+// A kernel's first and last
+void ends() {
+    UNLESS(1) InitSocState();
+    SetFlag<HardEvent::V_MTE3>(0);  // first
+    UNLESS(2) PipeBarrier<PIPE_ALL>();
+    WaitFlag<HardEvent::V_MTE3>(0);  // last
+    UNLESS(2) UNLESS(3) PipeBarrier<PIPE_ALL>();
 }
 
 extern "C" int run(const char* name, int omit, uint8_t* a, uint8_t* b, uint8_t* c, char* report) {
@@ -411,12 +411,11 @@ extern "C" int run(const char* name, int omit, uint8_t* a, uint8_t* b, uint8_t* 
     constexpr int A_BYTES = M * K * 2, B_BYTES = K * COLUMNS * 2, C_BYTES = M * COLUMNS * 4;
     const std::map<std::string, Launch> launches = {
         {"sum", {sum, 1, false}},
-        {"queues", {queues, 1, false}},
         {"maths float", {maths<float>, 1, false}},
         {"maths half", {maths<half>, 1, false, N * 2, N * 2, N * 2}},
         {"everyone", {everyone, 4, false}},
         {"all", {all, 2, true}},
-        {"product", {product, 1, true, A_BYTES, B_BYTES, C_BYTES}},
+        {"product", {product<false>, 1, true, A_BYTES, B_BYTES, C_BYTES}},
         {"units", {units, 1, true, A_BYTES, B_BYTES, C_BYTES}},
         {"sums", {sums, 1, true, A_BYTES, B_BYTES, C_BYTES}},
         {"collect", {collect, 1, false}},
@@ -424,14 +423,21 @@ extern "C" int run(const char* name, int omit, uint8_t* a, uint8_t* b, uint8_t* 
         {"exchange", {exchange, 1, true}},
         {"rule", {rule, 1, true}},
         {"cube rule", {cube_rule, 1, true}},
-        {"trap", {trap, 1, true}},
+        {"ends", {ends, 1, true}},
+        {"select", {select, 1, false}},
+        {"views", {product<true>, 1, true, A_BYTES, B_BYTES, C_BYTES}},
     };
     const Launch& launch = launches.at(name);
     add("A", a, launch.a, false);
     add("B", b, launch.b, false);
     add("C", c, launch.c, true);
     try {
-        twin::launch(machine, launch.cores, launch.mixed, launch.kernel);
+        twin::launch(machine, launch.cores, launch.mixed, [&launch] {
+            if (launch.kernel == ends) return ends();
+            InitSocState();
+            launch.kernel();
+            PipeBarrier<PIPE_ALL>();
+        });
         return 0;
     } catch (const twin::Fault& fault) {
         std::snprintf(report, 1000, "%s", fault.what());
@@ -494,10 +500,20 @@ def test_products_with_unit_flags(library):
     assert run(library, "accumulate") is None
 
 
-def test_queues(library):
+def test_selection(library):
     a, c = torch.randn(1024), torch.empty(1024)
-    assert run(library, "queues", tensors=(a, a, c)) is None
-    assert torch.equal(c, 2 * a)
+    assert run(library, "select", tensors=(a, a, c)) is None
+    assert torch.equal(c[:64], torch.where(a > 0, a, -1)[:64])
+
+
+def test_matrices_in_pairs_and_in_columns_of_blocks(library):
+    a, b, c = torch.randn(32, 48).half(), torch.randn(48, 80).half(), torch.empty(32, 80)
+    assert run(library, "views", tensors=(a, b, c)) is None
+    torch.testing.assert_close(c, a.float() @ b.float())
+
+
+def test_a_kernel_begins_and_ends_as_it_must(library):
+    assert run(library, "ends") is None
 
 
 def test_all_cores_wait_for_all(library):
@@ -573,10 +589,6 @@ FIXPIPE_SUM = "Fixpipe<float, float, CFG_ROW_MAJOR>(sum"
         ("sum", 1, "Add(a, a, b, N)", "reads UB, written by DataCopy at kernels.cpp"),
         ("sum", 2, "Exp(a, a, N)", "reads UB, written by Add at kernels.cpp"),
         ("sum", 3, "DataCopy(global<float>(C), a, N)", "reads UB, written by Exp"),
-        ("queues", 1, "Add(y, x, x, PART)", "reads UB, written by DataCopy at kernels.cpp"),
-        ("queues", 2, "auto x = in.AllocTensor", "none of the 2 buffers of the queue was freed"),
-        ("queues", 3, "DataCopy(global<float>(C)[i], y", "reads UB, written by Add at kernels.cpp"),
-        ("queues", 4, "auto y = out.AllocTensor", "none of the 2 buffers of the queue was freed"),
         ("everyone", 1, "DataCopy(x[PART], global", "reads C where nothing was written"),
         ("everyone", 2, "UNLESS(1) SyncAll();", "waits for SyncAll: deadlock"),
         ("everyone", 3, "if (mine == 0) DataCopy", "overwrites C, read by DataCopy"),
@@ -600,7 +612,10 @@ FIXPIPE_SUM = "Fixpipe<float, float, CFG_ROW_MAJOR>(sum"
         ("exchange", 2, "UNLESS(4) CrossCoreWaitFlag(1)", "deadlock"),
         ("exchange", 3, "DataCopy(a, global<float>(C)[other]", "reads C, written by DataCopy"),
         ("exchange", 4, "DataCopy(a, global<float>(C)[other]", "reads C"),
-        ("trap", 0, "if ASCEND_IS_AIC SetFlag", "M_MTE1 flag 0 is set again"),
+        ("ends", 1, "SetFlag<HardEvent::V_MTE3>(0);  // first", "before InitSocState()"),
+        ("ends", 2, "WaitFlag<HardEvent::V_MTE3>(0);  // last", "a PipeBarrier<PIPE_ALL> must be"),
+        ("ends", 3, "WaitFlag<HardEvent::V_MTE3>(0);  // last", "a PipeBarrier<PIPE_ALL> must be"),
+        ("select", 1, "Select(c, mask, a", "reads UB, written by Compares"),
     ],
 )
 def test_missing_synchronisation(library, name, omit, line, fault):
@@ -636,13 +651,13 @@ def test_missing_synchronisation(library, name, omit, line, fault):
                 "cross-core flag 11: a kernel has 0 to 10",
                 "reads UB, written by SetValue",
                 "overwrites UB, written by DataCopy",
-                "takes from an empty queue",
-                "is left in the queue at the end",
-                "a tensor that is no buffer of this queue",
-                "puts in the queue what was not allocated, or is there already",
-                "more than 1 buffers in the queue",
-                "frees what is in the queue, or free already",
-                "is not freed at the end",
+                "a second allocator for UB",
+                "through the cache of the scalar unit, which does not see what DataCopy at",
+                "Ln of 0, which has two answers",
+                "runs past the end of A",
+                "Compares: 32 numbers are not whole repeats",
+                "the twin knows CMPMODE::GT alone",
+                "the twin selects between a tensor and a scalar",
                 "Cast rounds with CAST_RINT, and widens with CAST_NONE",
                 "4 does not fit a field of 0 to 3",
                 "the twin adds out of L0C alone",
@@ -652,7 +667,7 @@ def test_missing_synchronisation(library, name, omit, line, fault):
         *enumerate(
             [
                 "a tensor in L0A, which this instruction cannot reach",
-                "a tensor in L1, which this instruction cannot reach",
+                "a tensor in L0C, which this instruction cannot reach",
                 "LoadData fills L0A or L0B, not L1",
                 "a tensor in L0B, which this instruction cannot reach",
                 "a tensor in L0B, which this instruction cannot reach",
@@ -677,7 +692,7 @@ def test_rules(library, omit, fault):
     assert found is not None
     assert fault in found
     line = int(line_of(f"case {omit}:").split(":")[1])
-    assert any(f"kernels.cpp:{at}:" in found for at in (line, line + 1))
+    assert any(f"kernels.cpp:{at}:" in found for at in (line, line + 1, line + 2))
 
 
 @pytest.mark.parametrize(
@@ -698,6 +713,8 @@ def test_rules(library, omit, fault):
         ("PipeBarrier<PIPE_S>();", "the scalar unit has no barrier"),
         ("SetAtomicAdd<half>();", "the twin adds float alone"),
         ("AscendC::QuantMode_t::F322F16;", "has not been declared"),
+        ("TPipe pipe;", "‘TPipe’ was not declared"),
+        ("LocalMemAllocator<Hardware::UB> ub; ub.Alloc<TPosition::A1, half>(1);", "another memory"),
     ],
 )
 def test_types_reject_what_the_hardware_lacks(tmp_path, statement, message):
