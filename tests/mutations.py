@@ -62,12 +62,12 @@ class Sources:
         """A library of the sound kernels, then the altered ones in order.
 
         ``kernels`` are the names that the copies have of those in `Kernels` of launch.cpp, in its
-        order; None for those that they lack.
+        order; None for those that they lack, and which are not compiled.
         """
         copies = [self.texts, *map(self.altered, mutations)]
         texts, rows = [], []
         for i, copy in enumerate(copies):
-            texts.append(_in_namespace(f"copy{i}", copy))
+            texts.append(_in_namespace(f"copy{i}", copy, kernels))
             names = ("nullptr" if name is None else f"copy{i}::{name}" for name in kernels)
             rows.append("{" + ", ".join(names) + "}")
         texts.append("constexpr Kernels VARIANTS[] = {\n" + ",\n".join(rows) + "};\n")
@@ -76,10 +76,19 @@ class Sources:
         return launch.build(folder, folder / "kernels.h", flags=flags)
 
 
-def _in_namespace(name, texts):
+# Of a kernel by name, as it stands in the sources.
+KERNEL = re.compile(r'^extern "C" [^{]*?\bvoid\s+(\w+)\(.*?^}$', re.MULTILINE | re.DOTALL)
+
+
+def _in_namespace(name, texts, kernels):
     """The kernels in the namespace ``name``, with the file names and lines of the originals."""
+
+    def wanted(found):
+        return found[0] if found[1] in kernels else "\n" * found[0].count("\n")
+
     files = [f"namespace {name} {{ namespace skiparse {{ using namespace ::skiparse; }}"]
     for file, source in texts.items():
         source = re.sub(r"^#(include|pragma once).*$", "", source, flags=re.MULTILINE)
+        source = KERNEL.sub(wanted, source)
         files.append(f'#line 1 "{file}"\n' + source.replace('extern "C" ', ""))
     return "\n".join([*files, "}"])

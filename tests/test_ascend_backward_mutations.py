@@ -33,15 +33,15 @@ KERNELS = (
     None,
     None,
     "skiparse_row_values_fp16",
-    "skiparse_row_values_bf16",
+    None,
     "skiparse_attention_bwd_fp16",
-    "skiparse_attention_bwd_bf16",
+    None,
     "skiparse_text_gradients_fp16",
-    "skiparse_text_gradients_bf16",
+    None,
 )
 
 FIXPIPE = "AscendC::Fixpipe<U, float, AscendC::CFG_ROW_MAJOR>(to"
-COPY_ROWS = "p.srcDValue = stride; AscendC::DataCopy(to, from, p);"
+COPY = "AscendC::DataCopy(to, from, p);"
 LOAD_SCORES = "DataCopy(weights, ring_.Scores(i)[first], in);"
 LOAD_GRADIENTS = "DataCopy(gradients, ring_.WeightGradients(i)[first], in);"
 LOAD_BLOCK = "DataCopy(in, from[in_block * dim_], count * dim_);"
@@ -84,7 +84,7 @@ MUTATIONS = (
         "dropped wait for weights",
         "CrossCoreWaitFlag(FACTORS_READY);",
         "DataCopy reads workspace",
-        COPY_ROWS,
+        COPY,
     ),
     Mutation(
         "dropped wait for gradients",

@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr Model EXECUTED{1, 0, -1, 0, 0};
+constexpr Model EXECUTED{1, 0, -1, 0, 0, 0};
 
 [[noreturn]] void fail(const char* report) {
     std::fprintf(stderr, "%s\n", report);

@@ -54,6 +54,9 @@ struct Model {
     int32_t guess, costs_only, core;  // core -1: all
     int32_t last_lane_first;          // the order of the sub-cores, which changes nothing
     int32_t half_scores;              // forward
+    // Or, unless 0: run on so many cores, the last alone, and only the last of so many equal parts
+    // of every buffer is in memory, but for the text. Pointers are those of whole buffers.
+    int32_t last_part;
 };
 
 // The global memory of a launch. Without data it is addresses alone.
@@ -64,18 +67,23 @@ public:
         machine.costs_only = model.costs_only;
         machine.only_core = model.core;
         machine.last_lane_first = model.last_lane_first;
+        if (model.last_part > 0) parts_ = model.last_part;
     }
 
     GM_ADDR input(const char* name, void* data, size_t bytes) {
         return add(name, data, bytes, true);
+    }
+    GM_ADDR whole_input(const char* name, void* data, size_t bytes) {
+        return add(name, data, bytes, true, 1);
     }
     GM_ADDR output(const char* name, void* data, size_t bytes) {
         outputs_.push_back(machine_.global.size());
         return add(name, data, bytes, false);
     }
     GM_ADDR scratch(const char* name, size_t bytes) {
-        own_.emplace_back(machine_.costs_only ? 0 : bytes, 0xcd);
-        GM_ADDR address = add(name, own_.back().data(), bytes, false);
+        const size_t there = bytes / parts_;
+        own_.emplace_back(machine_.costs_only ? 0 : there, 0xcd);
+        GM_ADDR address = add(name, own_.back().data() - (bytes - there), bytes, false);
         machine_.global.back().scratch = true;
         return address;
     }
@@ -90,6 +98,9 @@ public:
 
 private:
     GM_ADDR add(const char* name, void* data, size_t bytes, bool input) {
+        return add(name, data, bytes, input, parts_);
+    }
+    GM_ADDR add(const char* name, void* data, size_t bytes, bool input, size_t parts) {
         if (machine_.costs_only) {
             auto* address = reinterpret_cast<uint8_t*>(next_);
             next_ += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
@@ -97,7 +108,9 @@ private:
             return address;
         }
         auto* address = static_cast<uint8_t*>(data);
-        machine_.global.emplace_back(name, address, bytes, twin::GLOBAL_CELL, input, !input);
+        const size_t there = bytes / parts;
+        machine_.global.emplace_back(name, address + (bytes - there), there, twin::GLOBAL_CELL,
+                                     input, !input);
         return address;
     }
 
@@ -105,6 +118,7 @@ private:
     twin::Machine& machine_;
     std::vector<size_t> outputs_;
     std::deque<std::vector<uint8_t>> own_;
+    size_t parts_ = 1;
     uintptr_t next_ = ALIGNMENT;
 };
 
@@ -155,9 +169,9 @@ std::string forward(const Kernels& kernels, skiparse::Tiling t, bool bf16, int c
     GM_ADDR q = global.input("q", p.q, bytes_spanned(t, t.q, t.tokens));
     GM_ADDR k = global.input("k", p.k, bytes_spanned(t, t.k, t.tokens));
     GM_ADDR v = global.input("v", p.v, bytes_spanned(t, t.v, t.tokens));
-    GM_ADDR text_q = global.input("text_q", p.text_q, bytes_spanned(t, t.text_q, t.text));
-    GM_ADDR text_k = global.input("text_k", p.text_k, bytes_spanned(t, t.text_k, t.text));
-    GM_ADDR text_v = global.input("text_v", p.text_v, bytes_spanned(t, t.text_v, t.text));
+    GM_ADDR text_q = global.whole_input("text_q", p.text_q, bytes_spanned(t, t.text_q, t.text));
+    GM_ADDR text_k = global.whole_input("text_k", p.text_k, bytes_spanned(t, t.text_k, t.text));
+    GM_ADDR text_v = global.whole_input("text_v", p.text_v, bytes_spanned(t, t.text_v, t.text));
     GM_ADDR mask = global.input("mask", p.mask, video_mask);
     GM_ADDR text_mask_at = global.input("text_mask", p.text_mask, text_mask);
     GM_ADDR bias = global.scratch("bias", bias_bytes(t));
@@ -193,9 +207,9 @@ std::string backward(const Kernels& kernels, skiparse::BackwardTiling b, bool bf
     GM_ADDR q = global.input("q", p.q, bytes_spanned(t, t.q, t.tokens));
     GM_ADDR k = global.input("k", p.k, bytes_spanned(t, t.k, t.tokens));
     GM_ADDR v = global.input("v", p.v, bytes_spanned(t, t.v, t.tokens));
-    GM_ADDR text_q = global.input("text_q", p.text_q, bytes_spanned(t, t.text_q, t.text));
-    GM_ADDR text_k = global.input("text_k", p.text_k, bytes_spanned(t, t.text_k, t.text));
-    GM_ADDR text_v = global.input("text_v", p.text_v, bytes_spanned(t, t.text_v, t.text));
+    GM_ADDR text_q = global.whole_input("text_q", p.text_q, bytes_spanned(t, t.text_q, t.text));
+    GM_ADDR text_k = global.whole_input("text_k", p.text_k, bytes_spanned(t, t.text_k, t.text));
+    GM_ADDR text_v = global.whole_input("text_v", p.text_v, bytes_spanned(t, t.text_v, t.text));
     GM_ADDR mask = global.input("mask", p.mask, video_mask);
     GM_ADDR text_mask_at = global.input("text_mask", p.text_mask, text_mask);
     GM_ADDR out = global.input("out", p.out, rows * row);

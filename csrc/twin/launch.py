@@ -28,7 +28,7 @@ INPUTS = ("q", "k", "v", "text_q", "text_k", "text_v")
 OUTPUTS = ("out", "text_out", "lse", "text_lse")
 
 
-MODEL = ("guess", "costs_only", "core", "last_lane_first", "half_scores")
+MODEL = ("guess", "costs_only", "core", "last_lane_first", "half_scores", "last_part")
 GUESSES = ("fast", "typical", "slow")
 Guess = Literal["fast", "typical", "slow"]
 
@@ -99,7 +99,7 @@ class _Model(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int32) for name in MODEL)
 
 
-EXECUTED = _Model(GUESSES.index("typical"), 0, -1, 0, 0)
+EXECUTED = _Model(GUESSES.index("typical"), 0, -1, 0, 0, 0)
 
 
 class _Tiling(ctypes.Structure):
@@ -170,7 +170,7 @@ def forward(
         TwinFault: if the kernel breaks a rule of the hardware.
         ValueError: if ``half_scores`` meets a scale that is not positive.
     """
-    model = _Model(GUESSES.index("typical"), 0, -1, 0, half_scores)
+    model = _Model(GUESSES.index("typical"), 0, -1, 0, half_scores, 0)
     return _forward(library, inputs, cores, variant, model)[0]
 
 
@@ -193,8 +193,45 @@ def forward_costs(
     core alone is counted. ``executed`` and the order of the sub-cores change no figure.
     """
     one = -1 if core is None else core
-    model = _Model(GUESSES.index(guess), not executed, one, last_lane_first, half_scores)
+    model = _Model(GUESSES.index(guess), not executed, one, last_lane_first, half_scores, 0)
     return _forward(library, inputs, cores, variant, model)[1]
+
+
+def forward_of_last(
+    library: ctypes.CDLL, inputs: Inputs, parts: int, *, variant: int = 0
+) -> Outputs:
+    """The last of ``parts`` sub-sequences of one head, each a block as long as q, k and v here.
+
+    ``inputs`` are dense, of the last alone, and text; the kernel is told of a problem ``parts``
+    times as long, and there is memory for the last part of each buffer only. So offsets may be
+    larger than any memory, and a wrong one is found where it is used.
+
+    Raises:
+        TwinFault: if the kernel breaks a rule of the hardware.
+    """
+    (B, L, H, D), T = inputs.q.shape, inputs.text_q.shape[1]
+    if (B, H, inputs.mask, inputs.text_mask) != (1, 1, None, None) or D not in HEAD_DIMS:
+        raise ValueError("only one head of a batch of one, without masks, of a known dimension")
+    new = inputs.q.new_empty
+    outputs = Outputs(
+        new(1, L, 1, D),
+        new(1, 1, T, 1, D),
+        new(1, 1, L, dtype=torch.float32),
+        new(1, 1, 1, T, dtype=torch.float32),
+    )
+
+    def begin(last: Tensor) -> int:
+        """Of the buffer whose last part this is."""
+        return last.data_ptr() - (parts - 1) * last.nbytes
+
+    six = [getattr(inputs, name) for name in INPUTS]
+    tiling = _tiling(inputs, (*six, None, None))
+    tiling.tokens, tiling.sparsity, tiling.run = parts * L, parts, L
+    video, text = (begin(x) for x in six[:3]), (_pointer(x) for x in six[3:])
+    pointers = _ForwardPointers(*video, *text, None, None, *map(begin, outputs))
+    model = _Model(GUESSES.index("typical"), 0, parts - 1, 0, 0, parts)
+    _call(library.skiparse_twin_forward, inputs, tiling, pointers, parts, variant, model)
+    return outputs
 
 
 def _forward(
@@ -253,7 +290,7 @@ def backward_costs(
     """Cycles of the key biases, the row values, the gradients and their sums over sub-sequences
     (launches 0 to 3), with upstream gradients as ``outputs`` are: a MODEL. See `forward_costs`.
     """
-    model = _Model(GUESSES.index(guess), 1, -1 if core is None else core, 0, 0)
+    model = _Model(GUESSES.index(guess), 1, -1 if core is None else core, 0, 0, 0)
     grads = outputs[:2]
     return _backward(library, inputs, outputs, *grads, cores, most_in_part, variant, model)[1]
 
