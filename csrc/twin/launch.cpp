@@ -103,7 +103,7 @@ private:
     GM_ADDR add(const char* name, void* data, size_t bytes, bool input, size_t parts) {
         if (machine_.costs_only) {
             auto* address = reinterpret_cast<uint8_t*>(next_);
-            next_ += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+            next_ += APART;
             machine_.global.emplace_back(name, address, bytes);
             return address;
         }
@@ -114,12 +114,12 @@ private:
         return address;
     }
 
-    static constexpr size_t ALIGNMENT = 512;
+    static constexpr size_t APART = size_t{1} << 42;  // so that no wrong offset meets another buffer
     twin::Machine& machine_;
     std::vector<size_t> outputs_;
     std::deque<std::vector<uint8_t>> own_;
     size_t parts_ = 1;
-    uintptr_t next_ = ALIGNMENT;
+    uintptr_t next_ = APART;
 };
 
 // Launches each kernel on all cores of the machine.
