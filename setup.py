@@ -81,6 +81,7 @@ setup(
     packages=[
         "skiparse",
         "skiparse.backends",
+        "skiparse.backends.ascendc",
         "skiparse.backends.triton",
         "skiparse.models",
         "skiparse.models.data",

@@ -141,9 +141,12 @@ def test_any_length(library, kind, k):
         check(library, make_problem(p, N=N, T=3, H=1, D=64, dtype=torch.float16, masked=True))
 
 
-@pytest.mark.parametrize("token_stride", [9000, 30000, 70000])
+@pytest.mark.parametrize("token_stride", [9000, 30000, 70000, 70001, 140000])
 def test_strides_beyond_16_bits(library, token_stride):
-    """The distance between runs, then between runs of one token, then between tokens."""
+    """The distance between runs, then between runs of one token, then between tokens.
+
+    The last two are beyond pairs of elements too, or no multiple of a pair.
+    """
     for p in (SkipPattern.group(8), SkipPattern.single(8), SkipPattern(2, 3)):
         problem = make_problem(p, N=30, T=5, H=1, D=64, dtype=torch.float16)
         names = ("q", "k", "v", "grad_out")

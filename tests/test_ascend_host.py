@@ -139,6 +139,10 @@ for p, dtype, layout in (
         )
         problem = replace(problem, grad_out=problem.grad_out.mT.contiguous().mT[..., :64])
         check(run(problem, "ascendc"), problem)
+problem = make_problem(SkipPattern.single(2), N=37, T=5, D=64, dtype=torch.float16)
+exact, rounded = (run(problem, name) for name in ("ascendc", "ascendc.half_scores"))
+assert not torch.equal(exact.lse, rounded.lse)
+check(rounded, problem)
 print(len(calls), "calls")
 
 problem = make_problem(SkipPattern.single(2), N=6, T=2, D=64, dtype=torch.float16)
@@ -152,18 +156,24 @@ wrong = {
 }
 for message, inputs in wrong.items():
     try:
-        operators.attention(*inputs, None, None, 2, 1, 1.0)
+        operators.attention(*inputs, None, None, 2, 1, 1.0, False)
     except RuntimeError as error:
         assert message in str(error), error
     else:
         raise AssertionError(message)
 for mask, sparsity in ((torch.ones(1, 6), 2), (torch.ones(1, 5).bool(), 2), (None, 0)):
     try:
-        operators.attention(*problem.inputs, mask, None, sparsity, 1, 1.0)
+        operators.attention(*problem.inputs, mask, None, sparsity, 1, 1.0, False)
     except RuntimeError as error:
         assert "mask must be" in str(error) or "at least 1" in str(error), error
     else:
         raise AssertionError(mask)
+try:
+    operators.attention(*problem.inputs, None, None, 2, 1, -1.0, True)
+except RuntimeError as error:
+    assert "half_scores needs a positive scale, not -1" in str(error), error
+else:
+    raise AssertionError("scale")
 """
 
 
@@ -288,14 +298,76 @@ def test_cmake_says_what_is_missing(tmp_path):
         assert reason in " ".join(done.stderr.split())
 
 
-def test_the_launcher_compiles_against_the_twin(torch_npu):
-    """All but `<<<>>>`: what it launches takes what it is given, by the twin's kernels."""
+# All of the launcher but `<<<>>>`: what it launches takes what it is given, by the twin's kernels,
+# and is counted instead. Two functions stand in for CANN's.
+LAUNCHER = """
+#include <cstdint>
+
+extern "C" {
+int launches = 0, last_error = 0, limits[2] = {24, 48};
+uint32_t blocks_of[8];
+}
+#define SKIPARSE_LAUNCH(kernel, blocks, stream) \\
+    blocks_of[launches++] = blocks, (void)(stream), [](auto... a) { if (launches < 0) kernel(a...); }
+#include "launch.cpp"
+
+extern "C" aclError aclrtGetStreamResLimit(aclrtStream, aclrtDevResLimitType type,
+                                           uint32_t* value) {
+    *value = limits[type];
+    return limits[type] > 0 ? 0 : 507000;
+}
+extern "C" aclError aclrtPeekAtLastError(aclrtLastErrLevel) { return last_error; }
+"""
+
+
+@pytest.fixture(scope="module")
+def launcher(torch_npu, tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("launcher")
+    (folder / "launcher.cpp").write_text(LAUNCHER)
     headers = torch_npu / "torch_npu" / "include" / "third_party" / "acl" / "inc"
-    command = ["g++", *FLAGS, f"-I{TWIN}", f"-I{headers}", "-fsyntax-only"]
-    launch = "-DSKIPARSE_LAUNCH(kernel, blocks, stream)=(void)(blocks), (void)(stream), kernel"
-    subprocess.run([*command, launch, HOST / "launch.cpp"], check=True)
+    includes = [f"-I{path}" for path in (HOST, TWIN, headers)]
+    command = ["g++", *FLAGS, "-O0", *includes, "-shared", "launcher.cpp", "-o", "launcher.so"]
+    subprocess.run(command, check=True, cwd=folder)
+    return ctypes.CDLL(str(folder / "launcher.so"))
+
+
+class Cores(ctypes.Structure):
+    _fields_ = (("cube", ctypes.c_int64), ("vector", ctypes.c_int64))
+
+
+def test_a_stream_that_is_given_few_cores_gets_no_more_blocks(launcher):
+    """A mixed kernel waits for vector cores that a block of it must have."""
+    limits, cores = (ctypes.c_int * 2).in_dll(launcher, "limits"), Cores()
+    for cube, vector, blocks in ((24, 48, 24), (20, 40, 20), (24, 10, 5), (3, 48, 3), (4, 1, 0)):
+        limits[:] = cube, vector
+        assert launcher.skiparse_ascend_cores(None, ctypes.byref(cores)) == 0
+        assert (cores.cube, cores.vector) == (blocks, vector)
+    limits[:] = 0, 48
+    assert launcher.skiparse_ascend_cores(None, ctypes.byref(cores)) == 507000
+
+
+def test_a_launch_that_fails_is_reported(launcher):
+    tiling = launch._Tiling(batch=1, tokens=64, text=0, heads=1, head_dim=64, sparsity=1, run=1)
+    backward = launch._BackwardTiling(forward=tiling, most_in_part=1)
+    pointers, scratch = launch._BackwardPointers(), (ctypes.c_void_p * 8)()
+    error, launches = (ctypes.c_int.in_dll(launcher, x) for x in ("last_error", "launches"))
+    blocks = (ctypes.c_uint32 * 8).in_dll(launcher, "blocks_of")
+    rest = (ctypes.byref(pointers), scratch)
+    cores = ctypes.byref(Cores(5, 11))
+    for expected in (0, 507035):
+        error.value = expected
+        launches.value = 0
+        given = (None, cores, ctypes.byref(tiling), 1, 0, *rest)
+        assert launcher.skiparse_attention_fwd(*given) == expected
+        assert blocks[: launches.value] == [11, 5]
+        launches.value = 0
+        given = (None, cores, ctypes.byref(backward), 1, *rest)
+        assert launcher.skiparse_attention_bwd(*given) == expected
+        assert blocks[: launches.value] == [11, 11, 5, 11]
+    empty = launch._Tiling(batch=0, tokens=64, text=0, heads=1, head_dim=64, sparsity=1, run=1)
+    assert launcher.skiparse_attention_fwd(None, cores, ctypes.byref(empty), 1, 0, *rest) == 0
 
 
 def test_the_interface_needs_neither_torch_nor_cann():
@@ -360,7 +432,7 @@ def test_the_operators_of_torch_run_the_kernels_on_the_twin(extension, library, 
         env={**os.environ, "LD_LIBRARY_PATH": str(here)},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "8 calls"
+    assert done.stdout.strip() == "12 calls"
 
 
 @pytest.fixture
@@ -376,17 +448,22 @@ def operators(library, monkeypatch):
         return Inputs(*tensors, SkipPattern(sparsity, run), scale)
 
     def attention(*arguments):
-        return launch.forward(library, inputs_of(*arguments))
+        *inputs, half_scores = arguments
+        calls.append(inputs[:6])
+        return launch.forward(library, inputs_of(*inputs), half_scores=half_scores)
 
     def attention_backward(grad_out, grad_text_out, *arguments):
         tensors, outputs, settings = arguments[:8], arguments[8:12], arguments[12:]
         assert all(x.is_contiguous() for x in outputs)
         inputs = inputs_of(*tensors, *settings)
+        calls.append([*tensors[:6], grad_out])
         return launch.backward(library, inputs, Outputs(*outputs), grad_out, grad_text_out)
 
+    calls = []
     found = SimpleNamespace(attention=attention, attention_backward=attention_backward)
     monkeypatch.setattr(ascendc, "_operators", lambda: found)
     monkeypatch.setattr(ascendc, "why_not", lambda *_, **__: None)
+    return calls
 
 
 @pytest.mark.parametrize("D", [40, 64, 72])
@@ -396,6 +473,37 @@ def test_the_backend_hands_over_what_the_kernels_take(operators, D):
     )
     problem = replace(problem, mask=problem.mask.t().contiguous().t())
     check(run(problem, "ascendc"), problem)
+
+
+def test_scores_in_half_are_an_option_by_name(operators):
+    problem = make_problem(SkipPattern.group(2), N=37, T=5, D=64, dtype=torch.float16)
+    exact, rounded = (run(problem, name) for name in ("ascendc", "ascendc.half_scores"))
+    assert not torch.equal(exact.lse, rounded.lse)
+    check(rounded, problem)
+    with pytest.raises(RuntimeError, match="need a positive scale, not -1"):
+        run(replace(problem, scale=-1.0), "ascendc.half_scores")
+
+
+@pytest.mark.parametrize(
+    ("apart", "copied"), [(65535, False), (70000, False), (70001, True), (140000, True)]
+)
+def test_rows_beyond_the_reach_of_an_instruction_are_copied_first(operators, apart, copied):
+    """Single-skip of 2: every second token. The kernel would copy them row by row."""
+    problem = make_problem(SkipPattern.single(2), N=6, T=2, H=1, D=64, dtype=torch.float16)
+    step = apart // 2 if apart % 2 == 0 else apart  # an odd one is that of a dense problem
+    if apart % 2:
+        problem = replace(problem, pattern=SkipPattern.dense())
+    names = ("q", "k", "v", "grad_out")
+    room = {name: torch.zeros(6 * step, dtype=torch.float16) for name in names}
+    spread = {
+        name: x.as_strided((1, 6, 1, 64), (0, step, 64, 1)).copy_(getattr(problem, name))
+        for name, x in room.items()
+    }
+    problem = replace(problem, **spread)
+    check(run(problem, "ascendc"), problem)
+    forward, backward = operators
+    seen = [*forward[:3], *backward[:3], backward[-1]]
+    assert {x.stride(1) for x in seen} == {64 if copied else step}
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,6 @@ STORE_WEIGHTS = "DataCopy(ring_.template Weights<T>(i)[(2 * row + panel % 2) * P
 LOAD_SCORES = "DataCopy(scores, ring_.template Scores<S>(i)[first * PANEL], in);"
 LOAD_VALUES = "DataCopy(values, ring_.Values(i)[(half_ * HALF_ROWS + row) * dim_], count);"
 COPY = "AscendC::DataCopy(to, from, p);"
-COPY_BLOCKS = "AscendC::DataCopy(to[column * pitch], from[column], p);"
 COPY_BIAS = "DataCopy(At<float>(bias, i * STACK_KEYS), row_, STACK_KEYS);"
 SCATTER = "AscendC::DataCopyPad(to.base"
 FIXPIPE = "AscendC::Fixpipe<U, float, AscendC::CFG_ROW_MAJOR>(to"
@@ -492,30 +491,6 @@ MUTATIONS = (
         at=LOAD_KEY,
         case="far rows",
     ),
-    Mutation(
-        "overflown gap between blocks",
-        "gap >= 0 && gap <= MOST_BLOCKS && rows",
-        "74999 does not fit a field of 0 to 65535",
-        "p.srcStride = gap;",
-        new="gap >= 0 && rows",
-        case="farthest rows",
-    ),
-    Mutation(
-        "gap from beginning to beginning of blocks",
-        "const int64_t gap = stride / C0 - 1;",
-        "runs past the end of",
-        COPY_BLOCKS,
-        new="const int64_t gap = stride / C0;",
-        case="farther rows",
-    ),
-    Mutation(
-        "columns of blocks too close",
-        "AscendC::DataCopy(to[column * pitch], from[column], p);",
-        "DataCopy overwrites L1, written by DataCopy at rows.h",
-        COPY_BLOCKS,
-        new="AscendC::DataCopy(to[column * rows / 2], from[column], p);",
-        case="farther rows",
-    ),
     # Offsets of more than 32 bits; the memory that they skip does not exist.
     Mutation(
         "elements counted in 32 bits",
@@ -693,7 +668,6 @@ CASES = {
     "far runs": (SkipPattern.group(2), {"N": 20}),
     "odd rows": (SkipPattern.dense(), {"N": 20}),
     "farther rows": (SkipPattern.dense(), {"N": 20}),
-    "farthest rows": (SkipPattern.dense(), {"N": 20}),
     "nothing": (SkipPattern.single(2), {"N": 64}),  # rows of one sub-sequence attend to none
     "last of many": (SkipPattern.dense(), {"N": 128, "T": 128, "D": 128}),
 }
@@ -703,7 +677,6 @@ TOKEN_STRIDES = {
     "far runs": 30000,
     "odd rows": 70001,
     "farther rows": 140000,
-    "farthest rows": 1200000,
 }
 PARTS = 140000  # of "last of many", whose elements are more than 2^31, and their bytes than 2^32
 

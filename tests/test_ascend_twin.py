@@ -140,28 +140,21 @@ struct Operands {
     LocalTensor<float> c;
 };
 
-// A in L0A and B in L0B, ready to be multiplied, and place for C; copied in pairs and in columns of
-// blocks, or as 16-bit elements
-Operands load(bool otherwise = false) {
+// A in L0A and B in L0B, ready to be multiplied, and place for C; copied in pairs or as elements
+Operands load(bool pairs = false) {
     L1 l1;
     auto a1 = l1.Alloc<TPosition::A1, half>(M * K), b1 = l1.Alloc<TPosition::B1, half>(K * COLUMNS);
     auto a2 = LocalMemAllocator<Hardware::L0A>().Alloc<TPosition::A2, half>(M * K);
     auto b2 = LocalMemAllocator<Hardware::L0B>().Alloc<TPosition::B2, half>(K * COLUMNS);
     auto c = LocalMemAllocator<Hardware::L0C>().Alloc<TPosition::CO1, float>(M * COLUMNS);
     Nd2NzParams nd;
-    const int unit = otherwise ? 2 : 1;
+    const int unit = pairs ? 2 : 1;
     nd.ndNum = 1; nd.nValue = M; nd.dValue = K / unit; nd.srcDValue = K / unit;
     nd.dstNzC0Stride = M; nd.dstNzNStride = 1;
-    DataCopyParams blocks;
-    blocks.blockCount = K; blocks.blockLen = 1; blocks.srcStride = COLUMNS / 16 - 1;
-    if (otherwise) {
-        DataCopy(a1.ReinterpretCast<uint32_t>(), global<uint32_t>(A), nd);
-        for (int i = 0; i < COLUMNS; i += 16) DataCopy(b1[i * K], global<half>(B)[i], blocks);
-    } else {
-        DataCopy(a1, global<half>(A), nd);
-        nd.nValue = K; nd.dValue = COLUMNS; nd.srcDValue = COLUMNS; nd.dstNzC0Stride = K;
-        DataCopy(b1, global<half>(B), nd);
-    }
+    if (pairs) DataCopy(a1.ReinterpretCast<uint32_t>(), global<uint32_t>(A), nd);
+    if (!pairs) DataCopy(a1, global<half>(A), nd);
+    nd.nValue = K; nd.dValue = COLUMNS; nd.srcDValue = COLUMNS; nd.dstNzC0Stride = K;
+    DataCopy(b1, global<half>(B), nd);
     UNLESS(1) SetFlag<HardEvent::MTE2_MTE1>(0);
     UNLESS(1) WaitFlag<HardEvent::MTE2_MTE1>(0);
     LoadData2DParams load;
@@ -181,9 +174,9 @@ Operands load(bool otherwise = false) {
 }
 
 // C[M, COLUMNS] = A[M, K] B[K, COLUMNS] in half, by the cube; vector cores do nothing
-template <bool OTHERWISE> void product() {
+template <bool PAIRS> void product() {
     if ASCEND_IS_AIV return;
-    const auto [a, b, c] = load(OTHERWISE);
+    const auto [a, b, c] = load(PAIRS);
     MmadParams mm;
     mm.m = M; mm.n = COLUMNS; mm.k = K;
     Mmad(c, a, b, mm);  // product
@@ -355,7 +348,7 @@ void cube_rule() {
     const auto c = global<float>(C);
     switch (omitted) {
         case 100: DataCopy(l0a, global<half>(A), nd); break;
-        case 101: DataCopy(l0c.ReinterpretCast<half>(), global<half>(A), 16); break;
+        case 101: DataCopy(l1, global<half>(A), 16); break;
         case 102: LoadData(l1, l1, load); break;
         case 103: LoadData(l0a, l0b, load); break;
         case 104: Mmad(l0c, l0b, l0a, mm); break;
@@ -425,7 +418,7 @@ extern "C" int run(const char* name, int omit, uint8_t* a, uint8_t* b, uint8_t* 
         {"cube rule", {cube_rule, 1, true}},
         {"ends", {ends, 1, true}},
         {"select", {select, 1, false}},
-        {"views", {product<true>, 1, true, A_BYTES, B_BYTES, C_BYTES}},
+        {"pairs", {product<true>, 1, true, A_BYTES, B_BYTES, C_BYTES}},
     };
     const Launch& launch = launches.at(name);
     add("A", a, launch.a, false);
@@ -506,9 +499,9 @@ def test_selection(library):
     assert torch.equal(c[:64], torch.where(a > 0, a, -1)[:64])
 
 
-def test_matrices_in_pairs_and_in_columns_of_blocks(library):
+def test_16_bit_elements_are_copied_in_pairs(library):
     a, b, c = torch.randn(32, 48).half(), torch.randn(48, 80).half(), torch.empty(32, 80)
-    assert run(library, "views", tensors=(a, b, c)) is None
+    assert run(library, "pairs", tensors=(a, b, c)) is None
     torch.testing.assert_close(c, a.float() @ b.float())
 
 
@@ -667,7 +660,7 @@ def test_missing_synchronisation(library, name, omit, line, fault):
         *enumerate(
             [
                 "a tensor in L0A, which this instruction cannot reach",
-                "a tensor in L0C, which this instruction cannot reach",
+                "a tensor in L1, which this instruction cannot reach",
                 "LoadData fills L0A or L0B, not L1",
                 "a tensor in L0B, which this instruction cannot reach",
                 "a tensor in L0B, which this instruction cannot reach",

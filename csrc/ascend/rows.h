@@ -12,7 +12,6 @@ constexpr int64_t BLOCK_BYTES = 32;     // the unit of on-chip memory
 constexpr int64_t C0 = 16;              // 16-bit elements of a block
 constexpr int64_t FRACTAL_ROWS = 16;    // of C0 elements each
 constexpr int64_t MOST_STRIDE = 65535;  // of a field of an ND2NZ copy, in elements
-constexpr int64_t MOST_BLOCKS = 65535;  // of a gap between blocks
 constexpr int64_t MOST_GAP = 0xffffffff;  // of a copy to UB, in bytes
 
 // One head of the tokens of one sub-sequence.
@@ -118,8 +117,8 @@ __aicore__ __inline__ void FillRows(const AscendC::LocalTensor<T>& to, int64_t p
     if (count > 0) CopyMatrices(to, pitch, row, count, 0, 1, 1, dim);
 }
 
-// Rows equally far apart: in one instruction up to 131,070 elements, then in one for each column of
-// blocks, which reach 2 MB. Beyond, or where 32 bytes do not divide the distance, one by one.
+// Rows equally far apart: in one instruction if they are at most 131,070 elements apart. The caller
+// on the host sees to it that they are; else one by one.
 template <class T>
 __aicore__ __inline__ void CopyRows(const AscendC::LocalTensor<T>& to, int64_t pitch,
                                     const AscendC::GlobalTensor<T>& from, int64_t rows,
@@ -129,17 +128,6 @@ __aicore__ __inline__ void CopyRows(const AscendC::LocalTensor<T>& to, int64_t p
         return;
     }
     if (CopyAtOnce(to, pitch, from, 1, 0, rows, stride, dim)) return;
-    const int64_t gap = stride / C0 - 1;
-    if (stride % C0 == 0 && gap >= 0 && gap <= MOST_BLOCKS && rows > dim / C0) {
-        AscendC::DataCopyParams p;
-        p.blockCount = rows;
-        p.blockLen = 1;
-        p.srcStride = gap;
-        for (int64_t column = 0; column < dim; column += C0) {
-            AscendC::DataCopy(to[column * pitch], from[column], p);
-        }
-        return;
-    }
     for (int64_t row = 0; row < rows; ++row) {
         CopyMatrices(to[row * C0], pitch, from[row * stride], 1, 0, 1, 1, dim);
     }

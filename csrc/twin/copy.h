@@ -76,7 +76,7 @@ void DataCopy(const LocalTensor<T>& to, const GlobalTensor<T>& from, const Nd2Nz
 template <class T>
 void DataCopy(const LocalTensor<T>& to, const GlobalTensor<T>& from, const DataCopyParams& p,
               Where where = Where::here()) {
-    to.expect(to.space == twin::L1 ? twin::L1 : twin::UB, twin::BLOCK, where);
+    to.expect(twin::UB, twin::BLOCK, where);
     const size_t size = p.blockLen * twin::BLOCK;
     const uint64_t last = twin::last_of(p.blockCount, p.blockLen + p.srcStride) * twin::BLOCK;
     twin::Operation operation =

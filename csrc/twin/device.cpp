@@ -21,16 +21,16 @@ void fill(void* memory, int64_t bytes) {
 
 }  // namespace
 
-extern "C" int skiparse_ascend_cores(int32_t, SkiparseCores* cores) {
+extern "C" int skiparse_ascend_cores(void*, SkiparseCores* cores) {
     *cores = {2, 4};
     return 0;
 }
 
-extern "C" void skiparse_attention_fwd(void*, const SkiparseCores* cores,
-                                       const skiparse::Tiling* tiling, int32_t bf16,
-                                       int32_t half_scores,
-                                       const skiparse::ForwardPointers* pointers,
-                                       const skiparse::ForwardScratch* scratch) {
+extern "C" int skiparse_attention_fwd(void*, const SkiparseCores* cores,
+                                      const skiparse::Tiling* tiling, int32_t bf16,
+                                      int32_t half_scores,
+                                      const skiparse::ForwardPointers* pointers,
+                                      const skiparse::ForwardScratch* scratch) {
     fill(scratch->bias, bias_bytes(*tiling));
     fill(scratch->workspace, cores->cube * skiparse::WORKSPACE_BYTES);
     Model model = EXECUTED;
@@ -40,12 +40,13 @@ extern "C" void skiparse_attention_fwd(void*, const SkiparseCores* cores,
                               sizeof(report)) != 0) {
         fail(report);
     }
+    return 0;
 }
 
-extern "C" void skiparse_attention_bwd(void*, const SkiparseCores* cores,
-                                       const skiparse::BackwardTiling* tiling, int32_t bf16,
-                                       const skiparse::BackwardPointers* pointers,
-                                       const skiparse::BackwardScratch* scratch) {
+extern "C" int skiparse_attention_bwd(void*, const SkiparseCores* cores,
+                                      const skiparse::BackwardTiling* tiling, int32_t bf16,
+                                      const skiparse::BackwardPointers* pointers,
+                                      const skiparse::BackwardScratch* scratch) {
     const skiparse::Tiling& t = tiling->forward;
     fill(scratch->bias, bias_bytes(t));
     fill(scratch->values, row_values_bytes(t));
@@ -57,4 +58,5 @@ extern "C" void skiparse_attention_bwd(void*, const SkiparseCores* cores,
                                sizeof(report)) != 0) {
         fail(report);
     }
+    return 0;
 }

@@ -114,7 +114,8 @@ private:
         return address;
     }
 
-    static constexpr size_t APART = size_t{1} << 42;  // so that no wrong offset meets another buffer
+    // Between buffers without data, so that a wrong offset does not lead into another.
+    static constexpr size_t APART = size_t{1} << 42;
     twin::Machine& machine_;
     std::vector<size_t> outputs_;
     std::deque<std::vector<uint8_t>> own_;
