@@ -219,6 +219,43 @@ def test_backward_projection_is_that_of_the_busiest_core(library):
     assert last.flops == 5 / 2 * shape.flops()
 
 
+@pytest.mark.parametrize(
+    ("pattern", "instructions"),
+    [
+        (SkipPattern.dense(), 1),
+        (SkipPattern.single(2), 1),
+        (SkipPattern.single(4), 1),
+        (SkipPattern.single(8), 1),  # in pairs of elements, for 73,728 is no field of 16 bits
+        (SkipPattern.group(2), 1),
+        (SkipPattern.group(4), 32),  # one a run
+        (SkipPattern.group(8), 16),
+    ],
+    ids=str,
+)
+def test_instructions_that_gather_a_tile_of_a_fused_projection(library, pattern, instructions):
+    """Of 128 keys, where q, k and v are views of one tensor at the headline shape."""
+    shape = model.Shape(pattern, T=0, N=36864)
+    qkv = torch.empty(1, shape.N, 3, shape.H, shape.D, dtype=torch.bfloat16, device="meta")
+    q, k, v = qkv.unbind(2)
+    inputs = replace(shape.inputs(), q=q, k=k, v=v)
+    tasks = shape.tasks()
+    costs = launch.forward_costs(library, inputs, cores=tasks, core=0)
+    assert costs.buffers["k"].copies == instructions * shape.N / pattern.sparsity / 128
+
+
+def test_places_of_scratch_memory(library):
+    """All of the forward kernel are multiples of 512 bytes, but for odd panels of weights."""
+    costs = launch.forward_costs(
+        library, model.Shape(SkipPattern.single(8)).inputs(), cores=500, core=3
+    )
+    found = [
+        (x.line.partition(":")[0], x.instruction) for x in costs.unaligned if "work" in x.buffer
+    ]
+    assert found == [("attention_fwd.cpp", "DataCopy")]
+    outputs = {x.buffer for x in costs.unaligned} - {"workspace"}
+    assert outputs <= {"out", "text_out", "lse", "text_lse"}  # rows of a head, and single numbers
+
+
 def test_half_scores_move_fewer_bytes(library):
     shape = model.Shape(SkipPattern.single(8))
     exact, half = (model.project(library, shape, half_scores=x) for x in (False, True))

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_torch_npu import BACKWARD, FORWARD
+from fake_torch_npu import BACKWARD, BACKWARD_V3, FORWARD, FORWARD_V3
 from torch.utils import cpp_extension
 
 from csrc.twin import launch
@@ -308,7 +308,8 @@ int launches = 0, last_error = 0, limits[2] = {24, 48};
 uint32_t blocks_of[8];
 }
 #define SKIPARSE_LAUNCH(kernel, blocks, stream) \\
-    blocks_of[launches++] = blocks, (void)(stream), [](auto... a) { if (launches < 0) kernel(a...); }
+    blocks_of[launches++] = blocks, (void)(stream), \\
+    [](auto... a) { if (launches < 0) kernel(a...); }
 #include "launch.cpp"
 
 extern "C" aclError aclrtGetStreamResLimit(aclrtStream, aclrtDevResLimitType type,
@@ -380,7 +381,7 @@ def test_the_interface_needs_neither_torch_nor_cann():
 
 def test_the_fake_has_the_schemas_of_the_real_library(torch_npu):
     binary = (torch_npu / "torch_npu" / "lib" / "libtorch_npu.so").read_bytes()
-    for schema in (FORWARD, BACKWARD):
+    for schema in (FORWARD, BACKWARD, FORWARD_V3, BACKWARD_V3):
         assert schema.encode() + b"\0" in binary
 
 

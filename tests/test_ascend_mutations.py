@@ -655,6 +655,25 @@ MUTATIONS = (
     ),
 )
 
+# What is slower, not wrong: places in memory that are no multiple of 512 bytes.
+SLOW = (
+    Mutation(
+        "scores beside the places that are fast",
+        "At<S>(base + i % RING * SCORES_BYTES, 0)",
+        "Fixpipe",
+        FIXPIPE,
+        new="At<S>(base + i % RING * SCORES_BYTES, 8)",
+    ),
+    Mutation(
+        "values beside the places that are fast",
+        "i % RING * VALUES_BYTES, 0);",
+        "DataCopy",
+        LOAD_VALUES,
+        new="i % RING * VALUES_BYTES, 16);",
+        case="one stack",
+    ),
+)
+
 # The smallest that show them: sizes, the number of cores, and how far apart tokens are.
 CASES = {
     "tiles": (SkipPattern.single(2), {"N": 300}),  # two halves of queries, two tiles of keys
@@ -712,18 +731,16 @@ def answers_of(case):
 def library(tmp_path_factory):
     """The sound kernels, then the altered ones in order, in one library."""
     kernels = ("skiparse_key_bias", "skiparse_attention_fwd_fp16", None)
-    return SOURCES.build(tmp_path_factory.mktemp("mutations"), MUTATIONS, kernels)
+    return SOURCES.build(tmp_path_factory.mktemp("mutations"), (*MUTATIONS, *SLOW), kernels)
+
+
+def inputs_of(case):
+    p = problem_of(case)
+    return Inputs(*p.inputs, p.mask, p.text_mask, p.pattern, p.q.shape[-1] ** -0.5)
 
 
 def forward(library, case, variant):
-    problem = problem_of(case)
-    inputs = Inputs(
-        *problem.inputs,
-        problem.mask,
-        problem.text_mask,
-        problem.pattern,
-        problem.q.shape[-1] ** -0.5,
-    )
+    inputs = inputs_of(case)
     if case == "last of many":
         outputs = launch.forward_of_last(library, inputs, PARTS, variant=variant)
     else:
@@ -759,3 +776,19 @@ def test_the_answer_is_wrong(library, variant, mutation):
     found = forward(library, mutation.case, variant)
     with pytest.raises(AssertionError):
         check(mutation.case, found)
+
+
+@pytest.mark.parametrize(
+    ("variant", "mutation"), [*enumerate(SLOW, 1 + len(MUTATIONS))], ids=[m.name for m in SLOW]
+)
+def test_the_twin_counts_what_is_not_aligned(library, variant, mutation):
+    """In scratch memory, whose layout is the kernels' own; every place is, but for odd panels."""
+    sound, slow = (
+        launch.forward_costs(library, inputs_of(mutation.case), cores=1, variant=v).unaligned
+        for v in (0, variant)
+    )
+    place = SOURCES.place_of(mutation.at).removesuffix(": ")
+    seen = [(x.line, x.instruction) for x in slow if x.buffer == "workspace"]
+    assert (place, mutation.fault) in seen
+    panels = SOURCES.place_of(STORE_WEIGHTS).removesuffix(": ")
+    assert {x.line for x in sound if x.buffer == "workspace"} <= {panels}

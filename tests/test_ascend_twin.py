@@ -706,7 +706,7 @@ def test_rules(library, omit, fault):
         ("PipeBarrier<PIPE_S>();", "the scalar unit has no barrier"),
         ("SetAtomicAdd<half>();", "the twin adds float alone"),
         ("AscendC::QuantMode_t::F322F16;", "has not been declared"),
-        ("TPipe pipe;", "‘TPipe’ was not declared"),
+        ("TPipe pipe;", "was not declared"),
         ("LocalMemAllocator<Hardware::UB> ub; ub.Alloc<TPosition::A1, half>(1);", "another memory"),
     ],
 )

@@ -49,7 +49,7 @@ def forward(inputs: Inputs) -> Outputs:
 
 
 def launch(inputs: Inputs, *, half_scores: bool) -> Outputs:
-    """`forward`, with scores that pass through memory in fp32 or, faster and less exact, in fp16."""
+    """`forward`, with scores that pass through memory in fp32 or, faster, less exact, in fp16."""
     D = inputs.q.shape[-1]
     masks = (None if m is None else m.contiguous() for m in (inputs.mask, inputs.text_mask))
     pattern = inputs.pattern

@@ -1,10 +1,10 @@
-"""The AscendC backend with scores that pass through memory in fp16: faster by the model, less exact.
+"""The AscendC backend with scores that pass through memory in fp16: faster on paper, less exact.
 
-Between the cube and the vector cores of an Atlas A2 lies only memory, and scores in fp32 are most of
-what passes through it. In fp16 they are half of that: the forward kernel is projected at 1.36 times
-the speed (MODEL, never run on an NPU). All else stays in fp32. An option, and taken by name only:
-scores (``q @ k.T``) must be below 65,504 before they are scaled, which nobody checks, and the error
-of the output in fp16 is up to 7 times as large, still within that of eager attention in fp16.
+Between the cube and the vector cores of an Atlas A2 lies only memory, and scores in fp32 are most
+of what passes through it. In fp16 they are half of that: the forward kernel is projected at 1.36
+times the speed (MODEL, never run on an NPU). All else stays in fp32. An option, and taken by name
+only: scores (``q @ k.T``) must be below 65,504 before they are scaled, which nobody checks, and the
+error of the output in fp16 is up to 7 times as large, still within that of eager attention in fp16.
 """
 
 from __future__ import annotations
