@@ -25,6 +25,9 @@ int64_t length_of(int64_t s, int64_t N, int64_t n, int64_t w) {
 void runs_at(int64_t s, int64_t j, int64_t end, int64_t n, int64_t w, skiparse::Runs* runs) {
     *runs = skiparse::runs_at(s, j, end, n, w);
 }
+void runs_of(int64_t s, int64_t j, int64_t end, int64_t n, int64_t w, skiparse::Runs* runs) {
+    *runs = skiparse::runs_at(skiparse::deal_of(s, n, w), j, end);
+}
 }
 """
 FAMILY = list(itertools.product(range(1, 6), range(1, 6)))
@@ -49,8 +52,9 @@ def compiled(tmp_path_factory):
     for name, arguments in (("sub_of", 3), ("pos_of", 3), ("token_of", 4), ("length_of", 4)):
         function = getattr(loaded, name)
         function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * arguments
-    loaded.runs_at.restype = None
-    loaded.runs_at.argtypes = [ctypes.c_int64] * 5 + [ctypes.POINTER(Runs)]
+    for function in (loaded.runs_at, loaded.runs_of):
+        function.restype = None
+        function.argtypes = [ctypes.c_int64] * 5 + [ctypes.POINTER(Runs)]
     return loaded
 
 
@@ -84,3 +88,15 @@ def test_runs_cover_any_positions_in_order_with_at_most_three_copies(compiled):
                 copies, j = copies + 1, j + runs.runs * runs.length
             assert tokens == [pattern.token_of(s, j, n, w) for j in range(first, end)]
             assert copies <= 3
+
+
+@pytest.mark.parametrize("w", [1, 2, 3, 8, 48, 64, 65, 100, 128, 1000])
+def test_runs_with_divisions_made_beforehand_are_the_same(compiled, w):
+    """Of tiles of 64 positions, and of any others."""
+    firsts = (0, 1, 63, 64, 65, 128, 192, 1024)
+    for n, first, count in itertools.product((1, 2, 8), firsts, (1, 2, 63, 64, 65, 127, 128, 256)):
+        for s in {0, n - 1}:
+            expected, found = Runs(), Runs()
+            compiled.runs_at(s, first, first + count, n, w, expected)
+            compiled.runs_of(s, first, first + count, n, w, found)
+            assert bytes(found) == bytes(expected), (n, s, first, count)
