@@ -3,10 +3,10 @@
 But for a few that break no rule of the hardware, and only make the answer wrong: those do.
 """
 
-import shutil
 from dataclasses import replace
 from functools import cache
 
+import built
 import pytest
 import torch
 from mutations import Mutation, Sources, handshake
@@ -16,8 +16,7 @@ from skiparse import SkipPattern
 from skiparse.backends import Inputs
 from skiparse.testing import WAYS, make_problem, oracle, within_budget
 
-if shutil.which("g++") is None:
-    pytest.skip("needs g++", allow_module_level=True)
+built.require_tools(allow_module_level=True)
 
 SOURCES = Sources("rows.h", "products.h", "rowwise.h", "attention_fwd.cpp", "key_bias.cpp")
 
@@ -580,10 +579,10 @@ def answers_of(case):
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def library():
     """The sound kernels, then the altered ones in order, in one library."""
     kernels = ("skiparse_key_bias", "skiparse_attention_fwd_fp16", "skiparse_attention_fwd_bf16")
-    return SOURCES.build(tmp_path_factory.mktemp("mutations"), MUTATIONS, kernels)
+    return SOURCES.build("altered_forward", MUTATIONS, kernels)
 
 
 def forward(library, case, variant):
