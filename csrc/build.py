@@ -24,9 +24,9 @@ class BuildError(RuntimeError):
 def why_not(*, modules: bool = True) -> str | None:
     """What is missing to build anything, or None. ``modules`` of Python need pybind11 besides."""
     for tool in ("cmake", "ninja"):
-        if _find(tool) is None:
+        if find(tool) is None:
             return f"{tool} is missing; pip install {tool}"
-    if _find(os.environ.get("CXX", "c++")) is None:
+    if find(os.environ.get("CXX", "c++")) is None:
         return "a C++ compiler is missing; install g++"
     if modules and importlib.util.find_spec("pybind11") is None:
         return "pybind11 is missing; pip install pybind11"
@@ -43,11 +43,11 @@ def build(folder: Path, *targets: str, **options: bool | str | Path) -> str:
         BuildError: with all that CMake, Ninja and the compilers said.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    cmake = _find("cmake")
-    if cmake is None or _find("ninja") is None:
+    cmake = find("cmake")
+    if cmake is None or find("ninja") is None:
         raise BuildError("cmake and ninja build the C++ of skiparse; pip install cmake ninja")
     arguments = [
-        f"-DCMAKE_MAKE_PROGRAM={_find('ninja')}",
+        f"-DCMAKE_MAKE_PROGRAM={find('ninja')}",
         f"-DPython_EXECUTABLE={sys.executable}",
         *(f"-D{name}={_text(value)}" for name, value in sorted(options.items())),
     ]
@@ -64,7 +64,7 @@ def build(folder: Path, *targets: str, **options: bool | str | Path) -> str:
 
 def install(folder: Path, prefix: Path) -> None:
     """Puts the libraries of the extension, built in ``folder``, below ``prefix``."""
-    _run([str(_find("cmake")), "--install", str(folder), "--prefix", str(prefix)])
+    _run([str(find("cmake")), "--install", str(folder), "--prefix", str(prefix)])
 
 
 def load(name: str, path: Path) -> ModuleType:
@@ -78,8 +78,8 @@ def load(name: str, path: Path) -> ModuleType:
     return module
 
 
-def _find(tool: str) -> str | None:
-    """Of the environment of this Python first, which need not be on PATH."""
+def find(tool: str) -> str | None:
+    """Where a program is: beside this Python, which need not be on PATH, or on it."""
     places = (sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath))
     return shutil.which(tool, path=os.pathsep.join(places))
 

@@ -430,6 +430,87 @@ def test_the_extension_compiles_and_links_against_torch_npu(extension):
         assert name in undefined
 
 
+# Clang as if for CUDA knows two sides and who may call whom, and needs nothing of CUDA for that.
+# No check of clang-tidy's own is wanted, but one it must have.
+AS_IF_FOR_CUDA = (
+    "-x", "cuda", "--cuda-gpu-arch=sm_90", "-nocudainc", "-nocudalib", "-std=c++17",
+    "-ferror-limit=0", "-Xclang", "-fno-cuda-host-device-constexpr",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sides(torch_npu):
+    """The errors of one side in the kernels and their launches, of the C++ in a folder."""
+    tidy = build.find("clang-tidy")
+    if tidy is None:
+        reason = "clang-tidy is missing, which tells host and device apart; pip install clang-tidy"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    acl = torch_npu / "torch_npu" / "include" / "third_party" / "acl" / "inc"
+
+    def errors(csrc, side):
+        command = [
+            *(tidy, "--checks=-*,bugprone-inaccurate-erase", csrc / "host" / "launch.cpp", "--"),
+            *(*AS_IF_FOR_CUDA, f"--cuda-{side}-only", f"-I{csrc / 'twin' / 'sides'}", f"-I{acl}"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "launch.cpp" in done.stdout + done.stderr  # it was looked at
+        lines = re.findall(r"^(\S+?):(\d+):\d+: error: (.*) \[", done.stdout, re.MULTILINE)
+        found = set()
+        for path, line, message in lines:
+            # The twin is on both sides by force, and what it calls of C++ is the host's.
+            place = Path(path).resolve()
+            if "'device' and 'global' attributes are not compatible" in message:
+                continue  # a kernel of CUDA has the one, and one of CANN both
+            if place.is_relative_to(csrc) and not place.is_relative_to(csrc / "twin"):
+                found.add(f"{place.name}:{line}: {message}")
+        return found
+
+    return errors
+
+
+@pytest.mark.parametrize("side", ["host", "device"])
+def test_host_and_device_call_what_is_theirs(sides, side):
+    """What CANN's compiler would refuse, `<<<>>>` and its arguments among it."""
+    assert sides(ROOT / "csrc", side) == set()
+
+
+@pytest.mark.parametrize(
+    ("side", "file", "old", "new", "error"),
+    [
+        (
+            *("host", "pattern.h", "BOTH __host_aicore__", "BOTH __aicore__"),
+            r"launch.cpp:\d+: reference to __device__ function 'tasks' in __host__ function",
+        ),
+        (
+            *("host", "pattern.h", "BOTH __host_aicore__", "BOTH __aicore__"),
+            r"launch.h:\d+: no matching function for call to 'most_stacks'",
+        ),
+        (
+            *("device", "pattern.h", "BOTH __host_aicore__", "BOTH"),
+            r"rows.h:\d+: no matching function for call to 'runs_at'",
+        ),
+        (
+            *("device", "ascend/products.h", "__aicore__ inline", "inline"),
+            r"attention_fwd.cpp:\d+: reference to __host__ function 'GiveLeft' in __device__",
+        ),
+        (
+            *("host", "host/launch.cpp", "nullptr, stream>>>", "stream, nullptr, 1>>>"),
+            r"launch.cpp:\d+: too many execution configuration arguments",
+        ),
+    ],
+)
+def test_planted_calls_across_are_found(sides, tmp_path, side, file, old, new, error):
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    path = tmp_path / "csrc" / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    found = sides(tmp_path / "csrc", side)
+    assert [x for x in found if re.match(error, x)], found
+
+
 def test_the_fake_has_the_schemas_of_the_real_library(torch_npu):
     binary = (torch_npu / "torch_npu" / "lib" / "libtorch_npu.so").read_bytes()
     for schema in (FORWARD, BACKWARD):

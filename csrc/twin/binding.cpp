@@ -1,7 +1,7 @@
 // The module of Python: both passes on tensors that are given by address and shape.
 //
-// Everything is checked before anything is done: a tensor that is not what the kernels take would be
-// read or written beyond its end.
+// Everything is checked before anything is done: a tensor that is not what the kernels take would
+// be read or written beyond its end.
 #include "python.h"
 #include "run.h"
 
@@ -108,7 +108,8 @@ template <class Pointers>
 skiparse::Tiling problem(Arrays& arrays, int64_t sparsity, int64_t run, float scale, Pointers& p) {
     const Array &q = arrays.at("q"), &text_q = arrays.at("text_q");
     expect(q.shape.size() == 4, "q must have shape [B, N, H, D], got " + text(q.shape));
-    expect(text_q.shape.size() == 4, "text_q must have shape [B, T, H, D], got " + text(text_q.shape));
+    expect(text_q.shape.size() == 4,
+           "text_q must have shape [B, T, H, D], got " + text(text_q.shape));
     expect(q.dtype == "float16" || q.dtype == "bfloat16",
            "q must be of float16 or bfloat16, not of " + q.dtype);
     const int64_t B = q.shape[0], N = q.shape[1], H = q.shape[2], D = q.shape[3];

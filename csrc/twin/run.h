@@ -175,8 +175,8 @@ inline void forward(Machine& machine, const Kernels& kernels, skiparse::Tiling t
     global.expect_outputs_written();
 }
 
-inline void backward(Machine& machine, const Kernels& kernels, skiparse::BackwardTiling b, bool bf16,
-                     int cores, const skiparse::BackwardPointers& p, const Model& model) {
+inline void backward(Machine& machine, const Kernels& kernels, skiparse::BackwardTiling b,
+                     bool bf16, int cores, const skiparse::BackwardPointers& p, const Model& model) {
     Global global(machine, model);
     const skiparse::Tiling& t = b.forward;
     const int64_t rows = t.batch * t.tokens * t.heads, text_rows = t.batch * t.text * t.heads;
