@@ -505,6 +505,24 @@ def test_all_cores_wait_for_all(library):
     assert run(library, "all") is None
 
 
+def test_a_fault_says_in_which_sub_core_where_and_what(library):
+    a, b, c = (torch.ones(4096) for _ in range(3))
+    with pytest.raises(TwinFault) as raised:
+        library.run("sum", 1, a.data_ptr(), b.data_ptr(), c.data_ptr())
+    fault = raised.value
+    assert (fault.lane, fault.file) == ("vector 0", "rules.cpp")
+    assert f"{fault.file}:{fault.line}" == line_of("Add(a, a, b, N)")
+    assert fault.rule.startswith("Add reads UB, written by DataCopy at rules.cpp")
+    assert str(fault) == f"{fault.lane}: {fault.file}:{fault.line}: {fault.rule}"
+
+    with pytest.raises(TwinFault) as raised:  # of all sub-cores
+        library.run("exchange", 2, a.data_ptr(), b.data_ptr(), c.data_ptr())
+    fault = raised.value
+    assert (fault.lane, fault.file, fault.line) == ("", "", 0)
+    assert fault.rule == str(fault)
+    assert fault.rule.endswith("deadlock")
+
+
 # In the order of the kernel's cases.
 BINARY = (torch.add, torch.sub, torch.mul, torch.div, torch.maximum, torch.minimum, torch.minimum)
 UNARY = (

@@ -15,6 +15,9 @@ using skiparse::Strides;
 using twin::Model;
 using Shape = std::vector<int64_t>;
 
+// Where only costs are counted, a tensor may have no data: then only that it is there matters.
+char nothing;
+
 // A tensor of the caller, who keeps it. `address` is 0 where it has no data.
 struct Array {
     uintptr_t address;
@@ -22,7 +25,10 @@ struct Array {
     Shape shape, strides;
 
     bool empty() const { return std::find(shape.begin(), shape.end(), 0) != shape.end(); }
-    void* data() const { return reinterpret_cast<void*>(empty() ? 0 : address); }
+    void* data() const {
+        if (empty()) return nullptr;
+        return address ? reinterpret_cast<void*>(address) : &nothing;
+    }
     Strides rows() const { return {strides[0], strides[1], strides[2]}; }
 
     bool contiguous() const {

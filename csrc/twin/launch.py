@@ -88,7 +88,7 @@ def forward(
         TwinFault: if the kernel breaks a rule of the hardware.
         ValueError: if ``half_scores`` meets a scale that is not positive.
     """
-    model = _model(library, half_scores=half_scores)
+    model = model_of(library, half_scores=half_scores)
     return _forward(library, inputs, cores, variant, model)[0]
 
 
@@ -110,7 +110,7 @@ def forward_costs(
     ``meta``. ``guess`` says which values the uncertain figures of cost.h take. With ``core``, that
     core alone is counted. ``executed`` and the order of the sub-cores change no figure.
     """
-    model = _model(
+    model = model_of(
         library,
         guess=guess,
         costs_only=not executed,
@@ -135,7 +135,7 @@ def _forward(
     )
     tensors = _padded(inputs) | outputs._asdict()
     found = library.forward(
-        _arrays(library, tensors), **_settings(inputs), cores=cores, variant=variant, model=model
+        arrays(library, tensors), **_settings(inputs), cores=cores, variant=variant, model=model
     )
     return Outputs(outputs.out[..., :D], outputs.text_out[..., :D], *outputs[2:]), costs(found)
 
@@ -159,7 +159,7 @@ def backward(
         TwinFault: if a kernel breaks a rule of the hardware.
     """
     grads = (grad_out, grad_text_out)
-    model = _model(library)
+    model = model_of(library)
     return _backward(library, inputs, outputs, *grads, cores, most_in_part, variant, model)[0]
 
 
@@ -177,7 +177,7 @@ def backward_costs(
     """Cycles of the key biases, the row values, the gradients and their sums over sub-sequences
     (launches 0 to 3), with upstream gradients as ``outputs`` are: a MODEL. See `forward_costs`.
     """
-    model = _model(library, guess=guess, costs_only=True, core=core)
+    model = model_of(library, guess=guess, costs_only=True, core=core)
     grads = outputs[:2]
     return _backward(library, inputs, outputs, *grads, cores, most_in_part, variant, model)[1]
 
@@ -208,7 +208,7 @@ def _backward(
         **{f"grad_{name}": x for name, x in zip(INPUTS, gradients, strict=True)},
     }
     found = library.backward(
-        _arrays(library, tensors),
+        arrays(library, tensors),
         **_settings(inputs),
         cores=cores,
         most_in_part=most_in_part,
@@ -237,7 +237,7 @@ def _padded(inputs: Inputs) -> dict[str, Tensor]:
     }
 
 
-def _arrays(library: ModuleType, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def arrays(library: ModuleType, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Where the tensors lie and what they hold. The library checks them; nobody copies them."""
     return {
         name: library.Array(
@@ -252,7 +252,7 @@ def _settings(inputs: Inputs) -> dict[str, Any]:
     return {"sparsity": pattern.sparsity, "run": pattern.run, "scale": inputs.scale}
 
 
-def _model(
+def model_of(
     library: ModuleType,
     *,
     guess: Guess = "typical",
@@ -261,6 +261,7 @@ def _model(
     last_lane_first: bool = False,
     half_scores: bool = False,
 ) -> Any:
+    """What to run or to count, as the library has it: see `forward_costs`."""
     return library.Model(
         guess=GUESSES.index(guess),
         costs_only=costs_only,
