@@ -5,11 +5,11 @@ gradients start from are the reference's, so that nothing here depends on the fo
 """
 
 import itertools
-import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import built
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,8 +19,7 @@ from skiparse import SkipPattern
 from skiparse.backends import Inputs, reference, sdpa
 from skiparse.testing import WAYS, budget, make_problem, oracle, within_budget
 
-if shutil.which("g++") is None:
-    pytest.skip("needs g++", allow_module_level=True)
+built.require_tools(allow_module_level=True)
 
 DTYPES = (torch.bfloat16, torch.float16)
 PATTERNS = (
@@ -34,8 +33,8 @@ NAMES = tuple(f"grad_{name}" for name in ("q", "k", "v", "text_q", "text_k", "te
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return launch.build(tmp_path_factory.mktemp("kernels"))
+def library():
+    return built.twin()
 
 
 def inputs_of(problem):

@@ -3,21 +3,21 @@
 But for those that break no rule of the hardware, and only make the gradients wrong: they do.
 """
 
-import shutil
 from dataclasses import replace
 from functools import cache
 
+import built
 import pytest
 import torch
 from mutations import Mutation, Sources, handshake
 
 from csrc.twin import launch
+from csrc.twin.fault import TwinFault
 from skiparse import SkipPattern
 from skiparse.backends import Inputs, Outputs, reference
 from skiparse.testing import WAYS, make_problem, oracle, within_budget
 
-if shutil.which("g++") is None:
-    pytest.skip("needs g++", allow_module_level=True)
+built.require_tools(allow_module_level=True)
 
 SOURCES = Sources(
     "rows.h",
@@ -329,8 +329,8 @@ def answers_of(case):
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return SOURCES.build(tmp_path_factory.mktemp("mutations"), MUTATIONS, KERNELS)
+def library():
+    return SOURCES.build("altered_backward", MUTATIONS, KERNELS)
 
 
 def backward_of_last(library, variant):
@@ -387,7 +387,7 @@ WRONG = [(i, m) for i, m in enumerate(MUTATIONS, 1) if not m.fault]
 
 @pytest.mark.parametrize(("variant", "mutation"), FAULTY, ids=[m.name for _, m in FAULTY])
 def test_the_twin_names_the_line(library, variant, mutation):
-    with pytest.raises(launch.TwinFault) as raised:
+    with pytest.raises(TwinFault) as raised:
         backward(library, mutation.case, variant)
     assert mutation.fault in str(raised.value)
     if mutation.at is not None:

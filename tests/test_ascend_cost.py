@@ -3,27 +3,22 @@
 All cycles are of a model; none was measured.
 """
 
-import ctypes
-import json
-import shutil
-import subprocess
 from dataclasses import replace
 
+import built
 import pytest
 import torch
 
 from csrc.twin import launch, model
-from csrc.twin.launch import FLAGS, TWIN
 from skiparse import SkipPattern
 from skiparse.backends import Inputs
 from skiparse.testing import make_problem
 
-if shutil.which("g++") is None:
-    pytest.skip("needs g++", allow_module_level=True)
+built.require_tools(allow_module_level=True)
 
 KERNELS = """
 #include "kernel_operator.h"
-#include "report.h"
+#include "python.h"
 using namespace AscendC;
 static GlobalTensor<float> A;
 constexpr int N = 1024;
@@ -83,12 +78,10 @@ void cross() {
     CrossCoreSetFlag<2, PIPE_MTE2>(0);
 }
 
-extern "C" void run(const char* name, int guess, int last_lane_first, char* report) {
-    const std::string kernel = name;
+pybind11::tuple run(const std::string& kernel, int guess) {
     twin::Machine machine;
     machine.costs_only = true;
     machine.costs.guess = static_cast<twin::Guess>(guess);
-    machine.last_lane_first = last_lane_first;
     machine.global.emplace_back("A", reinterpret_cast<uint8_t*>(512), N * 4);
     A.SetGlobalBuffer(reinterpret_cast<float*>(512));
     const bool alone = kernel != "product" && kernel != "queue" && kernel != "cross";
@@ -102,8 +95,10 @@ extern "C" void run(const char* name, int guess, int last_lane_first, char* repo
         body();
         PipeBarrier<PIPE_ALL>();
     });
-    std::snprintf(report, 4096, "%s", twin::report(machine).c_str());
+    return twin::costs(machine);
 }
+
+PYBIND11_MODULE(costs, m) { m.def("run", run); }
 """
 
 # Of cost.h, as fast, typical and slow; repeated here so that a change there is meant.
@@ -115,23 +110,13 @@ MMAD = 8 + 8 * 4 * 7
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cost")
-    (folder / "kernels.cpp").write_text(KERNELS)
-    command = ["g++", *FLAGS, "-O1", f"-I{TWIN}", "-shared", "kernels.cpp", "-o", "kernels.so"]
-    subprocess.run(command, check=True, cwd=folder)
-    library = ctypes.CDLL(str(folder / "kernels.so"))
+def tiny():
+    library = built.module("costs", {"costs.cpp": KERNELS})
 
-    def run(name, guess=1, last_lane_first=0):
-        report = ctypes.create_string_buffer(4096)
-        library.run(name.encode(), guess, last_lane_first, report)
-        return json.loads(report.value)
+    def run(name, guess=1):
+        return launch.costs(library.run(name, guess))
 
     return run
-
-
-def cycles(report):
-    return max(lane["cycles"] for lane in report["lanes"])
 
 
 @pytest.mark.parametrize("g", range(3), ids=launch.GUESSES)
@@ -151,20 +136,20 @@ def test_cycles_by_hand(tiny, g):
         "queue": ISSUE[g] * 2 + 7 * MMAD + 10 * (g / 2 * 28 + 1000) + (1 - g / 2) * 28,
         "cross": ISSUE[g] + COPY[g] + CROSS[g] + ISSUE[g] + MMAD,
     }
-    assert {name: cycles(tiny(name, g)) for name in by_hand} == pytest.approx(by_hand)
+    assert {name: tiny(name, g).cycles(0) for name in by_hand} == pytest.approx(by_hand)
 
 
 def test_busy_and_bytes(tiny):
-    report = tiny("flag")
-    (lane,) = report["lanes"]
-    assert lane["busy"]["MTE2"] == pytest.approx(20 + 4096 / 69)
-    assert lane["busy"]["V"] == pytest.approx(12.5 + REPEATS * 2)
-    assert report["global"] == {"A": [4096, 4096, 0, 1]}
+    found = tiny("flag")
+    (lane,) = found.lanes
+    assert lane.busy["MTE2"] == pytest.approx(20 + 4096 / 69)
+    assert lane.busy["V"] == pytest.approx(12.5 + REPEATS * 2)
+    assert found.buffers == {"A": launch.Buffer(4096, 4096, 0, 1)}
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return launch.build(tmp_path_factory.mktemp("kernels"))
+def library():
+    return built.twin()
 
 
 def inputs_of(pattern, **sizes):

@@ -4,10 +4,10 @@ And breaks no rule of the hardware on the way: the twin raises where it does.
 """
 
 import itertools
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import built
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,8 +17,7 @@ from skiparse import SkipPattern
 from skiparse.backends import Inputs
 from skiparse.testing import WAYS, budget, make_problem, oracle, within_budget
 
-if shutil.which("g++") is None:
-    pytest.skip("needs g++", allow_module_level=True)
+built.require_tools(allow_module_level=True)
 
 DTYPES = (torch.bfloat16, torch.float16)
 PATTERNS = (
@@ -32,8 +31,8 @@ NAMES = ("out", "text_out", "lse", "text_lse")
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return launch.build(tmp_path_factory.mktemp("kernels"))
+def library():
+    return built.twin()
 
 
 def forward(library, problem, cores=2, half_scores=False):

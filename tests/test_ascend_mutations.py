@@ -3,21 +3,21 @@
 But for a few that break no rule of the hardware, and only make the answer wrong: those do.
 """
 
-import shutil
 from dataclasses import replace
 from functools import cache
 
+import built
 import pytest
 import torch
 from mutations import Mutation, Sources, handshake
 
 from csrc.twin import launch
+from csrc.twin.fault import TwinFault
 from skiparse import SkipPattern
 from skiparse.backends import Inputs
 from skiparse.testing import WAYS, make_problem, oracle, within_budget
 
-if shutil.which("g++") is None:
-    pytest.skip("needs g++", allow_module_level=True)
+built.require_tools(allow_module_level=True)
 
 SOURCES = Sources("rows.h", "products.h", "rowwise.h", "attention_fwd.cpp", "key_bias.cpp")
 
@@ -728,10 +728,10 @@ def answers_of(case):
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def library():
     """The sound kernels, then the altered ones in order, in one library."""
     kernels = ("skiparse_key_bias", "skiparse_attention_fwd_fp16", None)
-    return SOURCES.build(tmp_path_factory.mktemp("mutations"), (*MUTATIONS, *SLOW), kernels)
+    return SOURCES.build("altered_forward", (*MUTATIONS, *SLOW), kernels)
 
 
 def inputs_of(case):
@@ -764,7 +764,7 @@ WRONG = [(i, m) for i, m in enumerate(MUTATIONS, 1) if not m.fault]
 
 @pytest.mark.parametrize(("variant", "mutation"), FAULTY, ids=[m.name for _, m in FAULTY])
 def test_the_twin_names_the_line(library, variant, mutation):
-    with pytest.raises(launch.TwinFault) as raised:
+    with pytest.raises(TwinFault) as raised:
         forward(library, mutation.case, variant)
     assert mutation.fault in str(raised.value)
     if mutation.at is not None:

@@ -3,21 +3,21 @@
 Small kernels, each with its one fault: it must be found although the numbers may come out right.
 """
 
-import ctypes
-import shutil
-import subprocess
+import re
 
+import built
 import pytest
 import torch
 
-from csrc.twin.launch import FLAGS, TWIN
+from csrc import build
+from csrc.twin.fault import TwinFault
 
-if shutil.which("g++") is None:
-    pytest.skip("needs g++", allow_module_level=True)
+built.require_tools(allow_module_level=True)
 
 # Sound kernels; `UNLESS(i)` leaves its line out where i is the fault that is asked for.
 KERNELS = """
 #include "kernel_operator.h"
+#include "python.h"
 using namespace AscendC;
 static int omitted;
 #define UNLESS(line) if (omitted != line)
@@ -389,8 +389,11 @@ void ends() {
     UNLESS(2) UNLESS(3) PipeBarrier<PIPE_ALL>();
 }
 
-extern "C" int run(const char* name, int omit, uint8_t* a, uint8_t* b, uint8_t* c, char* report) {
-    omitted = omit; A = a; B = b; C = c;
+void run(const std::string& name, int omit, uintptr_t a, uintptr_t b, uintptr_t c) {
+    omitted = omit;
+    A = reinterpret_cast<uint8_t*>(a);
+    B = reinterpret_cast<uint8_t*>(b);
+    C = reinterpret_cast<uint8_t*>(c);
     twin::Machine machine;
     auto add = [&](const char* n, uint8_t* p, size_t bytes, bool output) {
         machine.global.emplace_back(n, p, bytes, twin::GLOBAL_CELL, !output, output);
@@ -421,57 +424,52 @@ extern "C" int run(const char* name, int omit, uint8_t* a, uint8_t* b, uint8_t* 
         {"pairs", {product<true>, 1, true, A_BYTES, B_BYTES, C_BYTES}},
     };
     const Launch& launch = launches.at(name);
-    add("A", a, launch.a, false);
-    add("B", b, launch.b, false);
-    add("C", c, launch.c, true);
-    try {
-        twin::launch(machine, launch.cores, launch.mixed, [&launch] {
-            if (launch.kernel == ends) return ends();
-            InitSocState();
-            launch.kernel();
-            PipeBarrier<PIPE_ALL>();
-        });
-        return 0;
-    } catch (const twin::Fault& fault) {
-        std::snprintf(report, 1000, "%s", fault.what());
-        return 1;
+    add("A", A, launch.a, false);
+    add("B", B, launch.b, false);
+    add("C", C, launch.c, true);
+    twin::launch(machine, launch.cores, launch.mixed, [&launch] {
+        if (launch.kernel == ends) return ends();
+        InitSocState();
+        launch.kernel();
+        PipeBarrier<PIPE_ALL>();
+    });
+}
+
+template <class T> void round(uintptr_t x, uintptr_t y, int n) {
+    for (int i = 0; i < n; ++i) {
+        reinterpret_cast<T*>(y)[i] = T::round(reinterpret_cast<const float*>(x)[i]);
+    }
+}
+template <class T> void widen(uintptr_t x, uintptr_t y, int n) {
+    for (int i = 0; i < n; ++i) {
+        reinterpret_cast<float*>(y)[i] = static_cast<float>(reinterpret_cast<const T*>(x)[i]);
     }
 }
 
-extern "C" void round_half(const float* x, half* y, int n) {
-    for (int i = 0; i < n; ++i) y[i] = half::round(x[i]);
-}
-extern "C" void round_bfloat16(const float* x, bfloat16_t* y, int n) {
-    for (int i = 0; i < n; ++i) y[i] = bfloat16_t::round(x[i]);
-}
-extern "C" void widen_half(const half* x, float* y, int n) {
-    for (int i = 0; i < n; ++i) y[i] = static_cast<float>(x[i]);
-}
-extern "C" void widen_bfloat16(const bfloat16_t* x, float* y, int n) {
-    for (int i = 0; i < n; ++i) y[i] = static_cast<float>(x[i]);
+PYBIND11_MODULE(rules, m) {
+    twin::raise_faults();
+    m.def("run", run);
+    m.def("round_half", round<half>);
+    m.def("round_bfloat16", round<bfloat16_t>);
+    m.def("widen_half", widen<half>);
+    m.def("widen_bfloat16", widen<bfloat16_t>);
 }
 """
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("twin")
-    (folder / "kernels.cpp").write_text(KERNELS)
-    command = ["g++", *FLAGS, "-O1", f"-I{TWIN}", "-shared", "kernels.cpp", "-o", "kernels.so"]
-    subprocess.run(command, check=True, cwd=folder)
-    return ctypes.CDLL(str(folder / "kernels.so"))
-
-
-def pointer(x):
-    return ctypes.c_void_p(x.data_ptr())
+def library():
+    return built.module("rules", {"rules.cpp": KERNELS})
 
 
 def run(library, name, omit=0, tensors=None):
     """The fault, or None."""
     a, b, c = tensors or (torch.ones(4096) / 4, torch.ones(4096) / 2, torch.empty(4096))
-    report = ctypes.create_string_buffer(1000)
-    failed = library.run(name.encode(), omit, pointer(a), pointer(b), pointer(c), report)
-    return report.value.decode() if failed else None
+    try:
+        library.run(name, omit, a.data_ptr(), b.data_ptr(), c.data_ptr())
+    except TwinFault as fault:
+        return str(fault)
+    return None
 
 
 def test_vector_arithmetic(library):
@@ -514,6 +512,24 @@ def test_all_cores_wait_for_all(library):
     assert run(library, "everyone", tensors=(a, a, c)) is None
     assert torch.equal(c[:128], 2 * a[:128])
     assert run(library, "all") is None
+
+
+def test_a_fault_says_in_which_sub_core_where_and_what(library):
+    a, b, c = (torch.ones(4096) for _ in range(3))
+    with pytest.raises(TwinFault) as raised:
+        library.run("sum", 1, a.data_ptr(), b.data_ptr(), c.data_ptr())
+    fault = raised.value
+    assert (fault.lane, fault.file) == ("vector 0", "rules.cpp")
+    assert f"{fault.file}:{fault.line}" == line_of("Add(a, a, b, N)")
+    assert fault.rule.startswith("Add reads UB, written by DataCopy at rules.cpp")
+    assert str(fault) == f"{fault.lane}: {fault.file}:{fault.line}: {fault.rule}"
+
+    with pytest.raises(TwinFault) as raised:  # of all sub-cores
+        library.run("exchange", 2, a.data_ptr(), b.data_ptr(), c.data_ptr())
+    fault = raised.value
+    assert (fault.lane, fault.file, fault.line) == ("", "", 0)
+    assert fault.rule == str(fault)
+    assert fault.rule.endswith("deadlock")
 
 
 # In the order of the kernel's cases.
@@ -570,7 +586,7 @@ def line_of(text):
     """The only line of the kernels that begins with this, as a fault names it."""
     lines = [i for i, x in enumerate(KERNELS.splitlines(), 1) if x.strip().startswith(text)]
     assert len(lines) == 1
-    return f"kernels.cpp:{lines[0]}"
+    return f"rules.cpp:{lines[0]}"
 
 
 FIXPIPE_SUM = "Fixpipe<float, float, CFG_ROW_MAJOR>(sum"
@@ -579,8 +595,8 @@ FIXPIPE_SUM = "Fixpipe<float, float, CFG_ROW_MAJOR>(sum"
 @pytest.mark.parametrize(
     ("name", "omit", "line", "fault"),
     [
-        ("sum", 1, "Add(a, a, b, N)", "reads UB, written by DataCopy at kernels.cpp"),
-        ("sum", 2, "Exp(a, a, N)", "reads UB, written by Add at kernels.cpp"),
+        ("sum", 1, "Add(a, a, b, N)", "reads UB, written by DataCopy at rules.cpp"),
+        ("sum", 2, "Exp(a, a, N)", "reads UB, written by Add at rules.cpp"),
         ("sum", 3, "DataCopy(global<float>(C), a, N)", "reads UB, written by Exp"),
         ("everyone", 1, "DataCopy(x[PART], global", "reads C where nothing was written"),
         ("everyone", 2, "UNLESS(1) SyncAll();", "waits for SyncAll: deadlock"),
@@ -685,40 +701,50 @@ def test_rules(library, omit, fault):
     assert found is not None
     assert fault in found
     line = int(line_of(f"case {omit}:").split(":")[1])
-    assert any(f"kernels.cpp:{at}:" in found for at in (line, line + 1, line + 2))
+    assert any(f"rules.cpp:{at}:" in found for at in (line, line + 1, line + 2))
 
 
-@pytest.mark.parametrize(
-    ("statement", "message"),
-    [
-        ("", None),
-        ("LocalTensor<bfloat16_t> x; Exp(x, x, 16);", "Exp computes in float and half alone"),
-        ("LocalTensor<bfloat16_t> x; Add(x, x, x, 16);", "Add computes in float and half alone"),
-        ("LocalTensor<int32_t> x; Muls(x, x, 2, 16);", "Muls computes in float and half alone"),
-        (
-            "LocalTensor<half> h; LocalTensor<bfloat16_t> b; Cast(b, h, RoundMode::CAST_RINT, 16);",
-            "Cast is from or to float alone",
-        ),
-        ("LocalTensor<half> x; Mmad(x, x, x, MmadParams{});", "the cube adds up in float"),
-        ("LocalTensor<float> x; Mmad(x, x, x, MmadParams{});", "the twin multiplies half and"),
-        ("CrossCoreSetFlag<2, PIPE_S>(0);", "the flag must follow a pipe of data"),
-        ("CrossCoreSetFlag<2, PIPE_ALL>(0);", "the flag must follow a pipe of data"),
-        ("PipeBarrier<PIPE_S>();", "the scalar unit has no barrier"),
-        ("SetAtomicAdd<half>();", "the twin adds float alone"),
-        ("AscendC::QuantMode_t::F322F16;", "has not been declared"),
-        ("TPipe pipe;", "was not declared"),
-        ("LocalMemAllocator<Hardware::UB> ub; ub.Alloc<TPosition::A1, half>(1);", "another memory"),
-    ],
-)
-def test_types_reject_what_the_hardware_lacks(tmp_path, statement, message):
-    source = tmp_path / "kernel.cpp"
-    source.write_text(
-        f'#include "kernel_operator.h"\nusing namespace AscendC;\nvoid kernel() {{ {statement} }}'
-    )
-    command = ["g++", "-std=c++17", "-fsyntax-only", f"-I{TWIN}", str(source)]
-    compiled = subprocess.run(command, capture_output=True, text=True)
-    assert (compiled.returncode == 0) == (message is None)
-    assert message is None or message in compiled.stderr
+STATEMENTS = {
+    "": None,
+    "LocalTensor<bfloat16_t> x; Exp(x, x, 16);": "Exp computes in float and half alone",
+    "LocalTensor<bfloat16_t> x; Add(x, x, x, 16);": "Add computes in float and half alone",
+    "LocalTensor<int32_t> x; Muls(x, x, 2, 16);": "Muls computes in float and half alone",
+    "LocalTensor<half> h; LocalTensor<bfloat16_t> b; Cast(b, h, RoundMode::CAST_RINT, 16);": (
+        "Cast is from or to float alone"
+    ),
+    "LocalTensor<half> x; Mmad(x, x, x, MmadParams{});": "the cube adds up in float",
+    "LocalTensor<float> x; Mmad(x, x, x, MmadParams{});": "the twin multiplies half and",
+    "CrossCoreSetFlag<2, PIPE_S>(0);": "the flag must follow a pipe of data",
+    "CrossCoreSetFlag<2, PIPE_ALL>(0);": "the flag must follow a pipe of data",
+    "PipeBarrier<PIPE_S>();": "the scalar unit has no barrier",
+    "SetAtomicAdd<half>();": "the twin adds float alone",
+    "AscendC::QuantMode_t::F322F16;": "has not been declared",
+    "TPipe pipe;": "was not declared",
+    "LocalMemAllocator<Hardware::UB> ub; ub.Alloc<TPosition::A1, half>(1);": "another memory",
+}
+KERNEL = '#include "kernel_operator.h"\nusing namespace AscendC;\nvoid kernel() {{ {} }}\n'
+
+
+@pytest.fixture(scope="module")
+def refused():
+    """What the compiler says to each statement that it does not take."""
+    sources = {f"refused/{i}.cpp": KERNEL.format(x) for i, x in enumerate(STATEMENTS)}
+    built.write({**sources, "refused/interface.cpp": '#include "../host/launch.h"\n'})
+    with pytest.raises(build.BuildError) as error:
+        built.target("refused")
+    found = re.findall(r"^FAILED: .*?/(\w+)\.cpp\.o(.*?)(?=^\[|\Z)", str(error.value), re.M | re.S)
+    names = {str(i): statement for i, statement in enumerate(STATEMENTS)}
+    return {names.get(name, name): said for name, said in found}
+
+
+@pytest.mark.parametrize(("statement", "message"), STATEMENTS.items())
+def test_types_reject_what_the_hardware_lacks(refused, statement, message):
+    assert (statement in refused) == (message is not None)
+    assert message is None or message in refused[statement]
+
+
+def test_the_interface_of_the_kernels_needs_neither_torch_nor_cann(refused):
+    assert "interface" not in refused
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -726,12 +752,12 @@ def test_16_bit_numbers_round_as_torch(library, dtype):
     name = {torch.float16: "half", torch.bfloat16: "bfloat16"}[dtype]
     narrow = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     wide = torch.empty(2**16)
-    getattr(library, f"widen_{name}")(pointer(narrow), pointer(wide), 2**16)
+    getattr(library, f"widen_{name}")(narrow.data_ptr(), wide.data_ptr(), 2**16)
     torch.testing.assert_close(wide, narrow.float(), rtol=0, atol=0, equal_nan=True)
 
     bits = torch.randint(-(2**31), 2**31, (2**18,), generator=torch.Generator().manual_seed(0))
     between = (wide[:-1] + wide[1:]) / 2  # ties
     x = torch.cat([bits.to(torch.int32).view(torch.float32), between, wide]).contiguous()
     rounded = torch.empty(len(x), dtype=dtype)
-    getattr(library, f"round_{name}")(pointer(x), pointer(rounded), len(x))
+    getattr(library, f"round_{name}")(x.data_ptr(), rounded.data_ptr(), len(x))
     torch.testing.assert_close(rounded, x.to(dtype), rtol=0, atol=0, equal_nan=True)

@@ -1,17 +1,26 @@
 // The C interface of csrc/host/launch.h on the twin: what is built for a device, run on a CPU. It
 // stands in for libskiparse_ascend.so in a test.
-#include "launch.cpp"
+#include "run.h"
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
 namespace {
 
-constexpr Model EXECUTED{1, 0, -1, 0, 0, 0};
-
 [[noreturn]] void fail(const char* report) {
     std::fprintf(stderr, "%s\n", report);
     std::abort();
+}
+
+template <class Pass>
+void run(const Pass& pass) {
+    twin::Machine machine;
+    try {
+        pass(machine, table().kernels[0]);
+    } catch (const twin::Fault& fault) {
+        fail(fault.what());
+    }
 }
 
 // The caller lends as much memory as was asked for.
@@ -33,13 +42,11 @@ extern "C" int skiparse_attention_fwd(void*, const SkiparseCores* cores,
                                       const skiparse::ForwardScratch* scratch) {
     fill(scratch->bias, bias_bytes(*tiling));
     fill(scratch->workspace, cores->cube * skiparse::WORKSPACE_BYTES);
-    Model model = EXECUTED;
+    twin::Model model;
     model.half_scores = half_scores;
-    static char report[1 << 16];
-    if (skiparse_twin_forward(0, tiling, bf16, cores->cube, pointers, &model, report,
-                              sizeof(report)) != 0) {
-        fail(report);
-    }
+    run([&](twin::Machine& machine, const Kernels& kernels) {
+        twin::forward(machine, kernels, *tiling, bf16, cores->cube, *pointers, model);
+    });
     return 0;
 }
 
@@ -53,10 +60,8 @@ extern "C" int skiparse_attention_bwd(void*, const SkiparseCores* cores,
     fill(scratch->text_parts, text_parts_bytes(t));
     fill(scratch->workspace, cores->cube * backward_workspace_bytes(*tiling));
     fill(scratch->key_sums, cores->cube * key_sums_bytes(*tiling));
-    static char report[1 << 16];
-    if (skiparse_twin_backward(0, tiling, bf16, cores->cube, pointers, &EXECUTED, report,
-                               sizeof(report)) != 0) {
-        fail(report);
-    }
+    run([&](twin::Machine& machine, const Kernels& kernels) {
+        twin::backward(machine, kernels, *tiling, bf16, cores->cube, *pointers, twin::Model{});
+    });
     return 0;
 }

@@ -21,6 +21,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -49,20 +50,29 @@ struct Where {
     static constexpr Where here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
         return {file, line};
     }
-    std::string text() const {
+    std::string file_name() const {
         const std::string path = file;
-        return path.substr(path.rfind('/') + 1) + ":" + std::to_string(line);
+        return path.substr(path.rfind('/') + 1);
     }
+    std::string text() const { return file_name() + ":" + std::to_string(line); }
 };
 
 // What a kernel did that the hardware forbids, or does not promise to do right.
 struct Fault : std::runtime_error {
-    using std::runtime_error::runtime_error;
+    explicit Fault(const std::string& rule) : runtime_error(rule), rule(rule) {}
+    Fault(Where where, const std::string& rule)
+        : runtime_error(where.text() + ": " + rule), file(where.file_name()), line(where.line),
+          rule(rule) {}
+    Fault(const std::string& lane, const Fault& fault)
+        : runtime_error(lane + ": " + fault.what()), lane(lane), file(fault.file),
+          line(fault.line), rule(fault.rule) {}
+
+    std::string lane, file;  // the sub-core and where it was, as far as the fault has them
+    int line = 0;
+    std::string rule;  // that was broken, and by what
 };
 
-[[noreturn]] inline void fail(Where where, const std::string& what) {
-    throw Fault(where.text() + ": " + what);
-}
+[[noreturn]] inline void fail(Where where, const std::string& rule) { throw Fault(where, rule); }
 
 inline void require(bool right, Where where, const std::string& what) {
     if (!right) fail(where, what);
@@ -264,7 +274,7 @@ struct Machine {
     int core = 0, cores = 0;
     bool mixed = true;  // cube and vector sub-cores work together; else vector 0 alone
     std::function<void()> kernel;
-    std::string fault;
+    std::optional<Fault> fault;
     ucontext_t scheduler{};
 
     Memory& find(const void* address, size_t size, Where where) {
@@ -585,7 +595,7 @@ inline void run_lane() {
         require(self.drained, self.last,
                 "is the last of this core, and a PipeBarrier<PIPE_ALL> must be");
     } catch (const Fault& fault) {
-        machine->fault = std::string(LANE_NAMES[self.lane]) + ": " + fault.what();
+        machine->fault.emplace(LANE_NAMES[self.lane], fault);
     }
     self.finished = true;
     swapcontext(&self.context, &machine->scheduler);
@@ -618,7 +628,7 @@ inline bool run_core(int lanes_from, int lanes_to) {
             moved = true;
             m.self = &lane;
             swapcontext(&m.scheduler, &lane.context);
-            if (!m.fault.empty()) throw Fault(m.fault);
+            if (m.fault) throw *m.fault;
         }
         if (left && !moved) return false;
     }

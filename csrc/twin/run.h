@@ -1,13 +1,9 @@
-// The kernels on the twin, behind C functions: global memory is the caller's.
-//
-// KERNELS names the file that holds them; the tests give one with altered copies. It must define
-// VARIANTS, an array of `Kernels`.
+// Runs the kernels of a pass on the twin: global memory is the caller's.
+#pragma once
+
 #include "kernel_operator.h"
 
-#include <cstdio>
-
 #include "../host/passes.h"
-#include "report.h"
 
 // A kernel of so many pointers, and the problem by value.
 template <class TILING, int POINTERS, class... Pointers>
@@ -19,6 +15,7 @@ struct KernelOf<TILING, 0, Pointers...> {
 template <class TILING, int POINTERS>
 using Kernel = typename KernelOf<TILING, POINTERS>::Type;
 
+// The kernels as they are, or an altered copy of them.
 struct Kernels {
     Kernel<skiparse::Tiling, 3> key_bias;
     Kernel<skiparse::Tiling, 12> forward_fp16, forward_bf16;
@@ -38,11 +35,16 @@ struct Kernels {
     }
 };
 
-#include KERNELS
+// Those that a library was built with: kernels.cpp, or what a test wrote.
+struct Table {
+    const Kernels* kernels;
+    int count;
+};
+Table table();
 
-namespace {
+namespace twin {
 
-size_t bytes_spanned(const skiparse::Tiling& t, const skiparse::Strides& s, int64_t rows) {
+inline size_t bytes_spanned(const skiparse::Tiling& t, const skiparse::Strides& s, int64_t rows) {
     const int64_t count = (t.batch - 1) * s.batch + (rows - 1) * s.token +
                           (t.heads - 1) * s.head + t.head_dim;
     return rows > 0 && t.batch > 0 ? count * sizeof(uint16_t) : 0;
@@ -51,19 +53,21 @@ size_t bytes_spanned(const skiparse::Tiling& t, const skiparse::Strides& s, int6
 // Which kernel to run and how, or what to count alone: neither data nor checks of it, on one of the
 // cores.
 struct Model {
-    int32_t guess, costs_only, core;  // core -1: all
-    int32_t last_lane_first;          // the order of the sub-cores, which changes nothing
-    int32_t half_scores;              // forward
+    int guess = 1;  // a `Guess`
+    bool costs_only = false;
+    int core = -1;                 // -1: all
+    bool last_lane_first = false;  // the order of the sub-cores, which changes nothing
+    bool half_scores = false;      // forward
     // Or, unless 0: run on so many cores, the last alone, and only the last of so many equal parts
     // of every buffer is in memory, but for the text. Pointers are those of whole buffers.
-    int32_t last_part;
+    int64_t last_part = 0;
 };
 
 // The global memory of a launch. Without data it is addresses alone.
 class Global {
 public:
-    Global(twin::Machine& machine, const Model& model) : machine_(machine) {
-        machine.costs.guess = static_cast<twin::Guess>(model.guess);
+    Global(Machine& machine, const Model& model) : machine_(machine) {
+        machine.costs.guess = static_cast<Guess>(model.guess);
         machine.costs_only = model.costs_only;
         machine.only_core = model.core;
         machine.last_lane_first = model.last_lane_first;
@@ -89,9 +93,9 @@ public:
     }
     void expect_outputs_written() const {
         for (size_t i : outputs_) {
-            const twin::Memory& output = machine_.global[i];
+            const Memory& output = machine_.global[i];
             if (!machine_.costs_only && output.bytes > 0 && !output.filled(0, output.bytes)) {
-                throw twin::Fault("the kernel leaves a part of " + output.name + " unwritten");
+                throw Fault("the kernel leaves a part of " + output.name + " unwritten");
             }
         }
     }
@@ -109,14 +113,14 @@ private:
         }
         auto* address = static_cast<uint8_t*>(data);
         const size_t there = bytes / parts;
-        machine_.global.emplace_back(name, address + (bytes - there), there, twin::GLOBAL_CELL,
+        machine_.global.emplace_back(name, address + (bytes - there), there, GLOBAL_CELL,
                                      input, !input);
         return address;
     }
 
     // Between buffers without data, so that a wrong offset does not lead into another.
     static constexpr size_t APART = size_t{1} << 42;
-    twin::Machine& machine_;
+    Machine& machine_;
     std::vector<size_t> outputs_;
     std::deque<std::vector<uint8_t>> own_;
     size_t parts_ = 1;
@@ -124,8 +128,8 @@ private:
 };
 
 // Launches each kernel on all cores of the machine.
-struct Twin {
-    twin::Machine& machine;
+struct Launcher {
+    Machine& machine;
     const Kernels& kernels;
     int cores;
     bool half_scores = false;
@@ -158,9 +162,8 @@ private:
     }
 };
 
-std::string forward(const Kernels& kernels, skiparse::Tiling t, bool bf16, int cores,
-                    const skiparse::ForwardPointers& p, const Model& model) {
-    twin::Machine machine;
+inline void forward(Machine& machine, const Kernels& kernels, skiparse::Tiling t, bool bf16,
+                    int cores, const skiparse::ForwardPointers& p, const Model& model) {
     Global global(machine, model);
     const int64_t rows = t.batch * t.tokens * t.heads;
     const int64_t text_rows = t.batch * t.sparsity * t.text * t.heads;
@@ -184,17 +187,15 @@ std::string forward(const Kernels& kernels, skiparse::Tiling t, bool bf16, int c
     GM_ADDR text_lse = global.output("text_lse", p.text_lse, text_rows * sizeof(float));
 
     skiparse::run_forward(
-        Twin{machine, kernels, cores, model.half_scores != 0}, t, bf16,
+        Launcher{machine, kernels, cores, model.half_scores}, t, bf16,
         {q, k, v, text_q, text_k, text_v, p.mask ? mask : nullptr,
          p.text_mask ? text_mask_at : nullptr, out, text_out, lse, text_lse},
         {bias, workspace});
     global.expect_outputs_written();
-    return twin::report(machine);
 }
 
-std::string backward(const Kernels& kernels, skiparse::BackwardTiling b, bool bf16, int cores,
-                     const skiparse::BackwardPointers& p, const Model& model) {
-    twin::Machine machine;
+inline void backward(Machine& machine, const Kernels& kernels, skiparse::BackwardTiling b,
+                     bool bf16, int cores, const skiparse::BackwardPointers& p, const Model& model) {
     Global global(machine, model);
     const skiparse::Tiling& t = b.forward;
     const int64_t rows = t.batch * t.tokens * t.heads, text_rows = t.batch * t.text * t.heads;
@@ -232,50 +233,12 @@ std::string backward(const Kernels& kernels, skiparse::BackwardTiling b, bool bf
     GM_ADDR grad_text_v = global.output("grad_text_v", p.grad_text_v, text_rows * row);
 
     skiparse::run_backward(
-        Twin{machine, kernels, cores}, b, bf16,
+        Launcher{machine, kernels, cores}, b, bf16,
         {q, k, v, text_q, text_k, text_v, p.mask ? mask : nullptr,
          p.text_mask ? text_mask_at : nullptr, out, text_out, lse, text_lse, grad_out,
          grad_text_out, grad_q, grad_k, grad_v, grad_text_q, grad_text_k, grad_text_v},
         {bias, values, parts, workspace, key_sums});
     global.expect_outputs_written();
-    return twin::report(machine);
 }
 
-}  // namespace
-
-// 0 with the costs in `report`, or 1 with the fault.
-extern "C" int skiparse_twin_forward(int variant, const skiparse::Tiling* tiling, int bf16,
-                                     int cores, const skiparse::ForwardPointers* pointers,
-                                     const Model* model, char* report, size_t size) {
-    try {
-        const std::string costs =
-            forward(VARIANTS[variant], *tiling, bf16, cores, *pointers, *model);
-        std::snprintf(report, size, "%s", costs.c_str());
-        return 0;
-    } catch (const twin::Fault& fault) {
-        std::snprintf(report, size, "%s", fault.what());
-        return 1;
-    }
-}
-
-extern "C" int skiparse_twin_backward(int variant, const skiparse::BackwardTiling* tiling, int bf16,
-                                      int cores, const skiparse::BackwardPointers* pointers,
-                                      const Model* model, char* report, size_t size) {
-    try {
-        const std::string costs =
-            backward(VARIANTS[variant], *tiling, bf16, cores, *pointers, *model);
-        std::snprintf(report, size, "%s", costs.c_str());
-        return 0;
-    } catch (const twin::Fault& fault) {
-        std::snprintf(report, size, "%s", fault.what());
-        return 1;
-    }
-}
-
-// Of the device: clock-independent rates of the L2 and of the HBM, and the size of the L2.
-extern "C" void skiparse_twin_device(int guess, double* l2, double* hbm, double* l2_bytes) {
-    const twin::Costs costs{static_cast<twin::Guess>(guess)};
-    *l2 = costs.of(twin::figure::L2);
-    *hbm = costs.of(twin::figure::HBM);
-    *l2_bytes = costs.of(twin::figure::L2_BYTES);
-}
+}  // namespace twin
