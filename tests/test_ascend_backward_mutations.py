@@ -12,6 +12,7 @@ import torch
 from mutations import Mutation, Sources, handshake
 
 from csrc.twin import launch
+from csrc.twin.fault import TwinFault
 from skiparse import SkipPattern
 from skiparse.backends import Inputs, reference
 from skiparse.testing import WAYS, make_problem, oracle, within_budget
@@ -314,7 +315,7 @@ WRONG = [(i, m) for i, m in enumerate(MUTATIONS, 1) if not m.fault]
 
 @pytest.mark.parametrize(("variant", "mutation"), FAULTY, ids=[m.name for _, m in FAULTY])
 def test_the_twin_names_the_line(library, variant, mutation):
-    with pytest.raises(launch.TwinFault) as raised:
+    with pytest.raises(TwinFault) as raised:
         backward(library, mutation.case, variant)
     assert mutation.fault in str(raised.value)
     if mutation.at is not None:
