@@ -103,7 +103,8 @@ __aicore__ __inline__ bool CopyAtOnce(const AscendC::LocalTensor<T>& to, int64_t
         return false;
     }
     AscendC::GlobalTensor<uint32_t> pairs;
-    pairs.SetGlobalBuffer(reinterpret_cast<__gm__ uint32_t*>(from.GetPhyAddr()));
+    pairs.SetGlobalBuffer(
+        reinterpret_cast<__gm__ uint32_t*>(const_cast<__gm__ T*>(from.GetPhyAddr())));
     CopyMatrices(to.template ReinterpretCast<uint32_t>(), pitch, pairs, matrices, apart / 2, rows,
                  stride / 2, dim / 2);
     return true;

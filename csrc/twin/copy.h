@@ -106,7 +106,7 @@ void DataCopy(const GlobalTensor<T>& to, const LocalTensor<T>& from, const DataC
     for (uint64_t i = 0; i < p.blockCount; ++i) {
         const size_t source =
             from.bytes(i * (p.blockLen + p.srcStride) * twin::BLOCK, size, where);
-        auto* target = reinterpret_cast<uint8_t*>(to.GetPhyAddr()) +
+        auto* target = reinterpret_cast<uint8_t*>(to.target()) +
                        i * (p.blockLen + p.dstStride) * twin::BLOCK;
         operation.read(from.memory(where), source, size);
         operation.write_global(target, size);
@@ -176,7 +176,7 @@ void DataCopyPad(const GlobalTensor<T>& to, const LocalTensor<T>& from, const Da
     for (uint64_t i = 0; i < p.blockCount; ++i) {
         const size_t source = from.bytes(i * pitch, p.blockLen, where);
         auto* target =
-            reinterpret_cast<uint8_t*>(to.GetPhyAddr()) + i * (p.blockLen + p.dstStride);
+            reinterpret_cast<uint8_t*>(to.target()) + i * (p.blockLen + p.dstStride);
         operation.read(from.memory(where), source, p.blockLen);
         operation.write_global(target, p.blockLen);
         std::memcpy(target, from.memory(where).data + source, p.blockLen);

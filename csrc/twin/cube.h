@@ -172,7 +172,7 @@ void Fixpipe(const GlobalTensor<T>& to, const LocalTensor<U>& from, const Fixpip
     for (size_t column : columns) twin::set_units(twin::FIX, column, column_bytes, where);
     if (!operation.executes()) return;
     for (uint64_t r = 0; r < p.mSize; ++r) {
-        T* row = to.GetPhyAddr() + r * p.dstStride;
+        T* row = to.target() + r * p.dstStride;
         if (adds) operation.read_global(row, p.nSize * sizeof(T));
         operation.write_global(row, p.nSize * sizeof(T));
         for (uint64_t j = 0; j < p.nSize; j += FRACTAL_SIDE) {

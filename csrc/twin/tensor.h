@@ -120,7 +120,8 @@ public:
         part.address_ = address_ + elements;
         return part;
     }
-    T* GetPhyAddr() const { return address_; }
+    const T* GetPhyAddr() const { return address_; }
+    T* target() const { return address_; }  // the twin's own, to write to
     T GetValue(uint64_t i, Where where = Where::here()) const {
         twin::Operation operation(twin::S, "GetValue", twin::machine->costs.scalar(), where);
         if (!operation.executes()) return T{};
