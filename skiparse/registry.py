@@ -90,6 +90,12 @@ BACKENDS = (
         "Never run on an NPU",
     ),
     Row(
+        "ascendc.half_scores",
+        (),
+        "the same with a forward whose scores pass through memory in fp16: faster, less exact",
+        "CPU: the kernel on a host twin. Never run on an NPU",
+    ),
+    Row(
         "reference",
         ("cpu",),
         "the definition, written to be read; fp64",

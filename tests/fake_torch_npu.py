@@ -29,25 +29,79 @@ BACKWARD = (
     'bool sync=False, str softmax_layout="", Tensor? sink=None) '
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+# Of the third variant: lengths are tensors, and all that is returned.
+FORWARD_V3 = (
+    "npu_fusion_attention_v3(Tensor query, Tensor key, Tensor value, int head_num, "
+    "str input_layout, Tensor? pse=None, Tensor? padding_mask=None, Tensor? atten_mask=None, "
+    "float scale=1., float keep_prob=1., int pre_tockens=2147483647, int next_tockens=2147483647, "
+    "int inner_precise=0, SymInt[]? prefix=None, Tensor? actual_seq_qlen=None, "
+    "Tensor? actual_seq_kvlen=None, int sparse_mode=0, bool gen_mask_parallel=True, "
+    'bool sync=False, str softmax_layout="", Tensor? sink=None) '
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+BACKWARD_V3 = (
+    "npu_fusion_attention_grad_v3(Tensor query, Tensor key, Tensor value, Tensor dy, "
+    "int head_num, str input_layout, *, Tensor? pse=None, Tensor? padding_mask=None, "
+    "Tensor? atten_mask=None, Tensor? softmax_max=None, Tensor? softmax_sum=None, "
+    "Tensor? softmax_in=None, Tensor? attention_in=None, float scale_value=1., "
+    "float keep_prob=1., int pre_tockens=2147483647, int next_tockens=2147483647, "
+    "int inner_precise=0, Tensor? seed=None, Tensor? offset=None, SymInt[]? prefix=None, "
+    "Tensor? actual_seq_qlen=None, Tensor? actual_seq_kvlen=None, int sparse_mode=0, "
+    'bool gen_mask_parallel=True, bool sync=False, str softmax_layout="", Tensor? sink=None) '
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 class Fake:
-    """The two operators; ``calls`` are the layout and the operands of each call so far."""
+    """The operators; ``calls`` are the layout and the operands of each call so far.
+
+    ``variants`` says of each call which of the operators it was.
+    """
 
     def __init__(self):
         self.calls = []
+        self.variants = []
 
     @contextlib.contextmanager
     def registered(self):
         """Within it, ``torch.ops.npu`` has the operators, for CPU tensors."""
         library = torch.library.Library("npu", "FRAGMENT")
-        for schema, function in ((FORWARD, self.forward), (BACKWARD, self.backward)):
+        for schema, function in (
+            (FORWARD, self.first(self.forward)),
+            (BACKWARD, self.first(self.backward)),
+            (FORWARD_V3, self.third(self.forward)),
+            (BACKWARD_V3, self.third(self.backward)),
+        ):
             library.define(schema)
             library.impl(schema.split("(")[0], function, "CPU")
         try:
             yield self
         finally:
             library._destroy()
+
+    def first(self, function):
+        def call(*arguments, **named):
+            self.variants.append("")
+            return function(*arguments, **named)
+
+        return call
+
+    def third(self, function):
+        def lengths(x):
+            assert x.device.type == "cpu"
+            assert (x.dtype, x.ndim) == (torch.int64, 1)
+            return x.tolist()
+
+        def call(*arguments, **named):
+            self.variants.append("v3")
+            ends = {name: lengths(x) for name, x in named.items() if name.startswith("actual")}
+            found = function(*arguments, **named | ends)
+            if function != self.forward:
+                return found
+            nothing = arguments[0].new_empty(1, dtype=torch.int64)
+            return *found[:4], nothing, nothing
+
+        return call
 
     def forward(
         self, query, key, value, head_num, input_layout, pse=None, padding_mask=None,

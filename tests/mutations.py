@@ -2,11 +2,24 @@
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-from csrc.twin import launch
+import built
 
-KERNELS = Path(launch.__file__).parent.parent / "ascend"
+KERNELS = built.ROOT / "csrc" / "ascend"
+COPIES = 20  # in a file; the files are compiled side by side
+TABLE = """#include "run.h"
+{parts}
+Table table() {{
+    static const std::vector<Kernels> all = [] {{
+        std::vector<Kernels> all;
+        for (auto part : {{{all}}}) {{
+            for (const Kernels& kernels : part()) all.push_back(kernels);
+        }}
+        return all;
+    }}();
+    return {{all.data(), static_cast<int>(all.size())}};
+}}
+"""
 
 
 @dataclass(frozen=True)
@@ -58,28 +71,43 @@ class Sources:
         lost_lines = source.count("\n", first, end) - mutation.new.count("\n")
         return self.texts | {file: source[:first] + mutation.new + "\n" * lost_lines + source[end:]}
 
-    def build(self, folder, mutations, kernels):
-        """A library of the sound kernels, then the altered ones in order.
+    def build(self, name, mutations, kernels):
+        """The twin ``name`` of the sound kernels, then the altered ones in order.
 
-        ``kernels`` are the names that the copies have of those in `Kernels` of launch.cpp, in its
-        order; None for those that they lack.
+        ``kernels`` are the names that the copies have of those in `Kernels` of run.h, in its order;
+        None for those that they lack, and which are not compiled.
         """
         copies = [self.texts, *map(self.altered, mutations)]
-        texts, rows = [], []
-        for i, copy in enumerate(copies):
-            texts.append(_in_namespace(f"copy{i}", copy))
-            names = ("nullptr" if name is None else f"copy{i}::{name}" for name in kernels)
-            rows.append("{" + ", ".join(names) + "}")
-        texts.append("constexpr Kernels VARIANTS[] = {\n" + ",\n".join(rows) + "};\n")
-        (folder / "kernels.h").write_text("\n".join(texts))
-        flags = ("-std=c++17", "-O0", "-w", "-fPIC")
-        return launch.build(folder, folder / "kernels.h", flags=flags)
+        files, parts = {}, range(0, len(copies), COPIES)
+        for first in parts:
+            texts, rows = ['#include "run.h"'], []
+            for i, copy in enumerate(copies[first : first + COPIES], first):
+                texts.append(_in_namespace(f"copy{i}", copy, kernels))
+                names = ("nullptr" if name is None else f"copy{i}::{name}" for name in kernels)
+                rows.append("{" + ", ".join(names) + "}")
+            table = "{" + ", ".join(rows) + "}"
+            texts.append(f"std::vector<Kernels> part{first}() {{ return {table}; }}\n")
+            files[f"part{first}.cpp"] = "\n".join(texts)
+        files["table.cpp"] = TABLE.format(
+            parts=" ".join(f"std::vector<Kernels> part{first}();" for first in parts),
+            all=", ".join(f"part{first}" for first in parts),
+        )
+        return built.altered(name, files)
 
 
-def _in_namespace(name, texts):
+# Of a kernel by name, as it stands in the sources.
+KERNEL = re.compile(r'^extern "C" [^{]*?\bvoid\s+(\w+)\(.*?^}$', re.MULTILINE | re.DOTALL)
+
+
+def _in_namespace(name, texts, kernels):
     """The kernels in the namespace ``name``, with the file names and lines of the originals."""
+
+    def wanted(found):
+        return found[0] if found[1] in kernels else "\n" * found[0].count("\n")
+
     files = [f"namespace {name} {{ namespace skiparse {{ using namespace ::skiparse; }}"]
     for file, source in texts.items():
         source = re.sub(r"^#(include|pragma once).*$", "", source, flags=re.MULTILINE)
+        source = KERNEL.sub(wanted, source)
         files.append(f'#line 1 "{file}"\n' + source.replace('extern "C" ', ""))
     return "\n".join([*files, "}"])

@@ -5,11 +5,11 @@ gradients start from are the reference's, so that nothing here depends on the fo
 """
 
 import itertools
-import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import built
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,8 +19,7 @@ from skiparse import SkipPattern
 from skiparse.backends import Inputs, reference, sdpa
 from skiparse.testing import WAYS, budget, make_problem, oracle, within_budget
 
-if shutil.which("g++") is None:
-    pytest.skip("needs g++", allow_module_level=True)
+built.require_tools(allow_module_level=True)
 
 DTYPES = (torch.bfloat16, torch.float16)
 PATTERNS = (
@@ -34,8 +33,8 @@ NAMES = tuple(f"grad_{name}" for name in ("q", "k", "v", "text_q", "text_k", "te
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return launch.build(tmp_path_factory.mktemp("kernels"))
+def library():
+    return built.twin()
 
 
 def inputs_of(problem):
@@ -141,9 +140,12 @@ def test_any_length(library, kind, k):
         check(library, make_problem(p, N=N, T=3, H=1, D=64, dtype=torch.float16, masked=True))
 
 
-@pytest.mark.parametrize("token_stride", [9000, 30000, 70000])
+@pytest.mark.parametrize("token_stride", [9000, 30000, 70000, 70001, 140000])
 def test_strides_beyond_16_bits(library, token_stride):
-    """The distance between runs, then between runs of one token, then between tokens."""
+    """The distance between runs, then between runs of one token, then between tokens.
+
+    The last two are beyond pairs of elements too, or no multiple of a pair.
+    """
     for p in (SkipPattern.group(8), SkipPattern.single(8), SkipPattern(2, 3)):
         problem = make_problem(p, N=30, T=5, H=1, D=64, dtype=torch.float16)
         names = ("q", "k", "v", "grad_out")

@@ -4,10 +4,10 @@ And breaks no rule of the hardware on the way: the twin raises where it does.
 """
 
 import itertools
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import built
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,8 +17,7 @@ from skiparse import SkipPattern
 from skiparse.backends import Inputs
 from skiparse.testing import WAYS, budget, make_problem, oracle, within_budget
 
-if shutil.which("g++") is None:
-    pytest.skip("needs g++", allow_module_level=True)
+built.require_tools(allow_module_level=True)
 
 DTYPES = (torch.bfloat16, torch.float16)
 PATTERNS = (
@@ -32,8 +31,8 @@ NAMES = ("out", "text_out", "lse", "text_lse")
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return launch.build(tmp_path_factory.mktemp("kernels"))
+def library():
+    return built.twin()
 
 
 def forward(library, problem, cores=2, half_scores=False):
@@ -80,9 +79,12 @@ def test_any_length(library, kind, k):
         check(library, make_problem(p, N=N, T=3, H=1, D=64, dtype=torch.float16, masked=True))
 
 
-@pytest.mark.parametrize("token_stride", [9000, 30000, 70000])
+@pytest.mark.parametrize("token_stride", [9000, 30000, 70000, 70001, 140000])
 def test_strides_beyond_16_bits(library, token_stride):
-    """The distance between runs, then between runs of one token, then between tokens."""
+    """The distance between runs, then between runs of one token, then between tokens.
+
+    The last two are beyond pairs of elements too, or no multiple of a pair.
+    """
     for p in (SkipPattern.group(8), SkipPattern.single(8), SkipPattern(2, 3)):
         problem = make_problem(p, N=30, T=5, H=1, D=64, dtype=torch.float16)
         spread = []

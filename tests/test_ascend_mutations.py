@@ -3,21 +3,21 @@
 But for a few that break no rule of the hardware, and only make the answer wrong: those do.
 """
 
-import shutil
 from dataclasses import replace
 from functools import cache
 
+import built
 import pytest
 import torch
 from mutations import Mutation, Sources, handshake
 
 from csrc.twin import launch
+from csrc.twin.fault import TwinFault
 from skiparse import SkipPattern
 from skiparse.backends import Inputs
 from skiparse.testing import WAYS, make_problem, oracle, within_budget
 
-if shutil.which("g++") is None:
-    pytest.skip("needs g++", allow_module_level=True)
+built.require_tools(allow_module_level=True)
 
 SOURCES = Sources("rows.h", "products.h", "rowwise.h", "attention_fwd.cpp", "key_bias.cpp")
 
@@ -38,8 +38,8 @@ SCORES_OF_TILE = """products_.LoadTransposedRight(key, KEY_ROWS, dim_);
 STORE_WEIGHTS = "DataCopy(ring_.template Weights<T>(i)[(2 * row + panel % 2) * PANEL], weights, p);"
 LOAD_SCORES = "DataCopy(scores, ring_.template Scores<S>(i)[first * PANEL], in);"
 LOAD_VALUES = "DataCopy(values, ring_.Values(i)[(half_ * HALF_ROWS + row) * dim_], count);"
-COPY_ROWS = "p.srcDValue = stride; AscendC::DataCopy(to, from, p);"
-FILL_ROWS = "AscendC::DataCopy(to, row, p);"
+COPY = "AscendC::DataCopy(to, from, p);"
+COPY_BIAS = "DataCopy(At<float>(bias, i * STACK_KEYS), row_, STACK_KEYS);"
 SCATTER = "AscendC::DataCopyPad(to.base"
 FIXPIPE = "AscendC::Fixpipe<U, float, AscendC::CFG_ROW_MAJOR>(to"
 GIVE_PRODUCT = "p); AscendC::SetFlag<HardEvent::FIX_M>(slot);"
@@ -89,7 +89,21 @@ MUTATIONS = (
         "dropped flag S_MTE3",
         handshake("S_MTE3", "0"),
         "DataCopy reads UB, written by SetValue at key_bias.cpp",
-        "DataCopy(At<float>(bias",
+        COPY_BIAS,
+        case="nothing",
+    ),
+    Mutation(
+        "dropped flag V_S",
+        handshake("V_S", "0"),
+        "SetValue overwrites UB, written by Duplicate at key_bias.cpp",
+        "if (mask_.GetValue(token + i) == 0) row_.SetValue(j, HIDDEN);",
+        case="nothing",
+    ),
+    Mutation(
+        "dropped flag V_MTE3 of biases",
+        handshake("V_MTE3", "0"),
+        "DataCopy reads UB, written by Duplicate at key_bias.cpp",
+        COPY_BIAS,
     ),
     Mutation(
         "flag from the wrong pipe",
@@ -102,7 +116,7 @@ MUTATIONS = (
         "flag set before the load that it follows",
         f"{SCORES_OF_TILE} {GIVE_KEYS}",
         "DataCopy overwrites L1, read by LoadData at products.h",
-        COPY_ROWS,
+        COPY,
         new=f"{GIVE_KEYS} {SCORES_OF_TILE}",
         case="stacks",
     ),
@@ -150,18 +164,38 @@ MUTATIONS = (
     ),
     Mutation(
         "leaked flag of the bias kernel",
-        "} WaitFlag<HardEvent::MTE3_S>(0); }",
-        "MTE3_S flag 0 is left set at the end",
-        "DataCopy(At<float>(bias, i * STACK_KEYS), row, STACK_KEYS);"
-        " SetFlag<HardEvent::MTE3_S>(0);",
+        "} WaitFlag<HardEvent::MTE3_V>(0); }",
+        "MTE3_V flag 0 is left set at the end",
+        f"{COPY_BIAS} SetFlag<HardEvent::MTE3_V>(0);",
+        new="} }",
+    ),
+    # The beginning and the end of a kernel.
+    Mutation(
+        "state of the kernel before in force",
+        "InitSocState(); const int64_t cores",
+        "before InitSocState()",
+        "Run(int64_t core, int64_t cores) { for (int32_t slot = 0; slot < 2; ++slot) {"
+        " SetFlag<HardEvent::MTE1_MTE2>(KEY + slot);",
+        new="const int64_t cores",
+    ),
+    Mutation(
+        "no barrier at the end",
+        "PipeBarrier<PIPE_ALL>(); } }",
+        "is the last of this core, and a PipeBarrier<PIPE_ALL> must be",
+        "(RIGHT + slot); AscendC::WaitFlag<HardEvent::FIX_M>(slot);",
         new="} }",
     ),
     Mutation(
-        "pipe of the whole kernel, missing Destroy()",
-        "const Ring ring{arguments.workspace + core * WORKSPACE_BYTES};",
-        "M_MTE1 flag 0 is set again; nothing waited since attention_fwd.cpp",
-        "dim_(tiling.head_dim) { TPipe pipe;",
-        new="const Ring ring{arguments.workspace + core * WORKSPACE_BYTES}; TPipe pipe;",
+        "no barrier at the end of the biases",
+        "AscendC::PipeBarrier<PIPE_ALL>();",
+        "is the last of this core, and a PipeBarrier<PIPE_ALL> must be",
+        "} WaitFlag<HardEvent::MTE3_V>(0);",
+    ),
+    Mutation(
+        "two allocators for one memory",
+        "LocalMemAllocator<Hardware::L1> l1;",
+        "a second allocator for L1",
+        new="LocalMemAllocator<Hardware::L1> l1; LocalMemAllocator<Hardware::L1> another;",
     ),
     Mutation(
         "flag of the framework",
@@ -203,7 +237,7 @@ MUTATIONS = (
         "dropped wait for weights",
         "CrossCoreWaitFlag(WEIGHTS_READY);",
         "DataCopy reads workspace where nothing was written",
-        COPY_ROWS,
+        COPY,
     ),
     Mutation(
         "dropped wait for values",
@@ -256,7 +290,7 @@ MUTATIONS = (
         "cross-core flag from the wrong pipe of a vector core",
         "CrossCoreSetFlag<2, PIPE_MTE3>(WEIGHTS_READY);",
         "DataCopy reads workspace, written by DataCopy at attention_fwd.cpp",
-        COPY_ROWS,
+        COPY,
         new="CrossCoreSetFlag<2, PIPE_V>(WEIGHTS_READY);",
     ),
     Mutation(
@@ -276,10 +310,10 @@ MUTATIONS = (
     ),
     Mutation(
         "bias rows shared by the cores",
-        "i += GetBlockNum()",
+        "i < t_.batch * t_.sparsity * stacks; i += cores",
         "DataCopy overwrites bias, written by DataCopy at key_bias.cpp",
-        "DataCopy(At<float>(bias",
-        new="i += 1",
+        COPY_BIAS,
+        new="i < t_.batch * t_.sparsity * stacks; i += 1",
         case="cores",
     ),
     # Slots and rings.
@@ -287,7 +321,7 @@ MUTATIONS = (
         "key tile in a slot still being read",
         "key_[slot * KEY_ROWS * dim_]",
         "DataCopy overwrites L1, read by LoadData at products.h",
-        COPY_ROWS,
+        COPY,
         new="key_[0]",
     ),
     Mutation(
@@ -352,7 +386,7 @@ MUTATIONS = (
         "misaligned L1",
         "query_[walk.number % 2 * QUERY_ROWS * dim_]",
         "starts in L1 at byte 16, not a multiple of 32",
-        COPY_ROWS,
+        COPY,
         new="query_[walk.number % 2 * QUERY_ROWS * dim_ + 8]",
     ),
     Mutation(
@@ -370,38 +404,38 @@ MUTATIONS = (
     ),
     Mutation(
         "too many buffers for UB",
-        "scores_ = Cut<TPosition::VECCALC, S>(pipe, 2 * CHUNK);",
+        "scores_ = ub.Alloc<TPosition::VECCALC, S>(2 * CHUNK);",
         "UB has 188160 bytes, and the buffers need",
-        "pipe.InitBuffer(buffer, elements * sizeof(T));",
-        new="scores_ = Cut<TPosition::VECCALC, S>(pipe, 4 * CHUNK);",
+        "out_ = ub.Alloc<TPosition::VECCALC, float>(HALF_ROWS * dim_);",
+        new="scores_ = ub.Alloc<TPosition::VECCALC, S>(4 * CHUNK);",
     ),
     Mutation(
         "too many buffers for L0B",
-        "Cut<AscendC::TPosition::B2, T>(pipe, 2 * SLOT);",
+        "l0b.Alloc<AscendC::TPosition::B2, T>(2 * SLOT);",
         "L0B has 65536 bytes, and the buffers need 98304",
-        "pipe.InitBuffer(buffer, elements * sizeof(T));",
-        new="Cut<AscendC::TPosition::B2, T>(pipe, 3 * SLOT);",
+        new="l0b.Alloc<AscendC::TPosition::B2, T>(3 * SLOT);",
     ),
     Mutation(
         "overflown buffer in UB",
-        "wide_lse_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS * BLOCK);",
+        "wide_lse_ = ub.Alloc<TPosition::VECCALC, float>(HALF_ROWS * BLOCK);",
         "runs past the end of its buffer in UB by 32 bytes",
         "AscendC::Brcb(to, from, count / BLOCK",
-        new="wide_lse_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS * BLOCK / 2);",
+        new="wide_lse_ = ub.Alloc<TPosition::VECCALC, float>(HALF_ROWS * BLOCK / 2);",
     ),
     Mutation(
         "overflown buffer in L0C",
-        "Cut<AscendC::TPosition::CO1, float>(pipe, 2 * SLOT);",
+        "l0c.Alloc<AscendC::TPosition::CO1, float>(2 * SLOT);",
         "runs past the end of its buffer in L0C",
         MMAD,
-        new="Cut<AscendC::TPosition::CO1, float>(pipe, SLOT);",
+        new="l0c.Alloc<AscendC::TPosition::CO1, float>(SLOT);",
     ),
     Mutation(
         "overflown buffer of the scalar unit",
-        "STACK_KEYS * sizeof(float)",
+        "row_.SetValue(j, HIDDEN); } } } }",
         "runs past the end of its buffer in UB by 4 bytes",
-        "row.SetValue(key",
-        new="STACK_KEYS",
+        "if (mask_.GetValue(token + i) == 0) row_.SetValue(j,",
+        new="row_.SetValue(STACK_KEYS + j, HIDDEN);\n}\n}\n}\n}",
+        case="nothing",
     ),
     Mutation(
         "past the end of the workspace",
@@ -414,26 +448,111 @@ MUTATIONS = (
         "past the end of an input",
         "FillRows(to[count * C0], rows, last,",
         "runs past the end of k",
-        FILL_ROWS,
+        COPY,
         new="FillRows(to[count * C0], rows, last[C0],",
         case="one stack",
     ),
     # Fields of instructions.
     Mutation(
         "overflown 16-bit stride between rows",
-        "return stride >= 1 && stride <= MOST_STRIDE;",
+        "if (stride <= MOST_STRIDE && apart <= MOST_STRIDE) {",
         "70000 does not fit a field of 0 to 65535",
         "p.srcDValue = stride;",
-        new="return stride >= 1;",
+        new="if (apart <= MOST_STRIDE) {",
         case="far rows",
     ),
     Mutation(
         "overflown 16-bit stride between runs",
-        "if (FitsStride(apart) && FitsStride(from.stride))",
+        "if (stride <= MOST_STRIDE && apart <= MOST_STRIDE) {",
         "120000 does not fit a field of 0 to 65535",
         "p.srcNdMatrixStride = apart;",
-        new="if (FitsStride(from.stride))",
+        new="if (stride <= MOST_STRIDE) {",
         case="far runs",
+    ),
+    Mutation(
+        "overflown 16-bit stride of pairs between rows",
+        "if (stride > 2 * MOST_STRIDE || apart",
+        "70000 does not fit a field of 0 to 65535",
+        "p.srcDValue = stride;",
+        new="if (apart",
+        case="farther rows",
+    ),
+    Mutation(
+        "pairs at an odd distance",
+        "|| stride % 2 + apart % 2 > 0) {",
+        new=") {",
+        case="odd rows",
+    ),
+    Mutation(
+        "half as many pairs",
+        "stride / 2, dim / 2);",
+        new="stride / 2, dim / 4);",
+        fault="LoadData reads L1 where nothing was written",
+        at=LOAD_KEY,
+        case="far rows",
+    ),
+    # Offsets of more than 32 bits; the memory that they skip does not exist.
+    Mutation(
+        "elements counted in 32 bits",
+        "from.base[runs.token * from.stride]; if (runs.runs == 1)",
+        "outside every allocation of global memory",
+        COPY,
+        new="from.base[static_cast<int32_t>(runs.token * from.stride)];\nif (runs.runs == 1)",
+        case="last of many",
+    ),
+    Mutation(
+        "outputs counted in 32 bits",
+        "(place * t_.heads + task.head) * dim_);",
+        "outside every allocation of global memory",
+        SCATTER,
+        new="static_cast<int32_t>((place * t_.heads + task.head) * dim_));",
+        case="last of many",
+    ),
+    Mutation(
+        "bytes of the workspace counted in 32 bits",
+        "arguments.workspace + core * WORKSPACE_BYTES",
+        "outside every allocation of global memory",
+        FIXPIPE,
+        new="arguments.workspace + static_cast<uint32_t>(core * WORKSPACE_BYTES)",
+        case="last of many",
+    ),
+    # What the hardware does not define.
+    Mutation(
+        "values read by the scalar unit",
+        "SetFlag<HardEvent::V_MTE2>(SCORE + slot); } PipeBarrier<PIPE_V>(); const int64_t queries",
+        "GetValue reads workspace through the cache of the scalar unit, which does not see what "
+        "Fixpipe at products.h",
+        "SetFlag<HardEvent::V_MTE2>(SCORE + slot); }",
+        new="SetFlag<HardEvent::V_MTE2>(SCORE + slot);\n} "
+        "ring_.Values(i).GetValue(0);\nPipeBarrier<PIPE_V>();\nconst int64_t queries",
+    ),
+    Mutation(
+        "logarithm of a row without keys",
+        "Ln(lse, lse, HALF_ROWS);",
+        "Ln of 0, which has two answers",
+        new="Ln(lse, total, HALF_ROWS);",
+        case="nothing",
+    ),
+    Mutation(
+        "rows without keys with a log-sum-exp",
+        "Select(lse, attends, lse, OF_NOTHING, SELMODE::VSEL_TENSOR_SCALAR_MODE, HALF_ROWS);",
+        case="nothing",
+    ),
+    Mutation(
+        "a mask that hides nothing",
+        "if (masked_) HideVideo(batch, sub, first, of_video);",
+        case="nothing",
+    ),
+    Mutation(
+        "places after the keys not hidden",
+        "if (keys > 0) Duplicate(row_, 0.0f, keys);",
+        new="Duplicate(row_, 0.0f, STACK_KEYS);",
+    ),
+    Mutation(
+        "keys of the task before",
+        "if (walk.stack == 0) keys_ = Joint",
+        new="if (walk.number == 0 && walk.stack == 0) keys_ = Joint",
+        case="text",
     ),
     Mutation(
         "overflown 8-bit stride",
@@ -486,12 +605,10 @@ MUTATIONS = (
     ),
     Mutation(
         "too small a pitch",
-        "p.srcNdMatrixStride = 0; p.dstNzC0Stride = pitch; p.dstNzNStride = 1;"
-        " p.dstNzMatrixStride = 0;",
+        "p.dstNzC0Stride = pitch;",
         "DataCopy overwrites L1, written by DataCopy at rows.h",
-        FILL_ROWS,
-        new="p.srcNdMatrixStride = 0; p.dstNzC0Stride = rows; p.dstNzNStride = 1;"
-        " p.dstNzMatrixStride = 0;",
+        COPY,
+        new="p.dstNzC0Stride = rows;",
     ),
     # Read before write.
     Mutation(
@@ -538,6 +655,25 @@ MUTATIONS = (
     ),
 )
 
+# What is slower, not wrong: places in memory that are no multiple of 512 bytes.
+SLOW = (
+    Mutation(
+        "scores beside the places that are fast",
+        "At<S>(base + i % RING * SCORES_BYTES, 0)",
+        "Fixpipe",
+        FIXPIPE,
+        new="At<S>(base + i % RING * SCORES_BYTES, 8)",
+    ),
+    Mutation(
+        "values beside the places that are fast",
+        "i % RING * VALUES_BYTES, 0);",
+        "DataCopy",
+        LOAD_VALUES,
+        new="i % RING * VALUES_BYTES, 16);",
+        case="one stack",
+    ),
+)
+
 # The smallest that show them: sizes, the number of cores, and how far apart tokens are.
 CASES = {
     "tiles": (SkipPattern.single(2), {"N": 300}),  # two halves of queries, two tiles of keys
@@ -549,15 +685,25 @@ CASES = {
     "one row": (SkipPattern.single(2), {"N": 3}),
     "far rows": (SkipPattern.dense(), {"N": 20}),
     "far runs": (SkipPattern.group(2), {"N": 20}),
+    "odd rows": (SkipPattern.dense(), {"N": 20}),
+    "farther rows": (SkipPattern.dense(), {"N": 20}),
+    "nothing": (SkipPattern.single(2), {"N": 64}),  # rows of one sub-sequence attend to none
+    "last of many": (SkipPattern.dense(), {"N": 128, "T": 128, "D": 128}),
 }
 CORES = {"cores": 2}
-TOKEN_STRIDES = {"far rows": 70000, "far runs": 30000}
+TOKEN_STRIDES = {
+    "far rows": 70000,
+    "far runs": 30000,
+    "odd rows": 70001,
+    "farther rows": 140000,
+}
+PARTS = 140000  # of "last of many", whose elements are more than 2^31, and their bytes than 2^32
 
 
 @cache
 def problem_of(case):
     pattern, sizes = CASES[case]
-    problem = make_problem(pattern, H=1, D=64, dtype=torch.float16, **sizes)
+    problem = make_problem(pattern, H=1, dtype=torch.float16, **({"D": 64} | sizes))
     if case in TOKEN_STRIDES:
         stride = TOKEN_STRIDES[case]
         room = torch.empty(3, sizes["N"] * stride, dtype=torch.float16)
@@ -566,6 +712,8 @@ def problem_of(case):
             for row, x in zip(room, (problem.q, problem.k, problem.v), strict=True)
         )
         problem = replace(problem, q=q, k=k, v=v)
+    if case == "nothing":
+        problem = replace(problem, mask=torch.arange(sizes["N"])[None] % 2 == 1)
     return problem
 
 
@@ -580,22 +728,23 @@ def answers_of(case):
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def library():
     """The sound kernels, then the altered ones in order, in one library."""
-    kernels = ("skiparse_key_bias", "skiparse_attention_fwd_fp16", "skiparse_attention_fwd_bf16")
-    return SOURCES.build(tmp_path_factory.mktemp("mutations"), MUTATIONS, kernels)
+    kernels = ("skiparse_key_bias", "skiparse_attention_fwd_fp16", None)
+    return SOURCES.build("altered_forward", (*MUTATIONS, *SLOW), kernels)
+
+
+def inputs_of(case):
+    p = problem_of(case)
+    return Inputs(*p.inputs, p.mask, p.text_mask, p.pattern, p.q.shape[-1] ** -0.5)
 
 
 def forward(library, case, variant):
-    problem = problem_of(case)
-    inputs = Inputs(
-        *problem.inputs,
-        problem.mask,
-        problem.text_mask,
-        problem.pattern,
-        problem.q.shape[-1] ** -0.5,
-    )
-    outputs = launch.forward(library, inputs, cores=CORES.get(case, 1), variant=variant)
+    inputs = inputs_of(case)
+    if case == "last of many":
+        outputs = launch.forward_of_last(library, inputs, PARTS, variant=variant)
+    else:
+        outputs = launch.forward(library, inputs, cores=CORES.get(case, 1), variant=variant)
     return outputs._replace(text_out=outputs.text_out.mean(1))._asdict()
 
 
@@ -615,7 +764,7 @@ WRONG = [(i, m) for i, m in enumerate(MUTATIONS, 1) if not m.fault]
 
 @pytest.mark.parametrize(("variant", "mutation"), FAULTY, ids=[m.name for _, m in FAULTY])
 def test_the_twin_names_the_line(library, variant, mutation):
-    with pytest.raises(launch.TwinFault) as raised:
+    with pytest.raises(TwinFault) as raised:
         forward(library, mutation.case, variant)
     assert mutation.fault in str(raised.value)
     if mutation.at is not None:
@@ -627,3 +776,19 @@ def test_the_answer_is_wrong(library, variant, mutation):
     found = forward(library, mutation.case, variant)
     with pytest.raises(AssertionError):
         check(mutation.case, found)
+
+
+@pytest.mark.parametrize(
+    ("variant", "mutation"), [*enumerate(SLOW, 1 + len(MUTATIONS))], ids=[m.name for m in SLOW]
+)
+def test_the_twin_counts_what_is_not_aligned(library, variant, mutation):
+    """In scratch memory, whose layout is the kernels' own; every place is, but for odd panels."""
+    sound, slow = (
+        launch.forward_costs(library, inputs_of(mutation.case), cores=1, variant=v).unaligned
+        for v in (0, variant)
+    )
+    place = SOURCES.place_of(mutation.at).removesuffix(": ")
+    seen = [(x.line, x.instruction) for x in slow if x.buffer == "workspace"]
+    assert (place, mutation.fault) in seen
+    panels = SOURCES.place_of(STORE_WEIGHTS).removesuffix(": ")
+    assert {x.line for x in sound if x.buffer == "workspace"} <= {panels}

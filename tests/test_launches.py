@@ -2,11 +2,11 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import built
 import pytest
 import torch
 
@@ -18,8 +18,7 @@ FOLDER = Path(__file__).parent
 @pytest.fixture(scope="module")
 def found():
     """What ``python launches.py`` says, without the interpreter."""
-    if shutil.which("g++") is None:
-        pytest.skip("the recording libcuda needs g++")
+    built.require_tools(modules=False)
 
     def run(what):
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

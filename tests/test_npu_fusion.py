@@ -33,7 +33,10 @@ def library():
 @pytest.fixture
 def fake(library, monkeypatch):
     monkeypatch.setattr(npu_fusion, "why_not", lambda *_, **__: None)
+    device = SimpleNamespace(get_device_name=lambda: "Ascend910B2")
+    monkeypatch.setattr(torch, "npu", device, raising=False)
     library.calls.clear()
+    library.variants.clear()
     return library
 
 
@@ -88,6 +91,40 @@ def test_gradients_from_the_outputs_of_another_backend(fake, monkeypatch):
     monkeypatch.setattr("skiparse.ops.select", registry.select)
     check(run(problem, "npu_fusion"), problem)
     assert len(fake.calls) == 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_third_variant_is_taken_where_it_is(fake, masked, monkeypatch):
+    """It has no Ascend 950, and older releases do not have it."""
+    problem = make_problem(SkipPattern.group(2), B=2, N=37, T=3, masked=masked)
+    check(run(problem, "npu_fusion"), problem)
+    assert set(fake.variants) == {"v3"}
+    fake.variants.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.npu, "get_device_name", lambda: "Ascend950PR_9599")
+        check(run(problem, "npu_fusion"), problem)
+    old = ("npu_fusion_attention", "npu_fusion_attention_grad")
+    operators = SimpleNamespace(**{name: getattr(torch.ops.npu, name) for name in old})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops, "npu", operators)
+        check(run(problem, "npu_fusion"), problem)
+    assert set(fake.variants) == {""}
+
+
+def test_key_masks_need_a_cann_that_orders_the_statistics(monkeypatch):
+    utils = SimpleNamespace()
+    npu = SimpleNamespace(utils=utils)
+    masked, plain = on_npu(mask=True), on_npu()
+    monkeypatch.setattr(torch, "npu", npu, raising=False)
+    assert npu_fusion.why_not(masked) is None  # an older torch_npu, which does not read it
+    for version, refused in (("8.2.RC1", True), ("7.0.0", True), ("8.3.RC1", False),
+                             ("9.1.0", False), ("10.0.RC2", False), ("", False)):  # fmt: skip
+        utils.get_cann_version = lambda version=version: version
+        reason = npu_fusion.why_not(masked)
+        assert reason == (
+            f"key masks need CANN 8.3.RC1 or later, not {version}" if refused else None
+        )
+        assert npu_fusion.why_not(plain) is None
 
 
 def test_views_where_the_pattern_allows(fake):

@@ -1,7 +1,9 @@
 """`pip install .` gives the op: a pure wheel, nothing compiled, three requirements."""
 
+import os
 import subprocess
 import sys
+import time
 import zipfile
 from email import message_from_string
 from importlib.metadata import distribution
@@ -12,16 +14,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
+def make_wheel(folder, **environment):
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check",
          "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)],
         check=True,
+        env={**os.environ, **environment},
     )  # fmt: skip
     (path,) = folder.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return make_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 def test_the_wheel_is_pure_python_and_small(wheel):
@@ -33,6 +39,15 @@ def test_the_wheel_is_pure_python_and_small(wheel):
                    "skiparse/models/data/video.py", "skiparse/bench/cases.py"):  # fmt: skip
         assert wanted in names
     assert not [n for n in names if n.startswith(("models/", "bench/", "tests/"))]
+
+
+def test_it_needs_no_compiler_and_only_seconds(wheel, tmp_path):
+    """With nothing on PATH, and compilers that fail if one is called by its variable."""
+    begin = time.monotonic()
+    again = make_wheel(tmp_path, PATH=str(tmp_path), CC="/nowhere/cc", CXX="/nowhere/c++")
+    assert time.monotonic() - begin < 30  # 2 alone on two cores
+    assert again.name == wheel.name
+    assert zipfile.ZipFile(again).namelist() == zipfile.ZipFile(wheel).namelist()
 
 
 def test_it_requires_torch_numpy_and_einops_only(wheel):

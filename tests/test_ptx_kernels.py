@@ -7,18 +7,17 @@ which must give the same bits, held to the error budget. Faults are planted in t
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import built
 import pytest
 
 from skiparse import registry
 
-if shutil.which("g++") is None:
-    pytest.skip("the recording libcuda needs g++", allow_module_level=True)
+built.require_tools(modules=False, allow_module_level=True)
 
 HOPPER = {"skiparse_forward_tma", "skiparse_forward_pingpong", "skiparse_pack"}
 HOPPER |= {"skiparse_dkdv_tma", "skiparse_dq_tma"}

@@ -52,55 +52,60 @@ struct StepRing {
     GM_ADDR key_sums;
     int64_t queries;  // blocks of gradients of q
 
-    __aicore__ inline GlobalTensor<float> Scores(int64_t i) const {
+    __aicore__ __inline__ GlobalTensor<float> Scores(int64_t i) const {
         return At<float>(base + i % STEP_RING * STEP_BYTES, 0);
     }
-    __aicore__ inline GlobalTensor<float> WeightGradients(int64_t i) const {
+    __aicore__ __inline__ GlobalTensor<float> WeightGradients(int64_t i) const {
         return At<float>(base + i % STEP_RING * STEP_BYTES + WIDE_BYTES, 0);
     }
     template <class T>
-    __aicore__ inline GlobalTensor<T> Weights(int64_t i) const {
+    __aicore__ __inline__ GlobalTensor<T> Weights(int64_t i) const {
         return At<T>(base + i % STEP_RING * STEP_BYTES + 2 * WIDE_BYTES, 0);
     }
     template <class T>
-    __aicore__ inline GlobalTensor<T> ScoreGradients(int64_t i) const {
+    __aicore__ __inline__ GlobalTensor<T> ScoreGradients(int64_t i) const {
         return At<T>(base + i % STEP_RING * STEP_BYTES + 2 * WIDE_BYTES + NARROW_BYTES, 0);
     }
-    __aicore__ inline GlobalTensor<float> KeyGradients(const Steps& at) const {
+    __aicore__ __inline__ GlobalTensor<float> KeyGradients(const Steps& at) const {
         return KeyBlock(at);
     }
-    __aicore__ inline GlobalTensor<float> ValueGradients(const Steps& at) const {
+    __aicore__ __inline__ GlobalTensor<float> ValueGradients(const Steps& at) const {
         return KeyBlock(at)[BLOCK_ROWS * 128];
     }
-    __aicore__ inline GlobalTensor<float> QueryGradients(const Steps& at) const {
+    __aicore__ __inline__ GlobalTensor<float> QueryGradients(const Steps& at) const {
         const int64_t block = (at.query_count + at.query) % queries;
         return At<float>(base + STEP_RING * STEP_BYTES + block * ROWS_BYTES, 0);
     }
 
 private:
-    __aicore__ inline GlobalTensor<float> KeyBlock(const Steps& at) const {
+    __aicore__ __inline__ GlobalTensor<float> KeyBlock(const Steps& at) const {
         if (at.parts() > 1) return At<float>(key_sums + 2 * at.key * ROWS_BYTES, 0);
         const int64_t block = at.key_count % STEP_RING;
         return At<float>(base + block * STEP_BYTES + 2 * WIDE_BYTES + 2 * NARROW_BYTES, 0);
     }
 };
 
+// The rows of a sequence, by tensor.
+template <class T>
+struct Sources {
+    JointRows<T> q, k, v, grad_out;
+};
+
 template <class T>
 class BackwardCube {
 public:
-    __aicore__ inline BackwardCube(const BackwardTiling& tiling, const BackwardArguments& arguments,
-                                   StepRing ring)
+    __aicore__ __inline__ BackwardCube(const BackwardTiling& tiling,
+                                       const BackwardArguments& arguments, StepRing ring)
         : b_(tiling), t_(tiling.forward), a_(arguments), ring_(ring), dim_(t_.head_dim) {
-        TPipe pipe;
-        key_ = Cut<TPosition::B1, T>(pipe, 2 * BLOCK_ROWS * dim_);
-        value_ = Cut<TPosition::B1, T>(pipe, 2 * BLOCK_ROWS * dim_);
-        rows_ = Cut<TPosition::A1, T>(pipe, 2 * HALF_ROWS * dim_);
-        weight_ = Cut<TPosition::A1, T>(pipe, 2 * HALF_ROWS * BLOCK_ROWS);
-        products_.Init(pipe);
-        pipe.Destroy();  // gives back the M_MTE1 flags that it sets for itself
+        LocalMemAllocator<Hardware::L1> l1;
+        key_ = l1.Alloc<TPosition::B1, T>(2 * BLOCK_ROWS * dim_);
+        value_ = l1.Alloc<TPosition::B1, T>(2 * BLOCK_ROWS * dim_);
+        rows_ = l1.Alloc<TPosition::A1, T>(2 * HALF_ROWS * dim_);
+        weight_ = l1.Alloc<TPosition::A1, T>(2 * HALF_ROWS * BLOCK_ROWS);
+        products_.Init();
     }
 
-    __aicore__ inline void Run(int64_t core, int64_t cores) {
+    __aicore__ __inline__ void Run(int64_t core, int64_t cores) {
         for (int32_t slot = 0; slot < 2; ++slot) {
             SetFlag<HardEvent::MTE1_MTE2>(KEYS + slot);
             SetFlag<HardEvent::MTE1_MTE2>(ROWS + slot);
@@ -130,39 +135,38 @@ private:
     static constexpr int32_t KEYS = 0, ROWS = 2, WEIGHTS = 4;  // flags of two slots each in L1
 
     // scores = q k^T, weight gradients = dout v^T
-    __aicore__ inline void Scores(const Steps& at, int64_t i) {
+    __aicore__ __inline__ void Scores(const Steps& at, int64_t i) {
         const int64_t slot = at.key_count % 2 * BLOCK_ROWS * dim_;
+        if (at.begins()) of_scores_ = SourcesOf(at.sequence);
         if (at.first_of_part()) LoadKeys(at);
         for (int64_t half = 0; half < at.query_halves(); ++half) {
             const int64_t first = half * HALF_ROWS * BLOCK_ROWS;
-            TimesKeys(at, half, Queries(at), key_[slot], ring_.Scores(i)[first]);
-            TimesKeys(at, half, Upstream(at), value_[slot], ring_.WeightGradients(i)[first]);
+            TimesKeys(at, half, of_scores_.q, key_[slot], ring_.Scores(i)[first]);
+            TimesKeys(at, half, of_scores_.grad_out, value_[slot],
+                      ring_.WeightGradients(i)[first]);
         }
         CrossCoreSetFlag<2, PIPE_FIX>(PRODUCTS_READY);
     }
 
     // Both the keys and the values of the block.
-    __aicore__ inline void LoadKeys(const Steps& at) {
+    __aicore__ __inline__ void LoadKeys(const Steps& at) {
         const int32_t slot = at.key_count % 2;
         WaitFlag<HardEvent::MTE1_MTE2>(KEYS + slot);
         for (int64_t tile = 0; tile < at.key_tiles(); ++tile) {
             const int64_t to = slot * BLOCK_ROWS * dim_ + tile * KEY_ROWS * dim_;
             const int64_t first = at.key * BLOCK_ROWS + tile * KEY_ROWS;
             const int64_t count = at.rows_of_half(at.key, tile);
-            GatherTile(key_[to], KEY_ROWS,
-                       Joint<T>(a_.k, t_.k, a_.text_k, t_.text_k, t_, at.sequence), first, count,
-                       dim_);
-            GatherTile(value_[to], KEY_ROWS,
-                       Joint<T>(a_.v, t_.v, a_.text_v, t_.text_v, t_, at.sequence), first, count,
-                       dim_);
+            GatherTile(key_[to], KEY_ROWS, of_scores_.k, first, count, dim_);
+            GatherTile(value_[to], KEY_ROWS, of_scores_.v, first, count, dim_);
         }
         SetFlag<HardEvent::MTE2_MTE1>(KEYS + slot);
         WaitFlag<HardEvent::MTE2_MTE1>(KEYS + slot);
     }
 
     // to[rows of the half, keys] = x keys^T
-    __aicore__ inline void TimesKeys(const Steps& at, int64_t half, const JointRows<T>& x,
-                                     const LocalTensor<T>& keys, const GlobalTensor<float>& to) {
+    __aicore__ __inline__ void TimesKeys(const Steps& at, int64_t half, const JointRows<T>& x,
+                                         const LocalTensor<T>& keys,
+                                         const GlobalTensor<float>& to) {
         const int64_t rows = PaddedRows(at, half);
         const int32_t slot = LoadRows(at, half, x);
         products_.LoadLeft(rows_[slot * HALF_ROWS * dim_], rows, 0, rows, 0, dim_);
@@ -177,19 +181,20 @@ private:
     }
 
     // What the step adds to the gradients of v, k and q.
-    __aicore__ inline void Gradients(const Steps& at, int64_t i) {
+    __aicore__ __inline__ void Gradients(const Steps& at, int64_t i) {
+        if (at.begins()) of_gradients_ = SourcesOf(at.sequence);
         CrossCoreWaitFlag(FACTORS_READY);
         for (int64_t half = 0; half < at.query_halves(); ++half) {
             const int32_t slot = LoadWeights(at, half, ring_.template Weights<T>(i));
-            TransposedTimes(at, half, weight_[slot * HALF_ROWS * BLOCK_ROWS], Upstream(at),
-                            ring_.ValueGradients(at));
+            TransposedTimes(at, half, weight_[slot * HALF_ROWS * BLOCK_ROWS],
+                            of_gradients_.grad_out, ring_.ValueGradients(at));
             SetFlag<HardEvent::MTE1_MTE2>(WEIGHTS + slot);
         }
         int32_t slots[2] = {0, 0};
         for (int64_t half = 0; half < at.query_halves(); ++half) {
             slots[half] = LoadWeights(at, half, ring_.template ScoreGradients<T>(i));
-            TransposedTimes(at, half, weight_[slots[half] * HALF_ROWS * BLOCK_ROWS], Queries(at),
-                            ring_.KeyGradients(at));
+            TransposedTimes(at, half, weight_[slots[half] * HALF_ROWS * BLOCK_ROWS],
+                            of_gradients_.q, ring_.KeyGradients(at));
         }
         AddQueryGradients(at, slots);
         if (at.last_of_part()) SetFlag<HardEvent::MTE1_MTE2>(KEYS + at.key_count % 2);
@@ -197,9 +202,9 @@ private:
     }
 
     // to[keys, dim] += weights^T x, after the second half of the queries
-    __aicore__ inline void TransposedTimes(const Steps& at, int64_t half,
-                                           const LocalTensor<T>& weights, const JointRows<T>& x,
-                                           const GlobalTensor<float>& to) {
+    __aicore__ __inline__ void TransposedTimes(const Steps& at, int64_t half,
+                                               const LocalTensor<T>& weights, const JointRows<T>& x,
+                                               const GlobalTensor<float>& to) {
         const int64_t rows = PaddedRows(at, half);
         const bool last = half + 1 == at.query_halves();
         const int32_t slot = LoadRows(at, half, x);
@@ -215,7 +220,7 @@ private:
     }
 
     // Gradients of q += score gradients k; those of each half of the queries are in `slots`.
-    __aicore__ inline void AddQueryGradients(const Steps& at, const int32_t (&slots)[2]) {
+    __aicore__ __inline__ void AddQueryGradients(const Steps& at, const int32_t (&slots)[2]) {
         const LocalTensor<T> keys = key_[at.key_count % 2 * BLOCK_ROWS * dim_];
         const int64_t tiles = at.key_tiles();
         for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -238,19 +243,20 @@ private:
 
     // to[rows, dim] += L0C[slot], or = if this is the first. Sums of one place come from one slot,
     // whose next product waits until the last is copied; so they are made in order.
-    __aicore__ inline void Accumulate(const GlobalTensor<float>& to, int32_t slot, int64_t rows,
-                                      bool first) {
+    __aicore__ __inline__ void Accumulate(const GlobalTensor<float>& to, int32_t slot, int64_t rows,
+                                          bool first) {
         if (!first) SetAtomicAdd<float>();
         products_.Write(to, slot, rows, dim_, dim_);
         SetAtomicNone();
     }
 
     // Whole fractals: further rows are copies of the last, with weights of 0.
-    __aicore__ inline int64_t PaddedRows(const Steps& at, int64_t half) const {
+    __aicore__ __inline__ int64_t PaddedRows(const Steps& at, int64_t half) const {
         return RoundUp(at.rows_of_half(at.query, half), 16);
     }
 
-    __aicore__ inline int32_t LoadRows(const Steps& at, int64_t half, const JointRows<T>& from) {
+    __aicore__ __inline__ int32_t LoadRows(const Steps& at, int64_t half,
+                                           const JointRows<T>& from) {
         const int32_t slot = rows_count_++ % 2;
         WaitFlag<HardEvent::MTE1_MTE2>(ROWS + slot);
         GatherTile(rows_[slot * HALF_ROWS * dim_], PaddedRows(at, half), from,
@@ -261,8 +267,8 @@ private:
     }
 
     // They are there as soon as the rows that are loaded next are.
-    __aicore__ inline int32_t LoadWeights(const Steps& at, int64_t half,
-                                          const GlobalTensor<T>& from) {
+    __aicore__ __inline__ int32_t LoadWeights(const Steps& at, int64_t half,
+                                              const GlobalTensor<T>& from) {
         const int32_t slot = weights_count_++ % 2;
         const int64_t rows = PaddedRows(at, half);
         WaitFlag<HardEvent::MTE1_MTE2>(WEIGHTS + slot);
@@ -271,13 +277,12 @@ private:
         return slot;
     }
 
-    __aicore__ inline JointRows<T> Queries(const Steps& at) const {
-        return Joint<T>(a_.q, t_.q, a_.text_q, t_.text_q, t_, at.sequence);
-    }
-
-    __aicore__ inline JointRows<T> Upstream(const Steps& at) const {
-        return Joint<T>(a_.grad_out, b_.grad_out, a_.grad_text_out, b_.grad_text_out, t_,
-                        at.sequence, b_.grad_text_sub);
+    __aicore__ __inline__ Sources<T> SourcesOf(const Sequence& sequence) const {
+        return {Joint<T>(a_.q, t_.q, a_.text_q, t_.text_q, t_, sequence),
+                Joint<T>(a_.k, t_.k, a_.text_k, t_.text_k, t_, sequence),
+                Joint<T>(a_.v, t_.v, a_.text_v, t_.text_v, t_, sequence),
+                Joint<T>(a_.grad_out, b_.grad_out, a_.grad_text_out, b_.grad_text_out, t_,
+                         sequence, b_.grad_text_sub)};
     }
 
     const BackwardTiling& b_;
@@ -286,6 +291,7 @@ private:
     StepRing ring_;
     int64_t dim_;
     int64_t rows_count_ = 0, weights_count_ = 0;  // slots filled so far
+    Sources<T> of_scores_{}, of_gradients_{};     // of the sequences of the two
     // Two slots each in L1.
     LocalTensor<T> key_, value_;  // of a block, in tiles of KEY_ROWS
     LocalTensor<T> rows_;         // q or dout of half a block
@@ -296,22 +302,21 @@ private:
 template <class T>
 class BackwardVector {
 public:
-    __aicore__ inline BackwardVector(const BackwardTiling& tiling,
-                                     const BackwardArguments& arguments, StepRing ring)
+    __aicore__ __inline__ BackwardVector(const BackwardTiling& tiling,
+                                         const BackwardArguments& arguments, StepRing ring)
         : b_(tiling), t_(tiling.forward), a_(arguments), ring_(ring), dim_(t_.head_dim),
           half_(GetSubBlockIdx()) {
-        TPipe pipe;
-        wide_ = Cut<TPosition::VECCALC, float>(pipe, 2 * 2 * CHUNK);
-        weights_ = Cut<TPosition::VECCALC, T>(pipe, CHUNK);
-        gradients_ = Cut<TPosition::VECCALC, T>(pipe, CHUNK);
-        bias_ = Cut<TPosition::VECCALC, float>(pipe, 2 * BLOCK_ROWS);
-        values_ = Cut<TPosition::VECCALC, float>(pipe, 2 * 2 * HALF_ROWS);
-        lse_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS * BLOCK);
-        delta_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS * BLOCK);
-        pipe.Destroy();
+        LocalMemAllocator<Hardware::UB> ub;
+        wide_ = ub.Alloc<TPosition::VECCALC, float>(2 * 2 * CHUNK);
+        weights_ = ub.Alloc<TPosition::VECCALC, T>(CHUNK);
+        gradients_ = ub.Alloc<TPosition::VECCALC, T>(CHUNK);
+        bias_ = ub.Alloc<TPosition::VECCALC, float>(2 * BLOCK_ROWS);
+        values_ = ub.Alloc<TPosition::VECCALC, float>(2 * 2 * HALF_ROWS);
+        lse_ = ub.Alloc<TPosition::VECCALC, float>(HALF_ROWS * BLOCK);
+        delta_ = ub.Alloc<TPosition::VECCALC, float>(HALF_ROWS * BLOCK);
     }
 
-    __aicore__ inline void Run(int64_t core, int64_t cores) {
+    __aicore__ __inline__ void Run(int64_t core, int64_t cores) {
         for (int32_t slot = 0; slot < 2; ++slot) {
             SetFlag<HardEvent::V_MTE2>(WIDE + slot);
             SetFlag<HardEvent::V_MTE2>(VALUES + slot);
@@ -343,7 +348,7 @@ private:
     static constexpr int32_t WEIGHTS = 0, GRADIENTS = 1, TEXT = 2;  // flags of one
 
     // weights = exp(scores * scale + bias - lse), score gradients = weights * (their own - delta)
-    __aicore__ inline void Weights(const Steps& at, int64_t i) {
+    __aicore__ __inline__ void Weights(const Steps& at, int64_t i) {
         const int64_t rows = RoundUp(at.rows_of_half(at.query, half_), 16);
         const int32_t slot = i % 2;
         if (rows > 0) LoadValues(at, slot);
@@ -361,7 +366,7 @@ private:
     }
 
     // What the rows and the keys of the step are known by.
-    __aicore__ inline void LoadValues(const Steps& at, int32_t slot) {
+    __aicore__ __inline__ void LoadValues(const Steps& at, int32_t slot) {
         const LocalTensor<float> values = values_[slot * 2 * HALF_ROWS];
         const int64_t first = index_of(t_, at.sequence) * row_values(t_) + at.query * BLOCK_ROWS +
                               half_ * HALF_ROWS;
@@ -378,7 +383,8 @@ private:
         WaitFlag<HardEvent::MTE2_V>(VALUES + slot);
     }
 
-    __aicore__ inline void WeightsOfChunk(const Steps& at, int64_t i, int64_t row, int64_t rows) {
+    __aicore__ __inline__ void WeightsOfChunk(const Steps& at, int64_t i, int64_t row,
+                                              int64_t rows) {
         const int32_t slot = chunk_count_++ % 2;
         const int64_t width = at.key_tiles() * KEY_ROWS, skipped = BLOCK_ROWS - width;
         const int64_t first = (half_ * HALF_ROWS + row) * BLOCK_ROWS;
@@ -409,9 +415,9 @@ private:
     }
 
     // to[rows, width] = from, rounded, through a buffer with a flag of its own
-    __aicore__ inline void Store(const GlobalTensor<T>& to, const LocalTensor<T>& rounded,
-                                 int32_t flag, const LocalTensor<float>& from, int64_t rows,
-                                 int64_t width) {
+    __aicore__ __inline__ void Store(const GlobalTensor<T>& to, const LocalTensor<T>& rounded,
+                                     int32_t flag, const LocalTensor<float>& from, int64_t rows,
+                                     int64_t width) {
         DataCopyParams out;
         out.blockCount = rows;
         out.blockLen = width / (2 * BLOCK);
@@ -425,7 +431,7 @@ private:
     }
 
     // The blocks of gradients that are complete after the step, to where they belong.
-    __aicore__ inline void WriteGradients(const Steps& at) {
+    __aicore__ __inline__ void WriteGradients(const Steps& at) {
         if (!at.last_query() && !at.last_key()) return;
         CrossCoreWaitFlag(GRADIENTS_READY);
         if (at.last_query()) {
@@ -439,9 +445,9 @@ private:
 
     // This half of a block, times `factor`: video rows to their tokens, rounded, and text rows to
     // the parts of tensor 0, 1 or 2.
-    __aicore__ inline void WriteBlock(const Steps& at, int64_t block,
-                                      const GlobalTensor<float>& from, GM_ADDR video,
-                                      int64_t tensor, float factor) {
+    __aicore__ __inline__ void WriteBlock(const Steps& at, int64_t block,
+                                          const GlobalTensor<float>& from, GM_ADDR video,
+                                          int64_t tensor, float factor) {
         const int64_t rows = at.rows_of_half(block, half_), most = CHUNK / dim_;
         for (int64_t row = 0; row < rows; row += most) {
             const int64_t count = least(rows - row, most), in_block = half_ * HALF_ROWS + row;
@@ -464,8 +470,8 @@ private:
         }
     }
 
-    __aicore__ inline void WriteVideo(const Steps& at, GM_ADDR to, const LocalTensor<float>& from,
-                                      int64_t first, int64_t count) {
+    __aicore__ __inline__ void WriteVideo(const Steps& at, GM_ADDR to, const LocalTensor<float>& from,
+                                          int64_t first, int64_t count) {
         const Strides strides{t_.tokens * t_.heads * dim_, t_.heads * dim_, dim_};
         WaitFlag<HardEvent::MTE3_V>(WEIGHTS);
         Cast(weights_, from, RoundMode::CAST_RINT, count * dim_);
@@ -475,9 +481,9 @@ private:
         SetFlag<HardEvent::MTE3_V>(WEIGHTS);
     }
 
-    __aicore__ inline void WriteText(const Steps& at, int64_t tensor,
-                                     const LocalTensor<float>& from, int64_t first,
-                                     int64_t count) {
+    __aicore__ __inline__ void WriteText(const Steps& at, int64_t tensor,
+                                         const LocalTensor<float>& from, int64_t first,
+                                         int64_t count) {
         const int64_t part = tensor * sequences(t_) + index_of(t_, at.sequence);
         SetFlag<HardEvent::V_MTE3>(TEXT);
         WaitFlag<HardEvent::V_MTE3>(TEXT);
@@ -501,9 +507,9 @@ private:
 };
 
 template <class T>
-__aicore__ inline void Backward(const BackwardArguments& arguments, GM_ADDR tiling_address) {
-    BackwardTiling tiling;
-    ReadTiling(tiling, tiling_address);
+__aicore__ __inline__ void Backward(const BackwardArguments& arguments,
+                                    const BackwardTiling& tiling) {
+    InitSocState();
     const int64_t cores = GetBlockNum(), core = GetBlockIdx() / GetTaskRation();
     const StepRing ring{arguments.workspace + core * backward_workspace_bytes(tiling),
                         arguments.key_sums + core * key_sums_bytes(tiling), query_ring(tiling)};
@@ -513,28 +519,28 @@ __aicore__ inline void Backward(const BackwardArguments& arguments, GM_ADDR tili
     if ASCEND_IS_AIV {
         BackwardVector<T>(tiling, arguments, ring).Run(core, cores);
     }
+    PipeBarrier<PIPE_ALL>();
 }
 
 }  // namespace skiparse
 
-extern "C" __global__ __aicore__ void skiparse_attention_bwd_fp16(
+extern "C" __global__ __mix__(1, 2) void skiparse_attention_bwd_fp16(
     GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR text_q, GM_ADDR text_k, GM_ADDR text_v,
     GM_ADDR grad_out, GM_ADDR grad_text_out, GM_ADDR bias, GM_ADDR values, GM_ADDR grad_q,
     GM_ADDR grad_k, GM_ADDR grad_v, GM_ADDR text_parts, GM_ADDR workspace, GM_ADDR key_sums,
-    GM_ADDR tiling) {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
+    skiparse::BackwardTiling tiling) {
     skiparse::Backward<half>({q, k, v, text_q, text_k, text_v, grad_out, grad_text_out, bias,
                               values, grad_q, grad_k, grad_v, text_parts, workspace, key_sums},
                              tiling);
 }
 
-extern "C" __global__ __aicore__ void skiparse_attention_bwd_bf16(
+extern "C" __global__ __mix__(1, 2) void skiparse_attention_bwd_bf16(
     GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR text_q, GM_ADDR text_k, GM_ADDR text_v,
     GM_ADDR grad_out, GM_ADDR grad_text_out, GM_ADDR bias, GM_ADDR values, GM_ADDR grad_q,
     GM_ADDR grad_k, GM_ADDR grad_v, GM_ADDR text_parts, GM_ADDR workspace, GM_ADDR key_sums,
-    GM_ADDR tiling) {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
+    skiparse::BackwardTiling tiling) {
     skiparse::Backward<bfloat16_t>({q, k, v, text_q, text_k, text_v, grad_out, grad_text_out, bias,
-                                    values, grad_q, grad_k, grad_v, text_parts, workspace, key_sums},
+                                    values, grad_q, grad_k, grad_v, text_parts, workspace,
+                                    key_sums},
                                    tiling);
 }

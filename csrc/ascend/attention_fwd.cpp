@@ -38,26 +38,28 @@ struct Ring {
 
     // [STACK_TILES][QUERY_ROWS][KEY_ROWS]
     template <class S>
-    __aicore__ inline GlobalTensor<S> Scores(int64_t i) const {
+    __aicore__ __inline__ GlobalTensor<S> Scores(int64_t i) const {
         return At<S>(base + i % RING * SCORES_BYTES, 0);
     }
     // [STACK_TILES / 2][QUERY_ROWS][2 * KEY_ROWS]: the longer a row, the faster it is gathered
     template <class T>
-    __aicore__ inline GlobalTensor<T> Weights(int64_t i) const {
+    __aicore__ __inline__ GlobalTensor<T> Weights(int64_t i) const {
         return At<T>(base + RING * SCORES_BYTES + i % RING * WEIGHTS_BYTES, 0);
     }
     // [QUERY_ROWS][head_dim]
-    __aicore__ inline GlobalTensor<float> Values(int64_t i) const {
+    __aicore__ __inline__ GlobalTensor<float> Values(int64_t i) const {
         return At<float>(base + RING * (SCORES_BYTES + WEIGHTS_BYTES) + i % RING * VALUES_BYTES, 0);
     }
 };
 
 // The rows of a task, in whole fractals: what lies between its last query and the end of that
 // fractal is a copy of the query, and its results go nowhere.
-__aicore__ inline int64_t WholeRows(const Task& task) { return RoundUp(task.rows, FRACTAL_ROWS); }
+__aicore__ __inline__ int64_t WholeRows(const Task& task) {
+    return RoundUp(task.rows, FRACTAL_ROWS);
+}
 
 // Of `rows` rows, those that belong to half 0 or 1.
-__aicore__ inline int64_t OfHalf(int64_t rows, int64_t half) {
+__aicore__ __inline__ int64_t OfHalf(int64_t rows, int64_t half) {
     const int64_t left = rows - half * HALF_ROWS;
     return left < 0 ? 0 : least(left, HALF_ROWS);
 }
@@ -65,18 +67,18 @@ __aicore__ inline int64_t OfHalf(int64_t rows, int64_t half) {
 template <class T, class S>
 class CubeSide {
 public:
-    __aicore__ inline CubeSide(const Tiling& tiling, const ForwardArguments& arguments, Ring ring)
+    __aicore__ __inline__ CubeSide(const Tiling& tiling, const ForwardArguments& arguments,
+                                   Ring ring)
         : t_(tiling), a_(arguments), ring_(ring), dim_(tiling.head_dim) {
-        TPipe pipe;
-        query_ = Cut<TPosition::A1, T>(pipe, 2 * QUERY_ROWS * dim_);
-        key_ = Cut<TPosition::B1, T>(pipe, 2 * KEY_ROWS * dim_);
-        value_ = Cut<TPosition::B1, T>(pipe, 2 * PAIR_KEYS * dim_);
-        weight_ = Cut<TPosition::A1, T>(pipe, 2 * HALF_ROWS * PAIR_KEYS);
-        products_.Init(pipe);
-        pipe.Destroy();  // gives back the M_MTE1 flags that it sets for itself
+        LocalMemAllocator<Hardware::L1> l1;
+        query_ = l1.Alloc<TPosition::A1, T>(2 * QUERY_ROWS * dim_);
+        key_ = l1.Alloc<TPosition::B1, T>(2 * KEY_ROWS * dim_);
+        value_ = l1.Alloc<TPosition::B1, T>(2 * PAIR_KEYS * dim_);
+        weight_ = l1.Alloc<TPosition::A1, T>(2 * HALF_ROWS * PAIR_KEYS);
+        products_.Init();
     }
 
-    __aicore__ inline void Run(int64_t core, int64_t cores) {
+    __aicore__ __inline__ void Run(int64_t core, int64_t cores) {
         for (int32_t slot = 0; slot < 2; ++slot) {
             SetFlag<HardEvent::MTE1_MTE2>(KEY + slot);
             SetFlag<HardEvent::MTE1_MTE2>(VALUE + slot);
@@ -107,9 +109,10 @@ private:
     static constexpr int64_t PAIR_KEYS = 2 * KEY_ROWS;
 
     // scores[rows, KEY_ROWS * tiles] = q k^T
-    __aicore__ inline void Scores(const Walk& walk, int64_t i) {
+    __aicore__ __inline__ void Scores(const Walk& walk, int64_t i) {
         const Task& task = walk.task;
         const int64_t whole_rows = WholeRows(task);
+        if (walk.stack == 0) keys_ = Joint<T>(a_.k, t_.k, a_.text_k, t_.text_k, t_, task);
         const LocalTensor<T> query = query_[walk.number % 2 * QUERY_ROWS * dim_];
         for (int64_t tile = 0; tile < walk.key_tiles(); ++tile) {
             const int32_t slot = key_count_++ % 2;
@@ -118,8 +121,7 @@ private:
             // the last, in whose place these come.
             WaitFlag<HardEvent::MTE1_MTE2>(KEY + slot);
             if (walk.stack == 0 && tile == 0) LoadQuery(task, query);
-            GatherKeys(key, a_.k, t_.k, a_.text_k, t_.text_k, task,
-                       walk.stack * STACK_KEYS + tile * KEY_ROWS);
+            GatherKeys(key, keys_, task, walk.stack * STACK_KEYS + tile * KEY_ROWS);
             SetFlag<HardEvent::MTE2_MTE1>(KEY + slot);
             WaitFlag<HardEvent::MTE2_MTE1>(KEY + slot);
             products_.LoadTransposedRight(key, KEY_ROWS, dim_);
@@ -139,9 +141,10 @@ private:
     }
 
     // values[rows, dim] = weights v, added up over the stack, two tiles of keys at a time
-    __aicore__ inline void Values(const Walk& walk, int64_t i) {
+    __aicore__ __inline__ void Values(const Walk& walk, int64_t i) {
         const Task& task = walk.task;
         const int64_t whole_rows = WholeRows(task), tiles = walk.key_tiles();
+        if (walk.stack == 0) values_ = Joint<T>(a_.v, t_.v, a_.text_v, t_.text_v, t_, task);
         CrossCoreWaitFlag(WEIGHTS_READY);
         for (int64_t first = 0; first < tiles; first += 2) {
             const int64_t count = least(tiles - first, 2);
@@ -149,7 +152,7 @@ private:
             const LocalTensor<T> value = value_[slot * PAIR_KEYS * dim_];
             WaitFlag<HardEvent::MTE1_MTE2>(VALUE + slot);
             for (int64_t tile = 0; tile < count; ++tile) {
-                GatherKeys(value[tile * KEY_ROWS * dim_], a_.v, t_.v, a_.text_v, t_.text_v, task,
+                GatherKeys(value[tile * KEY_ROWS * dim_], values_, task,
                            walk.stack * STACK_KEYS + (first + tile) * KEY_ROWS);
             }
             SetFlag<HardEvent::MTE2_MTE1>(VALUE + slot);
@@ -182,7 +185,7 @@ private:
         CrossCoreSetFlag<2, PIPE_FIX>(VALUES_READY);
     }
 
-    __aicore__ inline void LoadQuery(const Task& task, const LocalTensor<T>& query) {
+    __aicore__ __inline__ void LoadQuery(const Task& task, const LocalTensor<T>& query) {
         const Rows<T> rows = task.text ? TextRows<T>(a_.text_q, t_.text_q, task)
                                        : VideoRows<T>(a_.q, t_.q, t_, task);
         const int64_t pitch = WholeRows(task);
@@ -191,12 +194,9 @@ private:
                  pitch - task.rows, dim_);
     }
 
-    __aicore__ inline void GatherKeys(const LocalTensor<T>& to, GM_ADDR video,
-                                      const Strides& video_strides, GM_ADDR text,
-                                      const Strides& text_strides, const Task& task,
-                                      int64_t first) {
-        GatherTile(to, KEY_ROWS, Joint<T>(video, video_strides, text, text_strides, t_, task),
-                   first, least(KEY_ROWS, task.keys - first), dim_);
+    __aicore__ __inline__ void GatherKeys(const LocalTensor<T>& to, const JointRows<T>& from,
+                                          const Task& task, int64_t first) {
+        GatherTile(to, KEY_ROWS, from, first, least(KEY_ROWS, task.keys - first), dim_);
     }
 
     const Tiling& t_;
@@ -204,6 +204,7 @@ private:
     Ring ring_;
     int64_t dim_;
     int64_t key_count_ = 0, value_count_ = 0, weight_count_ = 0;  // slots filled so far
+    JointRows<T> keys_{}, values_{};  // of the task whose scores are made, and of that of values
     // Two slots each in L1: of a task, of a tile of keys, of two tiles, of two tiles and a half.
     LocalTensor<T> query_, key_, value_, weight_;
     Products<T> products_;
@@ -212,26 +213,26 @@ private:
 template <class T, class S>
 class VectorSide {
 public:
-    __aicore__ inline VectorSide(const Tiling& tiling, const ForwardArguments& arguments, Ring ring)
+    __aicore__ __inline__ VectorSide(const Tiling& tiling, const ForwardArguments& arguments,
+                                     Ring ring)
         : t_(tiling), a_(arguments), ring_(ring), dim_(tiling.head_dim), half_(GetSubBlockIdx()) {
-        TPipe pipe;
-        scores_ = Cut<TPosition::VECCALC, S>(pipe, 2 * CHUNK);
-        if constexpr (HALF_SCORES) wide_scores_ = Cut<TPosition::VECCALC, float>(pipe, CHUNK);
-        weights_ = Cut<TPosition::VECCALC, T>(pipe, 2 * CHUNK);
-        out_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS * dim_);
-        bias_ = Cut<TPosition::VECCALC, float>(pipe, 2 * STACK_KEYS);
-        wide_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS * BLOCK);
-        wide_lse_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS * BLOCK);
-        maximum_ = Cut<TPosition::VECCALC, float>(pipe, RING * HALF_ROWS);
-        total_ = Cut<TPosition::VECCALC, float>(pipe, RING * HALF_ROWS);
-        decay_ = Cut<TPosition::VECCALC, float>(pipe, RING * HALF_ROWS);
-        next_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS);
-        sum_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS);
-        small_ = Cut<TPosition::VECCALC, float>(pipe, HALF_ROWS);
-        pipe.Destroy();
+        LocalMemAllocator<Hardware::UB> ub;
+        scores_ = ub.Alloc<TPosition::VECCALC, S>(2 * CHUNK);
+        if constexpr (HALF_SCORES) wide_scores_ = ub.Alloc<TPosition::VECCALC, float>(CHUNK);
+        weights_ = ub.Alloc<TPosition::VECCALC, T>(2 * CHUNK);
+        out_ = ub.Alloc<TPosition::VECCALC, float>(HALF_ROWS * dim_);
+        bias_ = ub.Alloc<TPosition::VECCALC, float>(2 * STACK_KEYS);
+        wide_ = ub.Alloc<TPosition::VECCALC, float>(HALF_ROWS * BLOCK);
+        wide_lse_ = ub.Alloc<TPosition::VECCALC, float>(HALF_ROWS * BLOCK);
+        maximum_ = ub.Alloc<TPosition::VECCALC, float>(RING * HALF_ROWS);
+        total_ = ub.Alloc<TPosition::VECCALC, float>(RING * HALF_ROWS);
+        decay_ = ub.Alloc<TPosition::VECCALC, float>(RING * HALF_ROWS);
+        next_ = ub.Alloc<TPosition::VECCALC, float>(HALF_ROWS);
+        sum_ = ub.Alloc<TPosition::VECCALC, float>(HALF_ROWS);
+        small_ = ub.Alloc<TPosition::VECCALC, float>(HALF_ROWS);
     }
 
-    __aicore__ inline void Run(int64_t core, int64_t cores) {
+    __aicore__ __inline__ void Run(int64_t core, int64_t cores) {
         for (int32_t slot = 0; slot < 2; ++slot) {
             SetFlag<HardEvent::V_MTE2>(SCORE + slot);
             SetFlag<HardEvent::V_MTE2>(BIAS + slot);
@@ -270,7 +271,7 @@ private:
 
     // weights[rows, keys] = exp(scores * scale + bias - maximum), a chunk of rows at a time; then
     // decay = exp(old maximum - new maximum), total = total * decay + sums of the weights
-    __aicore__ inline void Weights(const Walk& walk, int64_t i) {
+    __aicore__ __inline__ void Weights(const Walk& walk, int64_t i) {
         const int64_t rows = OfHalf(WholeRows(walk.task), half_);
         const int32_t bias_slot = i % 2;
         const bool biased = rows > 0 && walk.hides_keys();
@@ -301,7 +302,7 @@ private:
         PipeBarrier<PIPE_V>();
     }
 
-    __aicore__ inline void LoadBias(const Walk& walk, int32_t slot) {
+    __aicore__ __inline__ void LoadBias(const Walk& walk, int32_t slot) {
         const Task& task = walk.task;
         const int64_t row = (task.batch * t_.sparsity + task.sub) * most_stacks(t_) + walk.stack;
         WaitFlag<HardEvent::V_MTE2>(BIAS + slot);
@@ -312,7 +313,8 @@ private:
     }
 
     // The weights of CHUNK_ROWS rows, their sums, and in `next_` the maximum with these scores.
-    __aicore__ inline void WeightsOfChunk(const Walk& walk, int64_t i, int64_t row, bool biased) {
+    __aicore__ __inline__ void WeightsOfChunk(const Walk& walk, int64_t i, int64_t row,
+                                              bool biased) {
         const int32_t slot = chunk_count_++ % 2;
         const int64_t panels = walk.key_tiles(), size = panels * CHUNK_ROWS * PANEL;
         const int64_t first = half_ * HALF_ROWS + row;
@@ -361,19 +363,21 @@ private:
         SetFlag<HardEvent::MTE3_V>(WEIGHT + slot);
     }
 
-    __aicore__ inline LocalTensor<float> InFloat(const LocalTensor<float>& scores, int64_t) const {
+    __aicore__ __inline__ LocalTensor<float> InFloat(const LocalTensor<float>& scores,
+                                                     int64_t) const {
         return scores;
     }
-    __aicore__ inline LocalTensor<float> InFloat(const LocalTensor<half>& scores,
-                                                 int64_t size) const {
+    __aicore__ __inline__ LocalTensor<float> InFloat(const LocalTensor<half>& scores,
+                                                     int64_t size) const {
         PipeBarrier<PIPE_V>();  // the weights before were rounded from it
         Cast(wide_scores_, scores, RoundMode::CAST_NONE, size);
         return wide_scores_;
     }
 
     // small_ = maxima * scale, where no key is hidden; the scale is positive
-    __aicore__ inline void ScaledMaxima(const LocalTensor<half>& scores,
-                                        const LocalTensor<half>& scratch, int64_t panels) const {
+    __aicore__ __inline__ void ScaledMaxima(const LocalTensor<half>& scores,
+                                            const LocalTensor<half>& scratch,
+                                            int64_t panels) const {
         const LocalTensor<half> maxima = small_[HALF_ROWS / 2].template ReinterpretCast<half>();
         MaximaOfPanels(maxima, scores, scratch, CHUNK_ROWS, panels);
         Cast(small_, maxima, RoundMode::CAST_NONE, CHUNK_ROWS);
@@ -381,11 +385,11 @@ private:
         Muls(small_, small_, t_.scale, CHUNK_ROWS);
         PipeBarrier<PIPE_V>();
     }
-    __aicore__ inline void ScaledMaxima(const LocalTensor<float>&, const LocalTensor<half>&,
-                                        int64_t) const {}
+    __aicore__ __inline__ void ScaledMaxima(const LocalTensor<float>&, const LocalTensor<half>&,
+                                            int64_t) const {}
 
-    __aicore__ inline void StoreWeights(int64_t i, int64_t first, int64_t panel,
-                                        const LocalTensor<T>& weights) {
+    __aicore__ __inline__ void StoreWeights(int64_t i, int64_t first, int64_t panel,
+                                            const LocalTensor<T>& weights) {
         const int64_t row = panel / 2 * QUERY_ROWS + first;
         DataCopyParams p;
         p.blockCount = CHUNK_ROWS;
@@ -395,7 +399,7 @@ private:
     }
 
     // out = out * decay + values of the stack, and the end of the task after its last stack
-    __aicore__ inline void AddValues(const Walk& walk, int64_t i) {
+    __aicore__ __inline__ void AddValues(const Walk& walk, int64_t i) {
         const int64_t rows = OfHalf(WholeRows(walk.task), half_);
         CrossCoreWaitFlag(VALUES_READY);
         if (rows == 0) return;
@@ -430,12 +434,12 @@ private:
         }
     }
 
-    __aicore__ inline BinaryRepeatParams ByRow() const {
+    __aicore__ __inline__ BinaryRepeatParams ByRow() const {
         return BinaryRepeatParams(1, 1, 0, dim_ / BLOCK, dim_ / BLOCK, 1);
     }
 
-    __aicore__ inline void WriteOut(const Task& task, int64_t rows,
-                                    const LocalTensor<float>& total) {
+    __aicore__ __inline__ void WriteOut(const Task& task, int64_t rows,
+                                        const LocalTensor<float>& total) {
         const LocalTensor<float> safe = small_;
         const LocalTensor<T> rounded = weights_;
         Maxs(safe, total, LEAST_TOTAL, HALF_ROWS);
@@ -461,14 +465,20 @@ private:
         SetFlag<HardEvent::MTE3_V>(WEIGHT + 1);
     }
 
-    // lse = maximum + ln(total), the logarithm of 0 being -inf
-    __aicore__ inline void WriteLse(const Task& task, int64_t rows,
-                                    const LocalTensor<float>& maximum,
-                                    const LocalTensor<float>& total) {
+    // lse = maximum + ln(total), and -inf where the total is 0, of which ln has two answers
+    __aicore__ __inline__ void WriteLse(const Task& task, int64_t rows,
+                                        const LocalTensor<float>& maximum,
+                                        const LocalTensor<float>& total) {
         const LocalTensor<float> lse = small_;
-        Ln(lse, total, HALF_ROWS);
+        const LocalTensor<uint8_t> attends = next_.template ReinterpretCast<uint8_t>();
+        Compares(attends, total, 0.0f, CMPMODE::GT, HALF_ROWS);
+        Maxs(lse, total, LEAST_TOTAL, HALF_ROWS);
+        PipeBarrier<PIPE_V>();
+        Ln(lse, lse, HALF_ROWS);
         PipeBarrier<PIPE_V>();
         Add(lse, lse, maximum, HALF_ROWS);
+        PipeBarrier<PIPE_V>();
+        Select(lse, attends, lse, OF_NOTHING, SELMODE::VSEL_TENSOR_SCALAR_MODE, HALF_ROWS);
         PipeBarrier<PIPE_V>();
         WaitFlag<HardEvent::MTE3_V>(LSE);
         Spread(wide_lse_, lse, HALF_ROWS);
@@ -484,10 +494,10 @@ private:
     }
 
     template <class U>
-    __aicore__ inline Rows<U> OutRows(const GlobalTensor<U>& base, int64_t stride,
+    __aicore__ __inline__ Rows<U> OutRows(const GlobalTensor<U>& base, int64_t stride,
                                        const Task& task) {
-        if (task.text) return {base, stride, 0, 1, 1};
-        return {base, stride, task.sub, t_.sparsity, t_.run};
+        if (task.text) return {base, stride, Undealt()};
+        return {base, stride, deal_of(task.sub, t_.sparsity, t_.run)};
     }
 
     const Tiling& t_;
@@ -512,9 +522,8 @@ private:
 // faster and less exact. Then scores are to be smaller than 65,504 before they are scaled, and the
 // scale positive.
 template <class T, class S>
-__aicore__ inline void Forward(const ForwardArguments& arguments, GM_ADDR tiling_address) {
-    Tiling tiling;
-    ReadTiling(tiling, tiling_address);
+__aicore__ __inline__ void Forward(const ForwardArguments& arguments, const Tiling& tiling) {
+    InitSocState();
     const int64_t cores = GetBlockNum(), core = GetBlockIdx() / GetTaskRation();
     const Ring ring{arguments.workspace + core * WORKSPACE_BYTES};
     if ASCEND_IS_AIC {
@@ -523,46 +532,43 @@ __aicore__ inline void Forward(const ForwardArguments& arguments, GM_ADDR tiling
     if ASCEND_IS_AIV {
         VectorSide<T, S>(tiling, arguments, ring).Run(core, cores);
     }
+    PipeBarrier<PIPE_ALL>();
 }
 
 }  // namespace skiparse
 
-extern "C" __global__ __aicore__ void skiparse_attention_fwd_fp16(
+extern "C" __global__ __mix__(1, 2) void skiparse_attention_fwd_fp16(
     GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR text_q, GM_ADDR text_k, GM_ADDR text_v, GM_ADDR bias,
     GM_ADDR out, GM_ADDR text_out, GM_ADDR lse, GM_ADDR text_lse, GM_ADDR workspace,
-    GM_ADDR tiling) {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
+    skiparse::Tiling tiling) {
     skiparse::Forward<half, float>({q, k, v, text_q, text_k, text_v, bias, out, text_out, lse,
-                                text_lse, workspace},
-                               tiling);
+                                  text_lse, workspace},
+                                 tiling);
 }
 
-extern "C" __global__ __aicore__ void skiparse_attention_fwd_fp16_half_scores(
+extern "C" __global__ __mix__(1, 2) void skiparse_attention_fwd_fp16_half_scores(
     GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR text_q, GM_ADDR text_k, GM_ADDR text_v, GM_ADDR bias,
     GM_ADDR out, GM_ADDR text_out, GM_ADDR lse, GM_ADDR text_lse, GM_ADDR workspace,
-    GM_ADDR tiling) {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
+    skiparse::Tiling tiling) {
     skiparse::Forward<half, half>({q, k, v, text_q, text_k, text_v, bias, out, text_out, lse,
-                                text_lse, workspace},
-                               tiling);
+                                  text_lse, workspace},
+                                 tiling);
 }
 
-extern "C" __global__ __aicore__ void skiparse_attention_fwd_bf16(
+extern "C" __global__ __mix__(1, 2) void skiparse_attention_fwd_bf16(
     GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR text_q, GM_ADDR text_k, GM_ADDR text_v, GM_ADDR bias,
     GM_ADDR out, GM_ADDR text_out, GM_ADDR lse, GM_ADDR text_lse, GM_ADDR workspace,
-    GM_ADDR tiling) {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
+    skiparse::Tiling tiling) {
     skiparse::Forward<bfloat16_t, float>({q, k, v, text_q, text_k, text_v, bias, out, text_out, lse,
-                                text_lse, workspace},
-                               tiling);
+                                  text_lse, workspace},
+                                 tiling);
 }
 
-extern "C" __global__ __aicore__ void skiparse_attention_fwd_bf16_half_scores(
+extern "C" __global__ __mix__(1, 2) void skiparse_attention_fwd_bf16_half_scores(
     GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR text_q, GM_ADDR text_k, GM_ADDR text_v, GM_ADDR bias,
     GM_ADDR out, GM_ADDR text_out, GM_ADDR lse, GM_ADDR text_lse, GM_ADDR workspace,
-    GM_ADDR tiling) {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
+    skiparse::Tiling tiling) {
     skiparse::Forward<bfloat16_t, half>({q, k, v, text_q, text_k, text_v, bias, out, text_out, lse,
-                                text_lse, workspace},
-                               tiling);
+                                  text_lse, workspace},
+                                 tiling);
 }

@@ -6,7 +6,7 @@
 
 namespace skiparse {
 
-__aicore__ inline int64_t RoundUp(int64_t x, int64_t unit) { return ceil_div(x, unit) * unit; }
+__aicore__ __inline__ int64_t RoundUp(int64_t x, int64_t unit) { return ceil_div(x, unit) * unit; }
 
 // Two slots in each of L0A, L0B and L0C, so that loads, products and copies run side by side. An
 // operand is loaded, used by any number of products, and given back; the next goes to the other
@@ -18,14 +18,17 @@ class Products {
     using LocalTensor = AscendC::LocalTensor<U>;
 
 public:
-    __aicore__ inline void Init(AscendC::TPipe& pipe) {
-        left_ = Cut<AscendC::TPosition::A2, T>(pipe, 2 * SLOT);
-        right_ = Cut<AscendC::TPosition::B2, T>(pipe, 2 * SLOT);
-        product_ = Cut<AscendC::TPosition::CO1, float>(pipe, 2 * SLOT);
+    __aicore__ __inline__ void Init() {
+        AscendC::LocalMemAllocator<AscendC::Hardware::L0A> l0a;
+        AscendC::LocalMemAllocator<AscendC::Hardware::L0B> l0b;
+        AscendC::LocalMemAllocator<AscendC::Hardware::L0C> l0c;
+        left_ = l0a.Alloc<AscendC::TPosition::A2, T>(2 * SLOT);
+        right_ = l0b.Alloc<AscendC::TPosition::B2, T>(2 * SLOT);
+        product_ = l0c.Alloc<AscendC::TPosition::CO1, float>(2 * SLOT);
     }
 
     // Before the first product.
-    __aicore__ inline void Open() {
+    __aicore__ __inline__ void Open() {
         for (int32_t slot = 0; slot < 2; ++slot) {
             AscendC::SetFlag<HardEvent::M_MTE1>(LEFT + slot);
             AscendC::SetFlag<HardEvent::M_MTE1>(RIGHT + slot);
@@ -34,7 +37,7 @@ public:
     }
 
     // After the last.
-    __aicore__ inline void Close() {
+    __aicore__ __inline__ void Close() {
         for (int32_t slot = 0; slot < 2; ++slot) {
             AscendC::WaitFlag<HardEvent::M_MTE1>(LEFT + slot);
             AscendC::WaitFlag<HardEvent::M_MTE1>(RIGHT + slot);
@@ -44,8 +47,8 @@ public:
 
     // L0A = `rows` rows and `columns` columns of a matrix of `pitch` rows: NZ to ZZ, 16 rows at a
     // time.
-    __aicore__ inline void LoadLeft(const LocalTensor<T>& from, int64_t pitch, int64_t row,
-                                    int64_t rows, int64_t column, int64_t columns) {
+    __aicore__ __inline__ void LoadLeft(const LocalTensor<T>& from, int64_t pitch, int64_t row,
+                                        int64_t rows, int64_t column, int64_t columns) {
         const LocalTensor<T> to = TakeLeft();
         AscendC::LoadData2DParams p;
         p.repeatTimes = columns / 16;
@@ -59,8 +62,8 @@ public:
 
     // L0A = the transpose of some columns of a matrix of `rows` rows: every fractal transposed, in
     // the order in which they lie there.
-    __aicore__ inline void LoadTransposedLeft(const LocalTensor<T>& from, int64_t rows,
-                                              int64_t column, int64_t columns) {
+    __aicore__ __inline__ void LoadTransposedLeft(const LocalTensor<T>& from, int64_t rows,
+                                                  int64_t column, int64_t columns) {
         const LocalTensor<T> to = TakeLeft();
         AscendC::LoadData2DParams p;
         p.startIndex = rows * column / 256;
@@ -72,8 +75,8 @@ public:
     }
 
     // L0B = the transpose of a matrix: its NZ is the ZN of the transpose.
-    __aicore__ inline void LoadTransposedRight(const LocalTensor<T>& from, int64_t rows,
-                                               int64_t columns) {
+    __aicore__ __inline__ void LoadTransposedRight(const LocalTensor<T>& from, int64_t rows,
+                                                   int64_t columns) {
         const LocalTensor<T> to = TakeRight();
         AscendC::LoadData2DParams p;
         p.repeatTimes = rows * columns / 256;
@@ -83,7 +86,8 @@ public:
     }
 
     // L0B = a matrix: NZ to ZN, every fractal transposed, 16 rows at a time.
-    __aicore__ inline void LoadRight(const LocalTensor<T>& from, int64_t rows, int64_t columns) {
+    __aicore__ __inline__ void LoadRight(const LocalTensor<T>& from, int64_t rows,
+                                         int64_t columns) {
         const LocalTensor<T> to = TakeRight();
         AscendC::LoadData2DParams p;
         p.repeatTimes = columns / 16;
@@ -96,12 +100,16 @@ public:
         RightLoaded();
     }
 
-    __aicore__ inline void GiveLeft() { AscendC::SetFlag<HardEvent::M_MTE1>(LEFT + left_slot_); }
-    __aicore__ inline void GiveRight() { AscendC::SetFlag<HardEvent::M_MTE1>(RIGHT + right_slot_); }
+    __aicore__ __inline__ void GiveLeft() {
+        AscendC::SetFlag<HardEvent::M_MTE1>(LEFT + left_slot_);
+    }
+    __aicore__ __inline__ void GiveRight() {
+        AscendC::SetFlag<HardEvent::M_MTE1>(RIGHT + right_slot_);
+    }
 
     // L0C[slot] (+)= L0A L0B
-    __aicore__ inline void Multiply(int32_t slot, int64_t rows, int64_t n, int64_t k,
-                                    bool from_zero) {
+    __aicore__ __inline__ void Multiply(int32_t slot, int64_t rows, int64_t n, int64_t k,
+                                        bool from_zero) {
         AscendC::MmadParams p;
         p.m = RoundUp(rows, 16);
         p.n = n;
@@ -116,8 +124,8 @@ public:
 
     // As fp32, or rounded to half.
     template <class U>
-    __aicore__ inline void Write(const AscendC::GlobalTensor<U>& to, int32_t slot, int64_t rows,
-                                 int64_t n, int64_t row_stride) {
+    __aicore__ __inline__ void Write(const AscendC::GlobalTensor<U>& to, int32_t slot, int64_t rows,
+                                     int64_t n, int64_t row_stride) {
         AscendC::FixpipeParamsV220 p;
         p.nSize = n;
         p.mSize = rows;
@@ -134,21 +142,21 @@ private:
     static constexpr int64_t SLOT = 128 * 128;     // elements
     static constexpr int32_t LEFT = 0, RIGHT = 2;  // flags of two slots each
 
-    __aicore__ inline LocalTensor<T> TakeLeft() {
+    __aicore__ __inline__ LocalTensor<T> TakeLeft() {
         left_slot_ = 1 - left_slot_;
         AscendC::WaitFlag<HardEvent::M_MTE1>(LEFT + left_slot_);
         return left_[left_slot_ * SLOT];
     }
-    __aicore__ inline LocalTensor<T> TakeRight() {
+    __aicore__ __inline__ LocalTensor<T> TakeRight() {
         right_slot_ = 1 - right_slot_;
         AscendC::WaitFlag<HardEvent::M_MTE1>(RIGHT + right_slot_);
         return right_[right_slot_ * SLOT];
     }
-    __aicore__ inline void LeftLoaded() {
+    __aicore__ __inline__ void LeftLoaded() {
         AscendC::SetFlag<HardEvent::MTE1_M>(LEFT + left_slot_);
         AscendC::WaitFlag<HardEvent::MTE1_M>(LEFT + left_slot_);
     }
-    __aicore__ inline void RightLoaded() {
+    __aicore__ __inline__ void RightLoaded() {
         AscendC::SetFlag<HardEvent::MTE1_M>(RIGHT + right_slot_);
         AscendC::WaitFlag<HardEvent::MTE1_M>(RIGHT + right_slot_);
     }

@@ -29,20 +29,20 @@ struct RowValueArguments {
 template <class T>
 class RowValues {
 public:
-    __aicore__ inline RowValues(const BackwardTiling& tiling, const RowValueArguments& arguments)
+    __aicore__ __inline__ RowValues(const BackwardTiling& tiling,
+                                    const RowValueArguments& arguments)
         : b_(tiling), t_(tiling.forward), a_(arguments), dim_(t_.head_dim) {
-        TPipe pipe;
-        out_ = Cut<TPosition::VECCALC, T>(pipe, 2 * CHUNK_ROWS * dim_);
-        grad_ = Cut<TPosition::VECCALC, T>(pipe, 2 * CHUNK_ROWS * dim_);
-        wide_lse_ = Cut<TPosition::VECCALC, float>(pipe, 2 * CHUNK_ROWS * BLOCK);
-        product_ = Cut<TPosition::VECCALC, float>(pipe, CHUNK_ROWS * dim_);
-        factor_ = Cut<TPosition::VECCALC, float>(pipe, CHUNK_ROWS * dim_);
-        lse_ = Cut<TPosition::VECCALC, float>(pipe, CHUNK_ROWS);
-        delta_ = Cut<TPosition::VECCALC, float>(pipe, CHUNK_ROWS);
-        pipe.Destroy();
+        LocalMemAllocator<Hardware::UB> ub;
+        out_ = ub.Alloc<TPosition::VECCALC, T>(2 * CHUNK_ROWS * dim_);
+        grad_ = ub.Alloc<TPosition::VECCALC, T>(2 * CHUNK_ROWS * dim_);
+        wide_lse_ = ub.Alloc<TPosition::VECCALC, float>(2 * CHUNK_ROWS * BLOCK);
+        product_ = ub.Alloc<TPosition::VECCALC, float>(CHUNK_ROWS * dim_);
+        factor_ = ub.Alloc<TPosition::VECCALC, float>(CHUNK_ROWS * dim_);
+        lse_ = ub.Alloc<TPosition::VECCALC, float>(CHUNK_ROWS);
+        delta_ = ub.Alloc<TPosition::VECCALC, float>(CHUNK_ROWS);
     }
 
-    __aicore__ inline void Run(int64_t core, int64_t cores) {
+    __aicore__ __inline__ void Run(int64_t core, int64_t cores) {
         const int64_t chunks = most_blocks(t_) * BLOCK_ROWS / CHUNK_ROWS;
         for (int32_t slot = 0; slot < 2; ++slot) SetFlag<HardEvent::V_MTE2>(slot);
         SetFlag<HardEvent::MTE3_V>(0);
@@ -69,7 +69,7 @@ public:
 private:
     static constexpr int64_t CHUNK_ROWS = 64;
 
-    __aicore__ inline void OfRows(const Sequence& sequence, int64_t first, int64_t count) {
+    __aicore__ __inline__ void OfRows(const Sequence& sequence, int64_t first, int64_t count) {
         const int32_t slot = count_++ % 2;
         const LocalTensor<T> out = out_[slot * CHUNK_ROWS * dim_];
         const LocalTensor<T> grad = grad_[slot * CHUNK_ROWS * dim_];
@@ -125,26 +125,25 @@ private:
 };
 
 template <class T>
-__aicore__ inline void WriteRowValues(const RowValueArguments& arguments, GM_ADDR tiling_address) {
-    BackwardTiling tiling;
-    ReadTiling(tiling, tiling_address);
+__aicore__ __inline__ void WriteRowValues(const RowValueArguments& arguments,
+                                          const BackwardTiling& tiling) {
+    InitSocState();
     RowValues<T>(tiling, arguments).Run(GetBlockIdx(), GetBlockNum());
+    PipeBarrier<PIPE_ALL>();
 }
 
 }  // namespace skiparse
 
-extern "C" __global__ __aicore__ void skiparse_row_values_fp16(
+extern "C" __global__ __vector__ void skiparse_row_values_fp16(
     GM_ADDR out, GM_ADDR text_out, GM_ADDR lse, GM_ADDR text_lse, GM_ADDR grad_out,
-    GM_ADDR grad_text_out, GM_ADDR values, GM_ADDR tiling) {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
+    GM_ADDR grad_text_out, GM_ADDR values, skiparse::BackwardTiling tiling) {
     skiparse::WriteRowValues<half>(
         {out, text_out, lse, text_lse, grad_out, grad_text_out, values}, tiling);
 }
 
-extern "C" __global__ __aicore__ void skiparse_row_values_bf16(
+extern "C" __global__ __vector__ void skiparse_row_values_bf16(
     GM_ADDR out, GM_ADDR text_out, GM_ADDR lse, GM_ADDR text_lse, GM_ADDR grad_out,
-    GM_ADDR grad_text_out, GM_ADDR values, GM_ADDR tiling) {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
+    GM_ADDR grad_text_out, GM_ADDR values, skiparse::BackwardTiling tiling) {
     skiparse::WriteRowValues<bfloat16_t>(
         {out, text_out, lse, text_lse, grad_out, grad_text_out, values}, tiling);
 }

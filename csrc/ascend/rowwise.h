@@ -6,19 +6,18 @@
 namespace skiparse {
 
 constexpr int64_t LANES = 64, BLOCK = 8;  // fp32 of an instruction's repeat, of 32 bytes
-constexpr int64_t BLOCK_BYTES = 32;
 
 // Every one of `count` values fills a block, so that an instruction can use it for a whole row.
-__aicore__ inline void Spread(const AscendC::LocalTensor<float>& to,
-                              const AscendC::LocalTensor<float>& from, int64_t count) {
+__aicore__ __inline__ void Spread(const AscendC::LocalTensor<float>& to,
+                                  const AscendC::LocalTensor<float>& from, int64_t count) {
     AscendC::Brcb(to, from, count / BLOCK, AscendC::BrcbRepeatParams(1, BLOCK));
     AscendC::PipeBarrier<PIPE_V>();
 }
 
 // x[rows, width] += row[width], the same for all rows
-__aicore__ inline void AddToRows(const AscendC::LocalTensor<float>& x,
-                                 const AscendC::LocalTensor<float>& row, int64_t rows,
-                                 int64_t width) {
+__aicore__ __inline__ void AddToRows(const AscendC::LocalTensor<float>& x,
+                                     const AscendC::LocalTensor<float>& row, int64_t rows,
+                                     int64_t width) {
     const AscendC::BinaryRepeatParams p(1, 1, 1, width / BLOCK, width / BLOCK, 0);
     for (int64_t column = 0; column < width; column += LANES) {
         AscendC::Add(x[column], x[column], row[column], LANES, rows, p);
@@ -27,9 +26,9 @@ __aicore__ inline void AddToRows(const AscendC::LocalTensor<float>& x,
 }
 
 // x[rows, width] -= wide[rows, BLOCK], of which every row is one value
-__aicore__ inline void SubtractFromRows(const AscendC::LocalTensor<float>& x,
-                                        const AscendC::LocalTensor<float>& wide, int64_t rows,
-                                        int64_t width) {
+__aicore__ __inline__ void SubtractFromRows(const AscendC::LocalTensor<float>& x,
+                                            const AscendC::LocalTensor<float>& wide, int64_t rows,
+                                            int64_t width) {
     const AscendC::BinaryRepeatParams p(1, 1, 0, width / BLOCK, width / BLOCK, 1);
     for (int64_t column = 0; column < width; column += LANES) {
         AscendC::Sub(x[column], x[column], wide, LANES, rows, p);
@@ -42,9 +41,9 @@ __aicore__ inline void SubtractFromRows(const AscendC::LocalTensor<float>& x,
 constexpr int64_t PANEL = 128;
 
 // x += row[panels * PANEL], the same for all rows
-__aicore__ inline void AddToPanels(const AscendC::LocalTensor<float>& x,
-                                   const AscendC::LocalTensor<float>& row, int64_t rows,
-                                   int64_t panels) {
+__aicore__ __inline__ void AddToPanels(const AscendC::LocalTensor<float>& x,
+                                       const AscendC::LocalTensor<float>& row, int64_t rows,
+                                       int64_t panels) {
     const AscendC::BinaryRepeatParams p(1, 1, 1, PANEL / BLOCK, PANEL / BLOCK, 0);
     for (int64_t column = 0; column < panels * PANEL; column += LANES) {
         const auto part = x[column / PANEL * rows * PANEL + column % PANEL];
@@ -54,9 +53,9 @@ __aicore__ inline void AddToPanels(const AscendC::LocalTensor<float>& x,
 }
 
 // x -= wide[rows, BLOCK], of which every row is one value
-__aicore__ inline void SubtractFromPanels(const AscendC::LocalTensor<float>& x,
-                                          const AscendC::LocalTensor<float>& wide, int64_t rows,
-                                          int64_t panels) {
+__aicore__ __inline__ void SubtractFromPanels(const AscendC::LocalTensor<float>& x,
+                                              const AscendC::LocalTensor<float>& wide, int64_t rows,
+                                              int64_t panels) {
     const AscendC::BinaryRepeatParams p(1, 1, 0, PANEL / BLOCK, PANEL / BLOCK, 1);
     for (int64_t column = 0; column < panels * PANEL; column += LANES) {
         const auto part = x[column / PANEL * rows * PANEL + column % PANEL];
@@ -68,8 +67,8 @@ __aicore__ inline void SubtractFromPanels(const AscendC::LocalTensor<float>& x,
 enum class Reduction { MAXIMUM, SUM };
 
 template <Reduction REDUCTION, class S>
-__aicore__ inline void Fold(const AscendC::LocalTensor<S>& to, const AscendC::LocalTensor<S>& a,
-                            const AscendC::LocalTensor<S>& b, int64_t count) {
+__aicore__ __inline__ void Fold(const AscendC::LocalTensor<S>& to, const AscendC::LocalTensor<S>& a,
+                                const AscendC::LocalTensor<S>& b, int64_t count) {
     if constexpr (REDUCTION == Reduction::MAXIMUM) {
         AscendC::Max(to, a, b, count);
     } else {
@@ -81,9 +80,9 @@ __aicore__ inline void Fold(const AscendC::LocalTensor<S>& to, const AscendC::Lo
 // scratch[rows][PANEL], or x itself if it is one panel = all panels of x folded into one;
 // scratch[panels / 2][rows][PANEL]
 template <Reduction REDUCTION, class S>
-__aicore__ inline AscendC::LocalTensor<S> FoldPanels(const AscendC::LocalTensor<S>& x,
-                                                     const AscendC::LocalTensor<S>& scratch,
-                                                     int64_t rows, int64_t panels) {
+__aicore__ __inline__ AscendC::LocalTensor<S> FoldPanels(const AscendC::LocalTensor<S>& x,
+                                                         const AscendC::LocalTensor<S>& scratch,
+                                                         int64_t rows, int64_t panels) {
     const int64_t size = rows * PANEL;
     auto from = x;
     for (int64_t left = panels; left > 1; left /= 2) {
@@ -96,10 +95,10 @@ __aicore__ inline AscendC::LocalTensor<S> FoldPanels(const AscendC::LocalTensor<
 
 // to[rows] = every row reduced; scratch[panels / 2, but at least 1][rows][PANEL]
 template <Reduction REDUCTION>
-__aicore__ inline void ReducePanels(const AscendC::LocalTensor<float>& to,
-                                    const AscendC::LocalTensor<float>& x,
-                                    const AscendC::LocalTensor<float>& scratch, int64_t rows,
-                                    int64_t panels) {
+__aicore__ __inline__ void ReducePanels(const AscendC::LocalTensor<float>& to,
+                                        const AscendC::LocalTensor<float>& x,
+                                        const AscendC::LocalTensor<float>& scratch, int64_t rows,
+                                        int64_t panels) {
     const auto from = FoldPanels<REDUCTION>(x, scratch, rows, panels);
     const AscendC::BinaryRepeatParams p(1, 1, 1, PANEL / BLOCK, PANEL / BLOCK, PANEL / BLOCK);
     if constexpr (REDUCTION == Reduction::MAXIMUM) {
@@ -116,10 +115,10 @@ __aicore__ inline void ReducePanels(const AscendC::LocalTensor<float>& to,
 }
 
 // The maxima of half, of which a panel is as wide as an instruction's repeat.
-__aicore__ inline void MaximaOfPanels(const AscendC::LocalTensor<half>& to,
-                                      const AscendC::LocalTensor<half>& x,
-                                      const AscendC::LocalTensor<half>& scratch, int64_t rows,
-                                      int64_t panels) {
+__aicore__ __inline__ void MaximaOfPanels(const AscendC::LocalTensor<half>& to,
+                                          const AscendC::LocalTensor<half>& x,
+                                          const AscendC::LocalTensor<half>& scratch, int64_t rows,
+                                          int64_t panels) {
     const auto from = FoldPanels<Reduction::MAXIMUM>(x, scratch, rows, panels);
     AscendC::WholeReduceMax(to, from, PANEL, rows, 1, 1, PANEL / C0,
                             AscendC::ReduceOrder::ORDER_ONLY_VALUE);

@@ -17,16 +17,16 @@ struct TextGradientArguments {
 template <class T>
 class TextGradients {
 public:
-    __aicore__ inline TextGradients(const Tiling& tiling, const TextGradientArguments& arguments)
+    __aicore__ __inline__ TextGradients(const Tiling& tiling,
+                                        const TextGradientArguments& arguments)
         : t_(tiling), a_(arguments), dim_(tiling.head_dim) {
-        TPipe pipe;
-        part_ = Cut<TPosition::VECCALC, float>(pipe, 2 * CHUNK_ROWS * dim_);
-        sum_ = Cut<TPosition::VECCALC, float>(pipe, CHUNK_ROWS * dim_);
-        rounded_ = Cut<TPosition::VECCALC, T>(pipe, CHUNK_ROWS * dim_);
-        pipe.Destroy();
+        LocalMemAllocator<Hardware::UB> ub;
+        part_ = ub.Alloc<TPosition::VECCALC, float>(2 * CHUNK_ROWS * dim_);
+        sum_ = ub.Alloc<TPosition::VECCALC, float>(CHUNK_ROWS * dim_);
+        rounded_ = ub.Alloc<TPosition::VECCALC, T>(CHUNK_ROWS * dim_);
     }
 
-    __aicore__ inline void Run(int64_t core, int64_t cores) {
+    __aicore__ __inline__ void Run(int64_t core, int64_t cores) {
         const int64_t chunks = ceil_div(t_.text, CHUNK_ROWS), heads = t_.batch * t_.heads;
         for (int32_t slot = 0; slot < 2; ++slot) SetFlag<HardEvent::V_MTE2>(slot);
         SetFlag<HardEvent::MTE3_V>(0);
@@ -42,7 +42,7 @@ private:
     static constexpr int64_t CHUNK_ROWS = 64;
 
     // `which` counts the heads of the batch of one of the three after another.
-    __aicore__ inline void Sum(int64_t which, int64_t row, int64_t rows) {
+    __aicore__ __inline__ void Sum(int64_t which, int64_t row, int64_t rows) {
         Duplicate(sum_, 0.0f, rows * dim_);
         PipeBarrier<PIPE_V>();
         for (int64_t sub = 0; sub < t_.sparsity; ++sub) {
@@ -80,25 +80,23 @@ private:
 };
 
 template <class T>
-__aicore__ inline void SumTextGradients(const TextGradientArguments& arguments,
-                                        GM_ADDR tiling_address) {
-    Tiling tiling;
-    ReadTiling(tiling, tiling_address);
+__aicore__ __inline__ void SumTextGradients(const TextGradientArguments& arguments,
+                                            const Tiling& tiling) {
+    InitSocState();
     TextGradients<T>(tiling, arguments).Run(GetBlockIdx(), GetBlockNum());
+    PipeBarrier<PIPE_ALL>();
 }
 
 }  // namespace skiparse
 
-extern "C" __global__ __aicore__ void skiparse_text_gradients_fp16(GM_ADDR parts, GM_ADDR text_q,
+extern "C" __global__ __vector__ void skiparse_text_gradients_fp16(GM_ADDR parts, GM_ADDR text_q,
                                                                    GM_ADDR text_k, GM_ADDR text_v,
-                                                                   GM_ADDR tiling) {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
+                                                                   skiparse::Tiling tiling) {
     skiparse::SumTextGradients<half>({parts, {text_q, text_k, text_v}}, tiling);
 }
 
-extern "C" __global__ __aicore__ void skiparse_text_gradients_bf16(GM_ADDR parts, GM_ADDR text_q,
+extern "C" __global__ __vector__ void skiparse_text_gradients_bf16(GM_ADDR parts, GM_ADDR text_q,
                                                                    GM_ADDR text_k, GM_ADDR text_v,
-                                                                   GM_ADDR tiling) {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
+                                                                   skiparse::Tiling tiling) {
     skiparse::SumTextGradients<bfloat16_t>({parts, {text_q, text_k, text_v}}, tiling);
 }

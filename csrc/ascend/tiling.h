@@ -17,7 +17,7 @@ struct Strides {  // elements; the last one is 1
     int64_t batch, token, head;
 };
 
-// Plain data: written by the host, copied word by word by the kernels.
+// Plain data, a parameter of the kernels.
 struct Tiling {
     int64_t batch, tokens, text, heads, head_dim;  // head_dim is 64 or 128
     int64_t sparsity, run;
@@ -25,28 +25,27 @@ struct Tiling {
     int32_t masked;  // whether some key is hidden by a mask
     float scale;
 };
-static_assert(sizeof(Tiling) % sizeof(uint64_t) == 0, "copied word by word");
 
-SKIPARSE_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-SKIPARSE_DEVICE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+SKIPARSE_BOTH constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+SKIPARSE_BOTH constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-SKIPARSE_DEVICE constexpr int64_t length_of(const Tiling& t, int64_t s) {
+SKIPARSE_BOTH constexpr int64_t length_of(const Tiling& t, int64_t s) {
     return length_of(s, t.tokens, t.sparsity, t.run);
 }
 
 // Query tiles of the longest sub-sequence, which is the first, and of the text.
-SKIPARSE_DEVICE constexpr int64_t video_tiles(const Tiling& t) {
+SKIPARSE_BOTH constexpr int64_t video_tiles(const Tiling& t) {
     return ceil_div(length_of(t, 0), QUERY_ROWS);
 }
-SKIPARSE_DEVICE constexpr int64_t tiles(const Tiling& t) {
+SKIPARSE_BOTH constexpr int64_t tiles(const Tiling& t) {
     return video_tiles(t) + ceil_div(t.text, QUERY_ROWS);
 }
-SKIPARSE_DEVICE constexpr int64_t tasks(const Tiling& t) {
+SKIPARSE_BOTH constexpr int64_t tasks(const Tiling& t) {
     return t.batch * t.heads * t.sparsity * tiles(t);
 }
 
 // Stacks of keys of the longest sub-sequence; the row of key biases of each has as many places.
-SKIPARSE_DEVICE constexpr int64_t most_stacks(const Tiling& t) {
+SKIPARSE_BOTH constexpr int64_t most_stacks(const Tiling& t) {
     return ceil_div(length_of(t, 0) + t.text, STACK_KEYS);
 }
 
@@ -62,7 +61,7 @@ struct Task : Sequence {
     int64_t video_keys, keys;
 };
 
-SKIPARSE_DEVICE constexpr Task task_of(const Tiling& t, int64_t index) {
+SKIPARSE_BOTH constexpr Task task_of(const Tiling& t, int64_t index) {
     const int64_t tile = index % tiles(t), sub = index / tiles(t) % t.sparsity;
     const int64_t row = index / tiles(t) / t.sparsity;
     const bool text = tile >= video_tiles(t);
@@ -79,26 +78,26 @@ SKIPARSE_DEVICE constexpr Task task_of(const Tiling& t, int64_t index) {
 // The stacks of the tasks of one core, one after another. Tasks without queries are passed over.
 class Walk {
 public:
-    SKIPARSE_DEVICE constexpr Walk(const Tiling& tiling, int64_t core, int64_t cores)
+    SKIPARSE_BOTH constexpr Walk(const Tiling& tiling, int64_t core, int64_t cores)
         : tiling_(tiling), next_(tasks(tiling) * core / cores),
           end_(tasks(tiling) * (core + 1) / cores) {
         next_task();
     }
 
-    SKIPARSE_DEVICE constexpr void step() {
+    SKIPARSE_BOTH constexpr void step() {
         if (++stack == ceil_div(task.keys, STACK_KEYS)) {
             ++number;
             next_task();
         }
     }
-    SKIPARSE_DEVICE constexpr bool last_stack() const {
+    SKIPARSE_BOTH constexpr bool last_stack() const {
         return (stack + 1) * STACK_KEYS >= task.keys;
     }
-    SKIPARSE_DEVICE constexpr int64_t key_tiles() const {
+    SKIPARSE_BOTH constexpr int64_t key_tiles() const {
         return least(ceil_div(task.keys, KEY_ROWS) - stack * STACK_TILES, STACK_TILES);
     }
     // Whether some place among the keys of the stack must not be attended to.
-    SKIPARSE_DEVICE constexpr bool hides_keys() const {
+    SKIPARSE_BOTH constexpr bool hides_keys() const {
         return tiling_.masked || (last_stack() && task.keys % KEY_ROWS != 0);
     }
 
@@ -108,7 +107,7 @@ public:
     bool done = false;
 
 private:
-    SKIPARSE_DEVICE constexpr void next_task() {
+    SKIPARSE_BOTH constexpr void next_task() {
         stack = 0;
         task.rows = 0;
         while (task.rows == 0 && next_ < end_) task = task_of(tiling_, next_++);
@@ -128,5 +127,8 @@ constexpr int64_t WORKSPACE_BYTES = RING * (SCORES_BYTES + WEIGHTS_BYTES + VALUE
 // Added to the score of a key that must not be attended to; and where the maximum starts, far above
 // it, so that the weight of such a key is exactly 0 even where there are no others.
 constexpr float HIDDEN = -3.0e38f, FLOOR = -1.0e30f;
+
+// The log-sum-exp of a row without keys.
+constexpr float OF_NOTHING = -__builtin_inff();
 
 }  // namespace skiparse

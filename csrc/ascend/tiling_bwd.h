@@ -11,34 +11,33 @@ constexpr int64_t STEP_RING = 2;  // steps whose matrices are in the workspace a
 // Query blocks whose gradients are summed at a time: 5 MiB of them for each core stay in the L2.
 constexpr int64_t MOST_IN_PART = 40;
 
-// Plain data, as `Tiling`, and first, so that its address is that of a `Tiling` as well.
+// Plain data, as `Tiling`.
 struct BackwardTiling {
     Tiling forward;
     Strides grad_out, grad_text_out;
     int64_t grad_text_sub;  // from sub-sequence to sub-sequence of grad_text_out
     int64_t most_in_part;   // query blocks; MOST_IN_PART unless a test wants less
 };
-static_assert(sizeof(BackwardTiling) % sizeof(uint64_t) == 0, "copied word by word");
 
-SKIPARSE_DEVICE constexpr int64_t sequences(const Tiling& t) {
+SKIPARSE_BOTH constexpr int64_t sequences(const Tiling& t) {
     return t.batch * t.heads * t.sparsity;
 }
-SKIPARSE_DEVICE constexpr Sequence sequence_of(const Tiling& t, int64_t index) {
+SKIPARSE_BOTH constexpr Sequence sequence_of(const Tiling& t, int64_t index) {
     const int64_t head = index / t.sparsity;
     return {head / t.heads, head % t.heads, index % t.sparsity};
 }
-SKIPARSE_DEVICE constexpr int64_t index_of(const Tiling& t, const Sequence& s) {
+SKIPARSE_BOTH constexpr int64_t index_of(const Tiling& t, const Sequence& s) {
     return (s.batch * t.heads + s.head) * t.sparsity + s.sub;
 }
 
 // Blocks of rows of the longest sub-sequence, which is the first.
-SKIPARSE_DEVICE constexpr int64_t most_blocks(const Tiling& t) {
+SKIPARSE_BOTH constexpr int64_t most_blocks(const Tiling& t) {
     return ceil_div(length_of(t, 0) + t.text, BLOCK_ROWS);
 }
 
 // What the rows of a sequence need as queries: their log-sum-exps, then their deltas, each fp32
 // [most_blocks * BLOCK_ROWS].
-SKIPARSE_DEVICE constexpr int64_t row_values(const Tiling& t) {
+SKIPARSE_BOTH constexpr int64_t row_values(const Tiling& t) {
     return 2 * most_blocks(t) * BLOCK_ROWS;
 }
 
@@ -47,50 +46,50 @@ SKIPARSE_DEVICE constexpr int64_t row_values(const Tiling& t) {
 // for the last. Empty sequences are passed over.
 class Steps {
 public:
-    SKIPARSE_DEVICE constexpr Steps(const BackwardTiling& tiling, int64_t core, int64_t cores)
+    SKIPARSE_BOTH constexpr Steps(const BackwardTiling& tiling, int64_t core, int64_t cores)
         : tiling_(tiling.forward), most_in_part_(tiling.most_in_part),
           next_(sequences(tiling_) * core / cores), end_(sequences(tiling_) * (core + 1) / cores) {
         next_sequence();
     }
 
-    SKIPARSE_DEVICE constexpr void step() {
+    SKIPARSE_BOTH constexpr void step() {
         if (++query < part_end()) return;
         ++key_count;
-        if (++key < blocks()) {
+        if (++key < blocks_) {
             query = part_begin_;
             return;
         }
         key = 0;
         part_begin_ = query;
-        if (query < blocks()) return;
+        if (query < blocks_) return;
         query = part_begin_ = 0;
-        query_count += blocks();
+        query_count += blocks_;
         next_sequence();
     }
 
-    SKIPARSE_DEVICE constexpr int64_t blocks() const { return ceil_div(rows, BLOCK_ROWS); }
-    SKIPARSE_DEVICE constexpr int64_t parts() const { return ceil_div(blocks(), most_in_part_); }
-    SKIPARSE_DEVICE constexpr int64_t part_end() const {
-        return least(part_begin_ + ceil_div(blocks(), parts()), blocks());
+    SKIPARSE_BOTH constexpr int64_t parts() const { return parts_; }
+    SKIPARSE_BOTH constexpr int64_t part_end() const {
+        return least(part_begin_ + part_length_, blocks_);
     }
-    SKIPARSE_DEVICE constexpr bool first_of_part() const { return query == part_begin_; }
-    SKIPARSE_DEVICE constexpr bool last_of_part() const { return query + 1 == part_end(); }
-    SKIPARSE_DEVICE constexpr bool last_query() const { return query + 1 == blocks(); }
-    SKIPARSE_DEVICE constexpr bool last_key() const { return key + 1 == blocks(); }
+    SKIPARSE_BOTH constexpr bool begins() const { return key == 0 && query == 0; }
+    SKIPARSE_BOTH constexpr bool first_of_part() const { return query == part_begin_; }
+    SKIPARSE_BOTH constexpr bool last_of_part() const { return query + 1 == part_end(); }
+    SKIPARSE_BOTH constexpr bool last_query() const { return query + 1 == blocks_; }
+    SKIPARSE_BOTH constexpr bool last_key() const { return key + 1 == blocks_; }
 
     // The rows that half 0 or 1 of a block has.
-    SKIPARSE_DEVICE constexpr int64_t rows_of_half(int64_t block, int64_t half) const {
+    SKIPARSE_BOTH constexpr int64_t rows_of_half(int64_t block, int64_t half) const {
         const int64_t left = rows - block * BLOCK_ROWS - half * HALF_ROWS;
         return left < 0 ? 0 : least(left, HALF_ROWS);
     }
-    SKIPARSE_DEVICE constexpr int64_t query_halves() const {
+    SKIPARSE_BOTH constexpr int64_t query_halves() const {
         return rows_of_half(query, 1) > 0 ? 2 : 1;
     }
-    SKIPARSE_DEVICE constexpr int64_t key_tiles() const {
+    SKIPARSE_BOTH constexpr int64_t key_tiles() const {
         return rows_of_half(key, 1) > 0 ? 2 : 1;
     }
     // Whether some place among the keys of the step must not be attended to.
-    SKIPARSE_DEVICE constexpr bool hides_keys() const {
+    SKIPARSE_BOTH constexpr bool hides_keys() const {
         return tiling_.masked || (last_key() && rows % KEY_ROWS != 0);
     }
 
@@ -102,7 +101,7 @@ public:
     bool done = false;
 
 private:
-    SKIPARSE_DEVICE constexpr void next_sequence() {
+    SKIPARSE_BOTH constexpr void next_sequence() {
         rows = 0;
         while (rows == 0 && next_ < end_) {
             sequence = sequence_of(tiling_, next_++);
@@ -110,11 +109,16 @@ private:
             rows = length + tiling_.text;
         }
         done = rows == 0;
+        if (done) return;
+        blocks_ = ceil_div(rows, BLOCK_ROWS);
+        parts_ = ceil_div(blocks_, most_in_part_);
+        part_length_ = ceil_div(blocks_, parts_);
     }
 
     const Tiling& tiling_;
     int64_t most_in_part_;
     int64_t next_, end_;
+    int64_t blocks_ = 0, parts_ = 1, part_length_ = 0;  // of the sequence
     int64_t part_begin_ = 0;
 };
 
@@ -128,15 +132,15 @@ constexpr int64_t STEP_BYTES = 2 * WIDE_BYTES + 2 * NARROW_BYTES + 2 * ROWS_BYTE
 
 // One block more than a part has: the next may begin while the vector cores still read the last
 // block of this one.
-SKIPARSE_DEVICE constexpr int64_t query_ring(const BackwardTiling& b) {
+SKIPARSE_BOTH constexpr int64_t query_ring(const BackwardTiling& b) {
     return least(most_blocks(b.forward), b.most_in_part) + 1;
 }
-SKIPARSE_DEVICE constexpr int64_t backward_workspace_bytes(const BackwardTiling& b) {
+SKIPARSE_BOTH constexpr int64_t backward_workspace_bytes(const BackwardTiling& b) {
     return STEP_RING * STEP_BYTES + query_ring(b) * ROWS_BYTES;
 }
 
 // Gradients of keys and values between the parts of a sequence, of one core, in bytes.
-SKIPARSE_DEVICE constexpr int64_t key_sums_bytes(const BackwardTiling& b) {
+SKIPARSE_BOTH constexpr int64_t key_sums_bytes(const BackwardTiling& b) {
     const int64_t blocks = most_blocks(b.forward);
     return blocks > b.most_in_part ? 2 * blocks * ROWS_BYTES : 0;
 }

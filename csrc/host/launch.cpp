@@ -18,52 +18,60 @@
 namespace {
 
 // Kernels of vector cores alone get one block for each, others one for each cube core, which brings
-// two vector cores.
+// two vector cores. The problem is a parameter, by value.
 struct Device {
     void* stream;
     uint32_t cube, vector;
     bool half_scores = false;
 
     template <class... Pointers>
-    void key_bias(Pointers... p) const {
-        SKIPARSE_LAUNCH(skiparse_key_bias, vector, stream)(static_cast<uint8_t*>(p)...);
+    void key_bias(const skiparse::Tiling& t, Pointers... p) const {
+        SKIPARSE_LAUNCH(skiparse_key_bias, vector, stream)(static_cast<uint8_t*>(p)..., t);
     }
     template <class... Pointers>
-    void forward(bool bf16, Pointers... p) const {
+    void forward(const skiparse::Tiling& t, bool bf16, Pointers... p) const {
         if (bf16 && half_scores) {
             SKIPARSE_LAUNCH(skiparse_attention_fwd_bf16_half_scores, cube, stream)
-            (static_cast<uint8_t*>(p)...);
+            (static_cast<uint8_t*>(p)..., t);
         } else if (half_scores) {
             SKIPARSE_LAUNCH(skiparse_attention_fwd_fp16_half_scores, cube, stream)
-            (static_cast<uint8_t*>(p)...);
+            (static_cast<uint8_t*>(p)..., t);
         } else if (bf16) {
-            SKIPARSE_LAUNCH(skiparse_attention_fwd_bf16, cube, stream)(static_cast<uint8_t*>(p)...);
+            SKIPARSE_LAUNCH(skiparse_attention_fwd_bf16, cube, stream)
+            (static_cast<uint8_t*>(p)..., t);
         } else {
-            SKIPARSE_LAUNCH(skiparse_attention_fwd_fp16, cube, stream)(static_cast<uint8_t*>(p)...);
+            SKIPARSE_LAUNCH(skiparse_attention_fwd_fp16, cube, stream)
+            (static_cast<uint8_t*>(p)..., t);
         }
     }
     template <class... Pointers>
-    void row_values(bool bf16, Pointers... p) const {
+    void row_values(const skiparse::BackwardTiling& b, bool bf16, Pointers... p) const {
         if (bf16) {
-            SKIPARSE_LAUNCH(skiparse_row_values_bf16, vector, stream)(static_cast<uint8_t*>(p)...);
+            SKIPARSE_LAUNCH(skiparse_row_values_bf16, vector, stream)
+            (static_cast<uint8_t*>(p)..., b);
         } else {
-            SKIPARSE_LAUNCH(skiparse_row_values_fp16, vector, stream)(static_cast<uint8_t*>(p)...);
+            SKIPARSE_LAUNCH(skiparse_row_values_fp16, vector, stream)
+            (static_cast<uint8_t*>(p)..., b);
         }
     }
     template <class... Pointers>
-    void backward(bool bf16, Pointers... p) const {
+    void backward(const skiparse::BackwardTiling& b, bool bf16, Pointers... p) const {
         if (bf16) {
-            SKIPARSE_LAUNCH(skiparse_attention_bwd_bf16, cube, stream)(static_cast<uint8_t*>(p)...);
+            SKIPARSE_LAUNCH(skiparse_attention_bwd_bf16, cube, stream)
+            (static_cast<uint8_t*>(p)..., b);
         } else {
-            SKIPARSE_LAUNCH(skiparse_attention_bwd_fp16, cube, stream)(static_cast<uint8_t*>(p)...);
+            SKIPARSE_LAUNCH(skiparse_attention_bwd_fp16, cube, stream)
+            (static_cast<uint8_t*>(p)..., b);
         }
     }
     template <class... Pointers>
-    void text_gradients(bool bf16, Pointers... p) const {
+    void text_gradients(const skiparse::Tiling& t, bool bf16, Pointers... p) const {
         if (bf16) {
-            SKIPARSE_LAUNCH(skiparse_text_gradients_bf16, vector, stream)(static_cast<uint8_t*>(p)...);
+            SKIPARSE_LAUNCH(skiparse_text_gradients_bf16, vector, stream)
+            (static_cast<uint8_t*>(p)..., t);
         } else {
-            SKIPARSE_LAUNCH(skiparse_text_gradients_fp16, vector, stream)(static_cast<uint8_t*>(p)...);
+            SKIPARSE_LAUNCH(skiparse_text_gradients_fp16, vector, stream)
+            (static_cast<uint8_t*>(p)..., t);
         }
     }
 };
@@ -73,28 +81,38 @@ Device device_of(void* stream, const SkiparseCores& cores, bool half_scores = fa
             half_scores};
 }
 
+// Of the launches just made. It stays for others to see.
+int launch_error() { return aclrtPeekAtLastError(ACL_RT_THREAD_LEVEL); }
+
 }  // namespace
 
-extern "C" int skiparse_ascend_cores(int32_t device, SkiparseCores* cores) {
-    const aclError error = aclrtGetDeviceInfo(device, ACL_DEV_ATTR_CUBE_CORE_NUM, &cores->cube);
-    if (error != ACL_SUCCESS) return error;
-    return aclrtGetDeviceInfo(device, ACL_DEV_ATTR_VECTOR_CORE_NUM, &cores->vector);
+extern "C" int skiparse_ascend_cores(void* stream, SkiparseCores* cores) {
+    uint32_t cube = 0, vector = 0;
+    aclError error = aclrtGetStreamResLimit(stream, ACL_RT_DEV_RES_CUBE_CORE, &cube);
+    if (error == ACL_SUCCESS) {
+        error = aclrtGetStreamResLimit(stream, ACL_RT_DEV_RES_VECTOR_CORE, &vector);
+    }
+    // A block of a mixed kernel waits for its vector cores: it must get both.
+    *cores = {vector / 2 < cube ? vector / 2 : cube, vector};
+    return error;
 }
 
-extern "C" void skiparse_attention_fwd(void* stream, const SkiparseCores* cores,
-                                       const skiparse::Tiling* tiling, int32_t bf16,
-                                       int32_t half_scores,
-                                       const skiparse::ForwardPointers* pointers,
-                                       const skiparse::ForwardScratch* scratch) {
-    if (skiparse::tasks(*tiling) == 0) return;
+extern "C" int skiparse_attention_fwd(void* stream, const SkiparseCores* cores,
+                                      const skiparse::Tiling* tiling, int32_t bf16,
+                                      int32_t half_scores,
+                                      const skiparse::ForwardPointers* pointers,
+                                      const skiparse::ForwardScratch* scratch) {
+    if (skiparse::tasks(*tiling) == 0) return 0;
     const Device device = device_of(stream, *cores, half_scores != 0);
-    skiparse::run_forward(device, bf16 != 0, *pointers, *scratch);
+    skiparse::run_forward(device, *tiling, bf16 != 0, *pointers, *scratch);
+    return launch_error();
 }
 
-extern "C" void skiparse_attention_bwd(void* stream, const SkiparseCores* cores,
-                                       const skiparse::BackwardTiling* tiling, int32_t bf16,
-                                       const skiparse::BackwardPointers* pointers,
-                                       const skiparse::BackwardScratch* scratch) {
-    if (skiparse::sequences(tiling->forward) == 0) return;
-    skiparse::run_backward(device_of(stream, *cores), bf16 != 0, *pointers, *scratch);
+extern "C" int skiparse_attention_bwd(void* stream, const SkiparseCores* cores,
+                                      const skiparse::BackwardTiling* tiling, int32_t bf16,
+                                      const skiparse::BackwardPointers* pointers,
+                                      const skiparse::BackwardScratch* scratch) {
+    if (skiparse::sequences(tiling->forward) == 0) return 0;
+    skiparse::run_backward(device_of(stream, *cores), *tiling, bf16 != 0, *pointers, *scratch);
+    return launch_error();
 }

@@ -23,12 +23,10 @@ struct BackwardPointers {
 
 // Device memory that the caller lends to a pass, 512-byte aligned, and how much it takes.
 struct ForwardScratch {
-    void* tiling;     // a copy of the Tiling
     void* bias;       // bias_bytes
     void* workspace;  // WORKSPACE_BYTES for each cube core
 };
 struct BackwardScratch {
-    void* tiling;      // a copy of the BackwardTiling
     void* bias;        // bias_bytes
     void* values;      // row_values_bytes
     void* text_parts;  // text_parts_bytes
@@ -56,17 +54,19 @@ struct SkiparseCores {
     int64_t cube, vector;
 };
 
-// How many cores the device has; 0, or CANN's error.
-int skiparse_ascend_cores(int32_t device, SkiparseCores* cores);
+// How many cores a stream (an aclrtStream) may use: those of the device, unless the stream or the
+// process was given less. 0, or CANN's error.
+int skiparse_ascend_cores(void* stream, SkiparseCores* cores);
 
-// Enqueue a pass on a stream (an aclrtStream) and return. With `half_scores` scores pass through
-// memory in half: they must be below 65,504 before they are scaled, and the scale positive.
-void skiparse_attention_fwd(void* stream, const SkiparseCores* cores,
-                            const skiparse::Tiling* tiling, int32_t bf16, int32_t half_scores,
-                            const skiparse::ForwardPointers* pointers,
-                            const skiparse::ForwardScratch* scratch);
-void skiparse_attention_bwd(void* stream, const SkiparseCores* cores,
-                            const skiparse::BackwardTiling* tiling, int32_t bf16,
-                            const skiparse::BackwardPointers* pointers,
-                            const skiparse::BackwardScratch* scratch);
+// Enqueue a pass on a stream and return: 0, or CANN's error of a launch. With `half_scores` scores
+// pass through memory in half: they must be below 65,504 before they are scaled, and the scale
+// positive.
+int skiparse_attention_fwd(void* stream, const SkiparseCores* cores,
+                           const skiparse::Tiling* tiling, int32_t bf16, int32_t half_scores,
+                           const skiparse::ForwardPointers* pointers,
+                           const skiparse::ForwardScratch* scratch);
+int skiparse_attention_bwd(void* stream, const SkiparseCores* cores,
+                           const skiparse::BackwardTiling* tiling, int32_t bf16,
+                           const skiparse::BackwardPointers* pointers,
+                           const skiparse::BackwardScratch* scratch);
 }

@@ -62,20 +62,12 @@ Tensor bytes(const Tensor& like, int64_t count) {
     return at::empty({count}, like.options().dtype(at::kByte));
 }
 
-// Plain data on the device. From pinned memory, so that the host need not wait for the copy.
-template <class T>
-Tensor on_device(const T& value, const Tensor& like) {
-    const auto options = at::TensorOptions().dtype(at::kByte).pinned_memory(true);
-    const Tensor host = at::empty({static_cast<int64_t>(sizeof(T))}, options);
-    std::memcpy(host.data_ptr(), &value, sizeof(T));
-    return host.to(like.device(), at::kByte, /*non_blocking=*/true);
-}
-
-SkiparseCores cores_of(const Tensor& q) {
+SkiparseCores cores_of(const c10_npu::NPUStream& stream) {
     SkiparseCores cores{};
-    const int error = skiparse_ascend_cores(q.device().index(), &cores);
-    TORCH_CHECK(error == 0, "CANN does not say how many cores npu:", q.device().index(),
-                " has: error ", error);
+    const int error = skiparse_ascend_cores(stream.stream(false), &cores);
+    TORCH_CHECK(error == 0, "CANN does not say how many cores the stream may use: error ", error);
+    TORCH_CHECK(cores.cube >= 1, "the stream may use no cube core with two vector cores; see "
+                "torch_npu.npu.set_stream_limit");
     return cores;
 }
 
@@ -107,9 +99,10 @@ Tiling checked_tiling(const Tensor& q, const Tensor& k, const Tensor& v, const T
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& text_q, const Tensor& text_k,
     const Tensor& text_v, const std::optional<Tensor>& mask, const std::optional<Tensor>& text_mask,
-    int64_t sparsity, int64_t run, double scale) {
+    int64_t sparsity, int64_t run, double scale, bool half_scores) {
     const Tiling t = checked_tiling(q, k, v, text_q, text_k, text_v, mask, text_mask, sparsity, run,
                                     scale);
+    TORCH_CHECK(!half_scores || scale > 0, "half_scores needs a positive scale, not ", scale);
     const c10::DeviceGuard guard(q.device());
     const auto fp32 = q.options().dtype(at::kFloat);
     const Tensor out = at::empty({t.batch, t.tokens, t.heads, t.head_dim}, q.options());
@@ -118,20 +111,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(
     const Tensor lse = at::empty({t.batch, t.heads, t.tokens}, fp32);
     const Tensor text_lse = at::empty({t.batch, t.heads, sparsity, t.text}, fp32);
 
-    const SkiparseCores cores = cores_of(q);
-    const Tensor tiling = on_device(t, q);
+    const c10_npu::NPUStream stream = c10_npu::getCurrentNPUStream();
+    const SkiparseCores cores = cores_of(stream);
     const Tensor bias = bytes(q, skiparse::bias_bytes(t));
     const Tensor workspace = bytes(q, cores.cube * skiparse::WORKSPACE_BYTES);
     const skiparse::ForwardPointers pointers{
         pointer(q), pointer(k), pointer(v), pointer(text_q), pointer(text_k), pointer(text_v),
         pointer(mask), pointer(text_mask), pointer(out), pointer(text_out), pointer(lse),
         pointer(text_lse)};
-    const skiparse::ForwardScratch scratch{pointer(tiling), pointer(bias), pointer(workspace)};
+    const skiparse::ForwardScratch scratch{pointer(bias), pointer(workspace)};
     const bool bf16 = q.scalar_type() == at::kBFloat16;
-    const c10_npu::NPUStream stream = c10_npu::getCurrentNPUStream();
     at_npu::native::OpCommand::RunOpApiV2("skiparse_attention_fwd", [=]() -> int {
-        skiparse_attention_fwd(stream.stream(false), &cores, &t, bf16, false, &pointers, &scratch);
-        return 0;
+        return skiparse_attention_fwd(stream.stream(false), &cores, &t, bf16, half_scores,
+                                      &pointers, &scratch);
     });
     return {out, text_out, lse, text_lse};
 }
@@ -167,8 +159,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor grad_q = like(q), grad_k = like(q), grad_v = like(q);
     const Tensor grad_text_q = like(text_q), grad_text_k = like(text_q), grad_text_v = like(text_q);
 
-    const SkiparseCores cores = cores_of(q);
-    const Tensor tiling = on_device(b, q);
+    const c10_npu::NPUStream stream = c10_npu::getCurrentNPUStream();
+    const SkiparseCores cores = cores_of(stream);
     const Tensor bias = bytes(q, skiparse::bias_bytes(t));
     const Tensor values = bytes(q, skiparse::row_values_bytes(t));
     const Tensor text_parts = bytes(q, skiparse::text_parts_bytes(t));
@@ -180,14 +172,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
         pointer(text_lse), pointer(grad_out), pointer(grad_text_out), pointer(grad_q),
         pointer(grad_k), pointer(grad_v), pointer(grad_text_q), pointer(grad_text_k),
         pointer(grad_text_v)};
-    const skiparse::BackwardScratch scratch{pointer(tiling), pointer(bias), pointer(values),
-                                            pointer(text_parts), pointer(workspace),
-                                            pointer(key_sums)};
+    const skiparse::BackwardScratch scratch{pointer(bias), pointer(values), pointer(text_parts),
+                                            pointer(workspace), pointer(key_sums)};
     const bool bf16 = q.scalar_type() == at::kBFloat16;
-    const c10_npu::NPUStream stream = c10_npu::getCurrentNPUStream();
     at_npu::native::OpCommand::RunOpApiV2("skiparse_attention_bwd", [=]() -> int {
-        skiparse_attention_bwd(stream.stream(false), &cores, &b, bf16, &pointers, &scratch);
-        return 0;
+        return skiparse_attention_bwd(stream.stream(false), &cores, &b, bf16, &pointers, &scratch);
     });
     return {grad_q, grad_k, grad_v, grad_text_q, grad_text_k, grad_text_v};
 }
@@ -197,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 TORCH_LIBRARY(skiparse_ascend, m) {
     m.def(
         "attention(Tensor q, Tensor k, Tensor v, Tensor text_q, Tensor text_k, Tensor text_v, "
-        "Tensor? mask, Tensor? text_mask, int sparsity, int run, float scale) "
+        "Tensor? mask, Tensor? text_mask, int sparsity, int run, float scale, bool half_scores) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "attention_backward(Tensor grad_out, Tensor grad_text_out, Tensor q, Tensor k, Tensor v, "

@@ -5,13 +5,18 @@
 
 namespace twin {
 
-// A copy of `rows` rows of `bytes` each between a place in global memory and the chip.
+// A copy of `rows` rows of `bytes` each between a place in global memory and the chip; the last row
+// begins `last` bytes after the first.
 inline Operation copy(int pipe, const char* name, const void* global, uint64_t rows,
-                      uint64_t bytes, Where where) {
+                      uint64_t bytes, uint64_t last, Where where) {
     const bool reads = pipe == MTE2;
-    machine->count_moved(global, reads ? rows * bytes : 0, reads ? 0 : rows * bytes, where);
+    machine->count_moved(name, global, last + bytes, reads ? rows * bytes : 0,
+                         reads ? 0 : rows * bytes, where);
     return {pipe, name, machine->costs.copy(rows, rows * bytes, cube()), where};
 }
+
+// Where the last of `count` things begins that are `apart`.
+inline uint64_t last_of(uint64_t count, uint64_t apart) { return count == 0 ? 0 : (count - 1) * apart; }
 
 }  // namespace twin
 
@@ -42,13 +47,15 @@ struct Nd2NzParams {
 template <class T>
 void DataCopy(const LocalTensor<T>& to, const GlobalTensor<T>& from, const Nd2NzParams& p,
               Where where = Where::here()) {
-    static_assert(sizeof(T) == 2, "the twin converts 16-bit types alone");
+    static_assert(sizeof(T) == 2 || sizeof(T) == 4, "the twin converts types of 16 or 32 bits");
     constexpr size_t C0 = twin::BLOCK / sizeof(T);
     twin::require(p.srcDValue >= 1 && p.dstNzC0Stride >= 1 && p.dstNzNStride >= 1, where,
                   "srcDValue, dstNzC0Stride and dstNzNStride are 1 at least, and 0 unless set");
     to.expect(twin::L1, twin::BLOCK, where);
+    const uint64_t last = (twin::last_of(p.ndNum, p.srcNdMatrixStride) +
+                           twin::last_of(p.nValue, p.srcDValue)) * sizeof(T);
     twin::Operation operation = twin::copy(twin::MTE2, "DataCopy", from.GetPhyAddr(),
-                                           p.ndNum * p.nValue, p.dValue * sizeof(T), where);
+                                           p.ndNum * p.nValue, p.dValue * sizeof(T), last, where);
     if (!operation.executes()) return;
     for (uint64_t matrix = 0; matrix < p.ndNum; ++matrix) {
         for (uint64_t row = 0; row < p.nValue; ++row) {
@@ -71,8 +78,9 @@ void DataCopy(const LocalTensor<T>& to, const GlobalTensor<T>& from, const DataC
               Where where = Where::here()) {
     to.expect(twin::UB, twin::BLOCK, where);
     const size_t size = p.blockLen * twin::BLOCK;
+    const uint64_t last = twin::last_of(p.blockCount, p.blockLen + p.srcStride) * twin::BLOCK;
     twin::Operation operation =
-        twin::copy(twin::MTE2, "DataCopy", from.GetPhyAddr(), p.blockCount, size, where);
+        twin::copy(twin::MTE2, "DataCopy", from.GetPhyAddr(), p.blockCount, size, last, where);
     if (!operation.executes()) return;
     for (uint64_t i = 0; i < p.blockCount; ++i) {
         const auto* source = reinterpret_cast<const uint8_t*>(from.GetPhyAddr()) +
@@ -91,13 +99,14 @@ void DataCopy(const GlobalTensor<T>& to, const LocalTensor<T>& from, const DataC
     from.expect(twin::UB, twin::BLOCK, where);
     twin::require(!twin::machine->self->adds, where, "the twin adds out of L0C alone");
     const size_t size = p.blockLen * twin::BLOCK;
+    const uint64_t last = twin::last_of(p.blockCount, p.blockLen + p.dstStride) * twin::BLOCK;
     twin::Operation operation =
-        twin::copy(twin::MTE3, "DataCopy", to.GetPhyAddr(), p.blockCount, size, where);
+        twin::copy(twin::MTE3, "DataCopy", to.GetPhyAddr(), p.blockCount, size, last, where);
     if (!operation.executes()) return;
     for (uint64_t i = 0; i < p.blockCount; ++i) {
         const size_t source =
             from.bytes(i * (p.blockLen + p.srcStride) * twin::BLOCK, size, where);
-        auto* target = reinterpret_cast<uint8_t*>(to.GetPhyAddr()) +
+        auto* target = reinterpret_cast<uint8_t*>(to.target()) +
                        i * (p.blockLen + p.dstStride) * twin::BLOCK;
         operation.read(from.memory(where), source, size);
         operation.write_global(target, size);
@@ -137,8 +146,9 @@ void DataCopyPad(const LocalTensor<T>& to, const GlobalTensor<T>& from, const Da
                  const DataCopyPadExtParams<T>& pad, Where where = Where::here()) {
     to.expect(twin::UB, twin::BLOCK, where);
     twin::require(!pad.isPad, where, "the twin pads with nothing in particular");
-    twin::Operation operation =
-        twin::copy(twin::MTE2, "DataCopyPad", from.GetPhyAddr(), p.blockCount, p.blockLen, where);
+    const uint64_t last = twin::last_of(p.blockCount, p.blockLen + p.srcStride);
+    twin::Operation operation = twin::copy(twin::MTE2, "DataCopyPad", from.GetPhyAddr(),
+                                           p.blockCount, p.blockLen, last, where);
     if (!operation.executes()) return;
     const size_t whole = (p.blockLen + twin::BLOCK - 1) / twin::BLOCK * twin::BLOCK;
     for (uint64_t i = 0; i < p.blockCount; ++i) {
@@ -157,15 +167,16 @@ void DataCopyPad(const GlobalTensor<T>& to, const LocalTensor<T>& from, const Da
                  Where where = Where::here()) {
     from.expect(twin::UB, twin::BLOCK, where);
     twin::require(!twin::machine->self->adds, where, "the twin adds out of L0C alone");
-    twin::Operation operation =
-        twin::copy(twin::MTE3, "DataCopyPad", to.GetPhyAddr(), p.blockCount, p.blockLen, where);
+    const uint64_t last = twin::last_of(p.blockCount, p.blockLen + p.dstStride);
+    twin::Operation operation = twin::copy(twin::MTE3, "DataCopyPad", to.GetPhyAddr(),
+                                           p.blockCount, p.blockLen, last, where);
     if (!operation.executes()) return;
     const size_t pitch =
         ((p.blockLen + twin::BLOCK - 1) / twin::BLOCK + p.srcStride) * twin::BLOCK;
     for (uint64_t i = 0; i < p.blockCount; ++i) {
         const size_t source = from.bytes(i * pitch, p.blockLen, where);
         auto* target =
-            reinterpret_cast<uint8_t*>(to.GetPhyAddr()) + i * (p.blockLen + p.dstStride);
+            reinterpret_cast<uint8_t*>(to.target()) + i * (p.blockLen + p.dstStride);
         operation.read(from.memory(where), source, p.blockLen);
         operation.write_global(target, p.blockLen);
         std::memcpy(target, from.memory(where).data + source, p.blockLen);

@@ -31,7 +31,7 @@ constexpr Figure LOAD_RIGHT = 128;           // bytes a cycle, L1 to L0B; load_d
 constexpr Figure FIX_START = 20;             // fixpipe_perf
 constexpr Figure FIX_ELEMENTS = 64;          // a cycle, out of L0C; fixpipe_perf
 constexpr Figure FIX_BYTES{256, 111, 69};    // a cycle, to global memory [?]
-constexpr Figure ADD_READS{0, 0, 1};         // share of an atomic sum that is read as well [?]
+constexpr Figure ADD_READS{0.25, 0.5, 1};    // share of an atomic sum that is read as well [?]
 constexpr Figure DMA_START = 20;             // timings of data_copy: 128 bytes an instruction
 constexpr Figure DMA_ROW{5, 6, 8};           // cycles a row at least; same, rows of 128 bytes
 constexpr Figure DMA_LATENCY{100, 300, 700};  // until the bytes are there [?]
@@ -42,14 +42,16 @@ constexpr Figure PLAIN = 1;                  // cycles a repeat of 256 bytes; 22
 constexpr Figure FUNCTION{1, 2, 4};          // the same of Exp, Ln and Div [?]
 constexpr Figure REDUCE{1, 2, 4};            // the same of WholeReduce [?]
 
-// The scalar unit issues instructions and flags one by one, up to 32 ahead of a pipe.
-constexpr Figure ISSUE{1, 4, 10};            // [?]
+// The scalar unit works out, fills in and issues instructions and flags one by one, up to 32 ahead
+// of a pipe.
+constexpr Figure ISSUE{2, 8, 20};            // [?]
+constexpr Figure SCALAR{5, 20, 50};          // a number that it reads or writes itself [?]
 constexpr int QUEUE = 32;                    // of MTE1 and M; taken for all pipes
 constexpr Figure FLAG{0, 10, 30};            // from pipe to pipe [?]
-constexpr Figure CROSS_FLAG{100, 400, 1800};  // from core to core [?]
+constexpr Figure CROSS_FLAG{400, 600, 1000};  // from core to core [?]
 
 // The device, shared by all cores: bytes a second, read or written, and bytes.
-constexpr Figure L2{5.2e12, 5.0e12, 4.5e12};   // timings of data_copy; lower for ND2NZ [?]
+constexpr Figure L2{5.2e12, 4.0e12, 3.0e12};   // data_copy got the first by reading; both [?]
 constexpr Figure HBM{1.8e12, 1.6e12, 1.4e12};  // architecture 2201; the last as data_copy got
 constexpr Figure L2_BYTES{192e6, 192e6, 192e6};
 
@@ -83,6 +85,8 @@ struct Costs {
     Cost vector(uint64_t repeats, const Figure& cycles) const {
         return after(figure::VECTOR_START, repeats * of(cycles));
     }
+
+    Cost scalar() const { return {of(figure::SCALAR), 0}; }
 
 private:
     Cost after(const Figure& start, double cycles) const {

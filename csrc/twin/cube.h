@@ -164,13 +164,15 @@ void Fixpipe(const GlobalTensor<T>& to, const LocalTensor<U>& from, const Fixpip
     const twin::Cost cost = twin::machine->costs.fixpipe(elements, elements * sizeof(T));
     const bool adds = twin::machine->self->adds;
     const double read = adds ? twin::machine->costs.of(twin::figure::ADD_READS) : 0;
-    twin::machine->count_moved(to.GetPhyAddr(), read * elements * sizeof(T),
+    const size_t extent =
+        p.mSize == 0 ? 0 : ((p.mSize - 1) * p.dstStride + p.nSize) * sizeof(T);
+    twin::machine->count_moved("Fixpipe", to.GetPhyAddr(), extent, read * elements * sizeof(T),
                                elements * sizeof(T), where);
     twin::Operation operation(twin::FIX, "Fixpipe", cost, where);
     for (size_t column : columns) twin::set_units(twin::FIX, column, column_bytes, where);
     if (!operation.executes()) return;
     for (uint64_t r = 0; r < p.mSize; ++r) {
-        T* row = to.GetPhyAddr() + r * p.dstStride;
+        T* row = to.target() + r * p.dstStride;
         if (adds) operation.read_global(row, p.nSize * sizeof(T));
         operation.write_global(row, p.nSize * sizeof(T));
         for (uint64_t j = 0; j < p.nSize; j += FRACTAL_SIDE) {

@@ -8,7 +8,6 @@
 #include "cube.h"
 #include "machine.h"
 #include "number.h"
-#include "queue.h"
 #include "sync.h"
 #include "tensor.h"
 #include "vector.h"
@@ -19,4 +18,5 @@
 #define GM_ADDR uint8_t*
 #define ASCEND_IS_AIC (::twin::cube())
 #define ASCEND_IS_AIV (!::twin::cube())
-#define KERNEL_TASK_TYPE_DEFAULT(type) static_assert(type >= 0)
+#define __vector__
+#define __mix__(cube, vector)

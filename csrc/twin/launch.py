@@ -1,4 +1,4 @@
-"""Compiles the kernels against the host twin and runs them on CPU tensors, or counts their cycles.
+"""Runs the kernels on the host twin, on CPU tensors, or counts their cycles.
 
 For the tests and the cost model: the twin computes what the accelerator would, slowly, and raises
 :class:`TwinFault` where the kernel does what the hardware forbids.
@@ -6,35 +6,26 @@ For the tests and the cost model: the twin computes what the accelerator would, 
 
 from __future__ import annotations
 
-import ctypes
-import json
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from csrc import build
 from skiparse.backends import Gradients, Inputs, Outputs
 
-TWIN = Path(__file__).parent
-FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Werror=overflow", "-fPIC")
-REPORT_BYTES = 1 << 16
 HEAD_DIMS = (64, 128)
 MOST_IN_PART = 40  # of csrc/ascend/tiling_bwd.h
 INPUTS = ("q", "k", "v", "text_q", "text_k", "text_v")
 OUTPUTS = ("out", "text_out", "lse", "text_lse")
 
 
-MODEL = ("guess", "costs_only", "core", "last_lane_first", "half_scores")
 GUESSES = ("fast", "typical", "slow")
 Guess = Literal["fast", "typical", "slow"]
-
-
-class TwinFault(AssertionError):
-    """What the kernel did wrong, beginning with the sub-core and the line."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +41,32 @@ class Lane:
 
 @dataclass(frozen=True)
 class Buffer:
-    """One in global memory: its size, and what the DMA read from it and wrote to it, in bytes."""
+    """One in global memory: its size, and what the DMA read from it and wrote to it, in bytes.
+
+    ``copies`` are the instructions that did.
+    """
 
     size: int
     read: int
     written: int
+    copies: int
 
     @property
     def moved(self) -> int:
         return self.read + self.written
+
+
+@dataclass(frozen=True)
+class Unaligned:
+    """Instructions of one line at places of global memory that are no multiple of 512 bytes.
+
+    They are slower, not wrong. Counted are all that write, and those that read scratch memory.
+    """
+
+    line: str
+    instruction: str
+    buffer: str
+    times: int
 
 
 @dataclass(frozen=True)
@@ -67,75 +75,21 @@ class Costs:
 
     lanes: tuple[Lane, ...]
     buffers: dict[str, Buffer]
+    unaligned: tuple[Unaligned, ...]
 
     def cycles(self, launch: int) -> float:
         """Of the slowest core."""
         return max(lane.cycles for lane in self.lanes if lane.launch == launch)
 
 
-class _Strides(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("batch", "token", "head"))
-
-
-class _Model(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int32) for name in MODEL)
-
-
-EXECUTED = _Model(GUESSES.index("typical"), 0, -1, 0, 0)
-
-
-class _Tiling(ctypes.Structure):
-    """`Tiling` of csrc/ascend/tiling.h."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_int64)
-            for name in ("batch", "tokens", "text", "heads", "head_dim", "sparsity", "run")
-        ),
-        *((name, _Strides) for name in INPUTS),
-        ("masked", ctypes.c_int32),
-        ("scale", ctypes.c_float),
-    )
-
-
-class _BackwardTiling(ctypes.Structure):
-    """`BackwardTiling` of csrc/ascend/tiling_bwd.h."""
-
-    _fields_ = (
-        ("forward", _Tiling),
-        ("grad_out", _Strides),
-        ("grad_text_out", _Strides),
-        ("grad_text_sub", ctypes.c_int64),
-        ("most_in_part", ctypes.c_int64),
-    )
-
-
-class _ForwardPointers(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in (*INPUTS, "mask", "text_mask", *OUTPUTS))
-
-
-class _BackwardPointers(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_void_p)
-        for name in (
-            *(*INPUTS, "mask", "text_mask", *OUTPUTS, "grad_out", "grad_text_out"),
-            *(f"grad_{name}" for name in INPUTS),
-        )
-    )
-
-
-def build(
-    folder: Path, kernels: Path = TWIN / "kernels.h", *, flags: tuple[str, ...] = FLAGS
-) -> ctypes.CDLL:
-    """The library of the kernels in the header ``kernels``, compiled by g++ into ``folder``."""
-    library = folder / "twin.so"
-    command = ["g++", *flags, f"-I{TWIN}", f'-DKERNELS="{kernels}"', "-shared"]
-    subprocess.run([*command, str(TWIN / "launch.cpp"), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+def load(folder: Path) -> ModuleType:
+    """The kernels as they are on the twin, built by CMake in ``folder``; a second time at once."""
+    build.build(folder, "twin", SKIPARSE_TWIN=True)
+    return build.load("twin", folder / "twin.so")
 
 
 def forward(
-    library: ctypes.CDLL,
+    library: ModuleType,
     inputs: Inputs,
     *,
     cores: int = 2,
@@ -152,12 +106,12 @@ def forward(
         TwinFault: if the kernel breaks a rule of the hardware.
         ValueError: if ``half_scores`` meets a scale that is not positive.
     """
-    model = _Model(GUESSES.index("typical"), 0, -1, 0, half_scores)
+    model = model_of(library, half_scores=half_scores)
     return _forward(library, inputs, cores, variant, model)[0]
 
 
 def forward_costs(
-    library: ctypes.CDLL,
+    library: ModuleType,
     inputs: Inputs,
     *,
     cores: int,
@@ -174,18 +128,49 @@ def forward_costs(
     ``meta``. ``guess`` says which values the uncertain figures of cost.h take. With ``core``, that
     core alone is counted. ``executed`` and the order of the sub-cores change no figure.
     """
-    one = -1 if core is None else core
-    model = _Model(GUESSES.index(guess), not executed, one, last_lane_first, half_scores)
+    model = model_of(
+        library,
+        guess=guess,
+        costs_only=not executed,
+        core=core,
+        last_lane_first=last_lane_first,
+        half_scores=half_scores,
+    )
     return _forward(library, inputs, cores, variant, model)[1]
 
 
+def forward_of_last(
+    library: ModuleType, inputs: Inputs, parts: int, *, variant: int = 0
+) -> Outputs:
+    """The last of ``parts`` sub-sequences of one head, each a block as long as q, k and v here.
+
+    ``inputs`` are dense, of the last alone, and text; the kernel is told of a problem ``parts``
+    times as long, and there is memory for the last part of each buffer only. So offsets may be
+    larger than any memory, and a wrong one is found where it is used.
+
+    Raises:
+        TwinFault: if the kernel breaks a rule of the hardware.
+    """
+    (_, L, _, D), T = inputs.q.shape, inputs.text_q.shape[1]
+    new = inputs.q.new_empty
+    outputs = Outputs(
+        new(1, L, 1, D),
+        new(1, 1, T, 1, D),
+        new(1, 1, L, dtype=torch.float32),
+        new(1, 1, 1, T, dtype=torch.float32),
+    )
+    tensors = {name: getattr(inputs, name) for name in INPUTS} | outputs._asdict()
+    library.forward_of_last(
+        arrays(library, tensors), scale=inputs.scale, parts=parts, variant=variant
+    )
+    return outputs
+
+
 def _forward(
-    library: ctypes.CDLL, inputs: Inputs, cores: int, variant: int, model: _Model
+    library: ModuleType, inputs: Inputs, cores: int, variant: int, model: Any
 ) -> tuple[Outputs, Costs]:
-    if model.half_scores and not inputs.scale > 0:
-        raise ValueError(f"half_scores needs a positive scale, got {inputs.scale}")
     (B, N, H, D), T = inputs.q.shape, inputs.text_q.shape[1]
-    n, tensors, padded = inputs.pattern.sparsity, _padded(inputs), _head_dim(D)
+    n, padded = inputs.pattern.sparsity, _head_dim(D)
     new = inputs.q.new_empty
     outputs = Outputs(
         new(B, N, H, padded),
@@ -193,14 +178,15 @@ def _forward(
         new(B, H, N, dtype=torch.float32),
         new(B, H, n, T, dtype=torch.float32),
     )
-    pointers = _ForwardPointers(*map(_pointer, (*tensors, *outputs)))
-    tiling = _tiling(inputs, tensors)
-    costs = _call(library.skiparse_twin_forward, inputs, tiling, pointers, cores, variant, model)
-    return Outputs(outputs.out[..., :D], outputs.text_out[..., :D], *outputs[2:]), costs
+    tensors = _padded(inputs) | outputs._asdict()
+    found = library.forward(
+        arrays(library, tensors), **_settings(inputs), cores=cores, variant=variant, model=model
+    )
+    return Outputs(outputs.out[..., :D], outputs.text_out[..., :D], *outputs[2:]), costs(found)
 
 
 def backward(
-    library: ctypes.CDLL,
+    library: ModuleType,
     inputs: Inputs,
     outputs: Outputs,
     grad_out: Tensor,
@@ -218,11 +204,12 @@ def backward(
         TwinFault: if a kernel breaks a rule of the hardware.
     """
     grads = (grad_out, grad_text_out)
-    return _backward(library, inputs, outputs, *grads, cores, most_in_part, variant, EXECUTED)[0]
+    model = model_of(library)
+    return _backward(library, inputs, outputs, *grads, cores, most_in_part, variant, model)[0]
 
 
 def backward_costs(
-    library: ctypes.CDLL,
+    library: ModuleType,
     inputs: Inputs,
     outputs: Outputs,
     *,
@@ -235,13 +222,13 @@ def backward_costs(
     """Cycles of the key biases, the row values, the gradients and their sums over sub-sequences
     (launches 0 to 3), with upstream gradients as ``outputs`` are: a MODEL. See `forward_costs`.
     """
-    model = _Model(GUESSES.index(guess), 1, -1 if core is None else core, 0, 0)
+    model = model_of(library, guess=guess, costs_only=True, core=core)
     grads = outputs[:2]
     return _backward(library, inputs, outputs, *grads, cores, most_in_part, variant, model)[1]
 
 
 def _backward(
-    library: ctypes.CDLL,
+    library: ModuleType,
     inputs: Inputs,
     outputs: Outputs,
     grad_out: Tensor,
@@ -249,30 +236,31 @@ def _backward(
     cores: int,
     most_in_part: int,
     variant: int,
-    model: _Model,
+    model: Any,
 ) -> tuple[Gradients, Costs]:
     D = inputs.q.shape[-1]
-    tensors, padded = _padded(inputs), _head_dim(D)
-    out, text_out = (_pad(x, padded).contiguous() for x in outputs[:2])
-    grad_out, grad_text_out = (_pad(x, padded) for x in (grad_out, grad_text_out))
+    padded = _head_dim(D)
     new = inputs.q.new_empty
     gradients = Gradients(*(new(*getattr(inputs, name).shape[:-1], padded) for name in INPUTS))
-    batch, sub, token, head, _ = grad_text_out.stride()
-    tiling = _BackwardTiling(
-        _tiling(inputs, tensors),
-        _Strides(*grad_out.stride()[:3]),
-        _Strides(batch, token, head),
-        sub,
-        most_in_part,
+    tensors = {
+        **_padded(inputs),
+        "out": _pad(outputs.out, padded).contiguous(),
+        "text_out": _pad(outputs.text_out, padded).contiguous(),
+        "lse": outputs.lse,
+        "text_lse": outputs.text_lse,
+        "grad_out": _pad(grad_out, padded),
+        "grad_text_out": _pad(grad_text_out, padded),
+        **{f"grad_{name}": x for name, x in zip(INPUTS, gradients, strict=True)},
+    }
+    found = library.backward(
+        arrays(library, tensors),
+        **_settings(inputs),
+        cores=cores,
+        most_in_part=most_in_part,
+        variant=variant,
+        model=model,
     )
-    pointers = _BackwardPointers(
-        *map(
-            _pointer,
-            (*tensors, out, text_out, *outputs[2:], grad_out, grad_text_out, *gradients),
-        )
-    )
-    costs = _call(library.skiparse_twin_backward, inputs, tiling, pointers, cores, variant, model)
-    return Gradients(*(x[..., :D] for x in gradients)), costs
+    return Gradients(*(x[..., :D] for x in gradients)), costs(found)
 
 
 def _head_dim(D: int) -> int:
@@ -284,63 +272,63 @@ def _pad(x: Tensor, D: int) -> Tensor:
     return x if x.shape[-1] == D else F.pad(x, (0, D - x.shape[-1]))
 
 
-def _padded(inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """The six inputs with a head dimension that the kernels know, and the two masks."""
+def _padded(inputs: Inputs) -> dict[str, Tensor]:
+    """The six inputs with a head dimension that the kernels know, and the masks there are."""
     D = _head_dim(inputs.q.shape[-1])
-    masks = (inputs.mask, inputs.text_mask)
-    return (
-        *(_pad(getattr(inputs, name), D) for name in INPUTS),
-        *(None if m is None else m.contiguous() for m in masks),
+    masks = {"mask": inputs.mask, "text_mask": inputs.text_mask}
+    return {
+        **{name: _pad(getattr(inputs, name), D) for name in INPUTS},
+        **{name: mask.contiguous() for name, mask in masks.items() if mask is not None},
+    }
+
+
+def arrays(library: ModuleType, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Where the tensors lie and what they hold. The library checks them; nobody copies them."""
+    return {
+        name: library.Array(
+            x.data_ptr(), x.device.type, str(x.dtype).removeprefix("torch."), x.shape, x.stride()
+        )
+        for name, x in tensors.items()
+    }
+
+
+def _settings(inputs: Inputs) -> dict[str, Any]:
+    pattern = inputs.pattern
+    return {"sparsity": pattern.sparsity, "run": pattern.run, "scale": inputs.scale}
+
+
+def model_of(
+    library: ModuleType,
+    *,
+    guess: Guess = "typical",
+    costs_only: bool = False,
+    core: int | None = None,
+    last_lane_first: bool = False,
+    half_scores: bool = False,
+) -> Any:
+    """What to run or to count, as the library has it: see `forward_costs`."""
+    return library.Model(
+        guess=GUESSES.index(guess),
+        costs_only=costs_only,
+        core=-1 if core is None else core,
+        last_lane_first=last_lane_first,
+        half_scores=half_scores,
     )
 
 
-def _tiling(inputs: Inputs, tensors: tuple[Tensor | None, ...]) -> _Tiling:
-    (B, N, H, D), T = inputs.q.shape, inputs.text_q.shape[1]
-    six, masks = tensors[: len(INPUTS)], tensors[len(INPUTS) :]
-    return _Tiling(
-        *(B, N, T, H, _head_dim(D), inputs.pattern.sparsity, inputs.pattern.run),
-        *(_Strides(*x.stride()[:3]) for x in six if x is not None),
-        any(m is not None for m in masks),
-        inputs.scale,
-    )
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None or x.numel() == 0 else x.data_ptr()
-
-
-def _call(
-    function: Any,
-    inputs: Inputs,
-    tiling: ctypes.Structure,
-    pointers: ctypes.Structure,
-    cores: int,
-    variant: int,
-    model: _Model,
+def costs(
+    found: tuple[list[tuple[Any, ...]], dict[str, tuple[int, ...]], list[tuple[Any, ...]]],
 ) -> Costs:
-    report = ctypes.create_string_buffer(REPORT_BYTES)
-    failed = function(
-        variant,
-        ctypes.byref(tiling),
-        inputs.q.dtype == torch.bfloat16,
-        cores,
-        ctypes.byref(pointers),
-        ctypes.byref(model),
-        report,
-        ctypes.c_size_t(REPORT_BYTES),
-    )
-    if failed:
-        raise TwinFault(report.value.decode())
-    found = json.loads(report.value)
+    """What `costs` of csrc/twin/python.h gives, with names."""
+    lanes, buffers, unaligned = found
     return Costs(
-        tuple(Lane(**lane) for lane in found["lanes"]),
-        {name: Buffer(*sizes) for name, sizes in found["global"].items()},
+        tuple(Lane(*lane) for lane in lanes),
+        {name: Buffer(*sizes) for name, sizes in buffers.items()},
+        tuple(Unaligned(*place) for place in unaligned),
     )
 
 
-def device(library: ctypes.CDLL, guess: Guess) -> tuple[float, float, float]:
+def device(library: ModuleType, guess: Guess) -> tuple[float, float, float]:
     """Bytes a second of the L2 and of the HBM, and bytes of the L2, as cost.h has them."""
-    figures = [ctypes.c_double() for _ in range(3)]
-    library.skiparse_twin_device(GUESSES.index(guess), *map(ctypes.byref, figures))
-    l2, hbm, l2_bytes = (figure.value for figure in figures)
+    l2, hbm, l2_bytes = library.device(GUESSES.index(guess))
     return l2, hbm, l2_bytes

@@ -21,8 +21,10 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cost.h"
@@ -48,20 +50,29 @@ struct Where {
     static constexpr Where here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
         return {file, line};
     }
-    std::string text() const {
+    std::string file_name() const {
         const std::string path = file;
-        return path.substr(path.rfind('/') + 1) + ":" + std::to_string(line);
+        return path.substr(path.rfind('/') + 1);
     }
+    std::string text() const { return file_name() + ":" + std::to_string(line); }
 };
 
 // What a kernel did that the hardware forbids, or does not promise to do right.
 struct Fault : std::runtime_error {
-    using std::runtime_error::runtime_error;
+    explicit Fault(const std::string& rule) : runtime_error(rule), rule(rule) {}
+    Fault(Where where, const std::string& rule)
+        : runtime_error(where.text() + ": " + rule), file(where.file_name()), line(where.line),
+          rule(rule) {}
+    Fault(const std::string& lane, const Fault& fault)
+        : runtime_error(lane + ": " + fault.what()), lane(lane), file(fault.file),
+          line(fault.line), rule(fault.rule) {}
+
+    std::string lane, file;  // the sub-core and where it was, as far as the fault has them
+    int line = 0;
+    std::string rule;  // that was broken, and by what
 };
 
-[[noreturn]] inline void fail(Where where, const std::string& what) {
-    throw Fault(where.text() + ": " + what);
-}
+[[noreturn]] inline void fail(Where where, const std::string& rule) { throw Fault(where, rule); }
 
 inline void require(bool right, Where where, const std::string& what) {
     if (!right) fail(where, what);
@@ -102,7 +113,8 @@ public:
     uint8_t* data;
     size_t bytes;
     bool writable;
-    uint64_t bytes_read = 0, bytes_written = 0;  // by the DMA
+    bool scratch = false;  // of the kernels themselves, so where buffers lie is their choice
+    uint64_t bytes_read = 0, bytes_written = 0, copies = 0;  // by the DMA
 
     bool filled(size_t first, size_t size) const {
         return !std::memchr(filled_.data() + first, 0, size);
@@ -124,14 +136,14 @@ private:
 // least that two pipes of a kernel write side by side.
 constexpr size_t CHIP_CELL = 32, GLOBAL_CELL = 4;
 
-// An on-chip memory, from which buffers are cut one after another.
+// An on-chip memory, from which one allocator cuts buffers.
 struct Chip {
     Chip(const char* name, size_t bytes)
         : storage(bytes, 0xcd), memory(name, storage.data(), bytes, CHIP_CELL, false, true) {}
 
     std::vector<uint8_t> storage;
     Memory memory;
-    size_t used = 0;
+    bool cut = false;
 };
 
 struct Flag {
@@ -187,6 +199,13 @@ struct SubCore {
     // The scalar unit goes on to the next instruction, or to a flag or barrier.
     void issue(const Costs& costs) { base[S].cycle += costs.of(figure::ISSUE); }
 
+    // Anything but a barrier: it stands after InitSocState(), and before the last barrier.
+    void begin(Where where) {
+        require(initialised, where, "before InitSocState(): what the kernel before left is in force");
+        last = where;
+        drained = false;
+    }
+
     // An operation takes its pipe.
     void take(int pipe, const Cost& cost, const Costs& costs) {
         issue(costs);
@@ -195,6 +214,7 @@ struct SubCore {
         const double start = std::max({base[S].cycle, base[pipe].cycle, free[pipe]});
         oldest = start;
         free[pipe] = start + cost.busy;
+        if (pipe == S) base[S].cycle = free[S];
         busy[pipe] += cost.busy;
         done[pipe].cycle = std::max(done[pipe].cycle, free[pipe] + cost.latency);
     }
@@ -205,6 +225,9 @@ struct SubCore {
         return cycle;
     }
 
+    bool initialised = false;  // by InitSocState()
+    bool drained = false;      // by PipeBarrier<PIPE_ALL>, with nothing after it
+    Where last{"the kernel", 0};
     bool adds = false;  // whether copies to global memory add to what is there
     Where adds_since{"", 0};
     bool finished = false;
@@ -212,6 +235,16 @@ struct SubCore {
     Where waits_at{"", 0};
     ucontext_t context{};
     std::vector<char> stack = std::vector<char>(STACK_BYTES);
+};
+
+// An instruction whose place in global memory is no multiple of this many bytes is slower.
+constexpr size_t FAST_ALIGNMENT = 512;
+
+// Such instructions, of one line of a kernel: where and in which memory.
+struct Unaligned {
+    std::string place, name, memory;
+    auto key() const { return std::tie(place, name, memory); }
+    bool operator<(const Unaligned& other) const { return key() < other.key(); }
 };
 
 // What a launch took of each sub-core that ran.
@@ -233,6 +266,7 @@ struct Machine {
     int launches = 0;
     std::vector<Usage> usage;
     std::vector<Memory> global;
+    std::map<Unaligned, uint64_t> unaligned;  // how many of each there were
     std::vector<Issued> log{1};
     uint32_t launch_begins = 1;  // the operations before it belong to launches that have ended
     Lanes lanes;
@@ -240,25 +274,34 @@ struct Machine {
     int core = 0, cores = 0;
     bool mixed = true;  // cube and vector sub-cores work together; else vector 0 alone
     std::function<void()> kernel;
-    std::string fault;
+    std::optional<Fault> fault;
     ucontext_t scheduler{};
 
     Memory& find(const void* address, size_t size, Where where) {
         const auto* first = static_cast<const uint8_t*>(address);
+        const Memory* short_one = nullptr;  // tensors may lie in one another, as slices of one
         for (Memory& memory : global) {
-            if (first >= memory.data && first < memory.data + memory.bytes) {
-                if (first + size <= memory.data + memory.bytes) return memory;
-                fail(where, "runs past the end of " + memory.name);
-            }
+            if (first < memory.data || first >= memory.data + memory.bytes) continue;
+            if (first + size <= memory.data + memory.bytes) return memory;
+            short_one = &memory;
         }
+        if (short_one != nullptr) fail(where, "runs past the end of " + short_one->name);
         fail(where, "outside every allocation of global memory");
     }
 
-    void count_moved(const void* address, uint64_t read, uint64_t written, Where where) {
+    // A DMA instruction that reads or writes so many bytes of global memory, from `address` on and
+    // not beyond `extent` bytes. Writes, and all in scratch memory, are counted if not aligned.
+    void count_moved(const char* name, const void* address, size_t extent, uint64_t read,
+                     uint64_t written, Where where) {
         if (read + written == 0) return;
-        Memory& memory = find(address, 1, where);
+        Memory& memory = find(address, extent, where);
         memory.bytes_read += read;
         memory.bytes_written += written;
+        ++memory.copies;
+        const size_t first = static_cast<const uint8_t*>(address) - memory.data;
+        if ((written > 0 || memory.scratch) && first % FAST_ALIGNMENT != 0) {
+            ++unaligned[{where.text(), name, memory.name}];
+        }
     }
 };
 
@@ -272,6 +315,7 @@ public:
     Operation(int pipe, const char* name, const Cost& cost, Where where)
         : where_(where), in_order_(pipe == S) {
         SubCore& self = *machine->self;
+        self.begin(where);
         self.take(pipe, cost, machine->costs);
         if (machine->costs_only) return;
         start_ = self.base[pipe];
@@ -334,7 +378,9 @@ public:
 
     void read_global(const void* address, size_t size) {
         Memory& memory = machine->find(address, size, where_);
-        read(memory, static_cast<const uint8_t*>(address) - memory.data, size);
+        const size_t first = static_cast<const uint8_t*>(address) - memory.data;
+        if (component_ % PIPES == S) expect_no_dma_wrote(memory, first, size);
+        read(memory, first, size);
     }
 
     void write_global(const void* address, size_t size) {
@@ -359,6 +405,19 @@ private:
         const Issued& other = machine->log[id];
         fail(where_, label() + " " + does + " " + memory.name + ", " + was + " by " + other.name +
                          " at " + other.where.text() + ", and nothing orders the two");
+    }
+
+    // The scalar unit reads through a cache that no DMA updates.
+    void expect_no_dma_wrote(Memory& memory, size_t first, size_t size) {
+        if (!memory.writable) return;
+        const size_t end = (first + size - 1) / memory.cell_;
+        for (size_t i = first / memory.cell_; i <= end; ++i) {
+            const uint32_t id = memory.cells_[i].write;
+            if (id < machine->launch_begins || machine->log[id].component % PIPES == S) continue;
+            fail(where_, label() + " reads " + memory.name + " through the cache of the scalar " +
+                             "unit, which does not see what " + machine->log[id].name + " at " +
+                             machine->log[id].where.text() + " wrote in this launch");
+        }
     }
 
     void remember_read(Memory::Cell& cell, size_t i, Memory& memory) {
@@ -398,6 +457,7 @@ inline void barrier_all() {
     Clock all;
     for (const Clock& clock : self.done) all.join(clock);
     for (Clock& clock : self.base) clock.join(all);
+    self.drained = true;
 }
 
 inline std::string flag_name(int from, int to, int id) {
@@ -414,6 +474,7 @@ inline void set_flag(int from, int to, int id, Where where) {
     Flag& f = flag(from, to, id, where);
     require(!f.set, where,
             flag_name(from, to, id) + " is set again; nothing waited since " + f.where.text());
+    machine->self->begin(where);
     machine->self->issue(machine->costs);
     f = {true, machine->self->complete_at_flag(from), where};
 }
@@ -422,6 +483,7 @@ inline void wait_flag(int from, int to, int id, Where where) {
     Flag& f = flag(from, to, id, where);
     require(f.set, where, flag_name(from, to, id) + " is waited for, and nothing has set it");
     f.set = false;
+    machine->self->begin(where);
     machine->self->issue(machine->costs);
     machine->self->base[to].join(f.clock, machine->costs.of(figure::FLAG));
 }
@@ -459,6 +521,7 @@ inline void set_cross_flag(int id, int pipe, Where where) {
             "cross-core flag " + std::to_string(id) + ": a kernel has 0 to 10");
     require(machine->mixed, where, "cross-core flag in a kernel of vector cores alone");
     SubCore& self = *machine->self;
+    self.begin(where);
     self.issue(machine->costs);
     const int first = cube() ? 1 : 0, last = cube() ? 2 : 0;
     for (int lane = first; lane <= last; ++lane) {
@@ -481,6 +544,7 @@ inline void wait_cross_flag(int id, Where where) {
     require(id >= 0 && id < CROSS_FLAGS, where,
             "cross-core flag " + std::to_string(id) + ": a kernel has 0 to 10");
     SubCore& self = *machine->self;
+    self.begin(where);
     self.issue(machine->costs);
     self.waits_for = id;
     self.waits_at = where;
@@ -500,6 +564,7 @@ inline void sync_all(bool vectors_only, Where where) {
     require(!vectors_only || !cube(), where, "SyncAll of the vector cores, on a cube core");
     SubCore& self = *machine->self;
     barrier_all();
+    self.begin(where);
     self.waits_for = vectors_only ? ALL_VECTORS : ALL;
     self.waits_at = where;
     while (self.waits_for >= 0) swapcontext(&self.context, &machine->scheduler);
@@ -527,8 +592,10 @@ inline void run_lane() {
         machine->kernel();
         expect_clean_end(self);
         require(!self.adds, self.adds_since, "SetAtomicAdd is still in force at the end");
+        require(self.drained, self.last,
+                "is the last of this core, and a PipeBarrier<PIPE_ALL> must be");
     } catch (const Fault& fault) {
-        machine->fault = std::string(LANE_NAMES[self.lane]) + ": " + fault.what();
+        machine->fault.emplace(LANE_NAMES[self.lane], fault);
     }
     self.finished = true;
     swapcontext(&self.context, &machine->scheduler);
@@ -561,7 +628,7 @@ inline bool run_core(int lanes_from, int lanes_to) {
             moved = true;
             m.self = &lane;
             swapcontext(&m.scheduler, &lane.context);
-            if (!m.fault.empty()) throw Fault(m.fault);
+            if (m.fault) throw *m.fault;
         }
         if (left && !moved) return false;
     }

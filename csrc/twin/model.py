@@ -8,7 +8,6 @@ cores queue for the L2 (it is a floor), bank conflicts of UB, instruction fetche
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import itertools
 import math
@@ -16,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -115,7 +115,7 @@ class Projection:
 
 
 def project(
-    library: ctypes.CDLL,
+    library: ModuleType,
     shape: Shape,
     *,
     cores: int = 24,
@@ -170,7 +170,7 @@ def project(
 
 
 def project_backward(
-    library: ctypes.CDLL,
+    library: ModuleType,
     shape: Shape,
     *,
     cores: int = 24,
@@ -201,7 +201,7 @@ def project_backward(
 
 
 def _from_hbm(
-    library: ctypes.CDLL,
+    library: ModuleType,
     shape: Shape,
     cores: int,
     guess: launch.Guess,
@@ -220,7 +220,7 @@ def _from_hbm(
     return sum(moved.values()) / hbm
 
 
-def rearranging(library: ctypes.CDLL, shape: Shape, guess: launch.Guess = "typical") -> float:
+def rearranging(library: ModuleType, shape: Shape, guess: launch.Guess = "typical") -> float:
     """Seconds of the other way: copies to and from contiguous sub-sequences with the text in each,
     and the library's attention over them at its published rates.
 
@@ -260,7 +260,7 @@ def line(pattern: SkipPattern, what: str, of: Callable[..., Projection], peak: f
     )
 
 
-def break_even(library: ctypes.CDLL, pattern: SkipPattern) -> str:
+def break_even(library: ModuleType, pattern: SkipPattern) -> str:
     """What the fused forward must reach to take as long as rearranging, and what it does."""
     shape = Shape(pattern)
     needed = shape.flops() / rearranging(library, shape) / 1e12
@@ -278,7 +278,7 @@ def main() -> None:
     print("MODEL, not measured: 36,864 video and 512 text tokens, 24 heads of 128, bf16, 1.8 GHz;")
     print("MODEL in brackets, what the uncertain figures of csrc/twin/cost.h allow")
     with tempfile.TemporaryDirectory() as folder:
-        library = launch.build(Path(folder))
+        library = launch.load(Path(folder))
         for cores, pattern in itertools.product((24, 20), patterns()):
             shape, peak = Shape(pattern), cores * CUBE_FLOPS * CLOCK
             forward = functools.partial(project, library, shape, cores=cores)

@@ -16,8 +16,6 @@ enum pipe_t {
     PIPE_ALL = twin::PIPES,
 };
 
-enum KernelType { KERNEL_TYPE_MIX_AIC_1_2, KERNEL_TYPE_AIV_ONLY };
-
 namespace AscendC {
 
 using twin::Where;
@@ -28,12 +26,12 @@ enum class HardEvent {
     MTE1_M = 16 * twin::MTE1 + twin::M,
     MTE2_MTE1 = 16 * twin::MTE2 + twin::MTE1,
     MTE2_V = 16 * twin::MTE2 + twin::V,
-    MTE3_S = 16 * twin::MTE3 + twin::S,
     MTE3_V = 16 * twin::MTE3 + twin::V,
     M_MTE1 = 16 * twin::M + twin::MTE1,
     M_FIX = 16 * twin::M + twin::FIX,
     FIX_M = 16 * twin::FIX + twin::M,
     S_MTE3 = 16 * twin::S + twin::MTE3,
+    V_S = 16 * twin::V + twin::S,
     V_MTE2 = 16 * twin::V + twin::MTE2,
     V_MTE3 = 16 * twin::V + twin::MTE3,
 };
@@ -57,6 +55,9 @@ void PipeBarrier() {
         twin::barrier(PIPE);
     }
 }
+
+// Undoes what kernels before left in force; the first of a kernel.
+inline void InitSocState() { twin::machine->self->initialised = true; }
 
 // Mode 2: from a cube core to both of its vector cores, or from both of them to it.
 template <uint8_t MODE, pipe_t PIPE>

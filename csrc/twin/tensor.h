@@ -1,4 +1,4 @@
-// Tensors, buffers and the pipe object: where data lies, and whether it may lie there.
+// Tensors and the buffers they are cut from: where data lies, and whether it may lie there.
 #pragma once
 
 #include <cstdint>
@@ -68,13 +68,13 @@ public:
         return {chip, space, at, end};
     }
     T GetValue(uint32_t i, Where where = Where::here()) const {
-        twin::Operation operation(twin::S, "GetValue", twin::Cost{}, where);
+        twin::Operation operation(twin::S, "GetValue", twin::machine->costs.scalar(), where);
         if (!operation.executes()) return T{};
         operation.read(memory(where), place(i, where), sizeof(T));
         return data()[i];
     }
     void SetValue(uint32_t i, T value, Where where = Where::here()) const {
-        twin::Operation operation(twin::S, "SetValue", twin::Cost{}, where);
+        twin::Operation operation(twin::S, "SetValue", twin::machine->costs.scalar(), where);
         if (!operation.executes()) return;
         operation.write(memory(where), place(i, where), sizeof(T));
         data()[i] = value;
@@ -120,9 +120,10 @@ public:
         part.address_ = address_ + elements;
         return part;
     }
-    T* GetPhyAddr() const { return address_; }
+    const T* GetPhyAddr() const { return address_; }
+    T* target() const { return address_; }  // the twin's own, to write to
     T GetValue(uint64_t i, Where where = Where::here()) const {
-        twin::Operation operation(twin::S, "GetValue", twin::Cost{}, where);
+        twin::Operation operation(twin::S, "GetValue", twin::machine->costs.scalar(), where);
         if (!operation.executes()) return T{};
         operation.read_global(address_ + i, sizeof(T));
         return address_[i];
@@ -132,72 +133,41 @@ private:
     T* address_ = nullptr;
 };
 
-template <TPosition POSITION>
-class TBuf {
+// The memories from which a kernel cuts its buffers.
+enum class Hardware { UB, L1, L0A, L0B, L0C };
+
+// Cuts buffers from a memory of the sub-core, one after another; a memory has one. The framework's
+// TPipe is not in the twin: beside flags that a kernel numbers itself its use is not defined.
+template <Hardware HARDWARE>
+class LocalMemAllocator {
+    static constexpr twin::Space SPACE = HARDWARE == Hardware::UB    ? twin::UB
+                                         : HARDWARE == Hardware::L1  ? twin::L1
+                                         : HARDWARE == Hardware::L0A ? twin::L0A
+                                         : HARDWARE == Hardware::L0B ? twin::L0B
+                                                                     : twin::L0C;
+
 public:
-    template <class T>
-    LocalTensor<T> Get() const {
-        return whole_.template ReinterpretCast<T>();
+    explicit LocalMemAllocator(Where where = Where::here())
+        : chip_(twin::machine->self->chips[SPACE].get()) {
+        twin::require(chip_ != nullptr, where, "this sub-core has no such memory");
+        twin::require(!chip_->cut, where, "a second allocator for " + chip_->memory.name);
+        chip_->cut = true;
+    }
+
+    template <TPosition POSITION, class T>
+    LocalTensor<T> Alloc(uint32_t elements, Where where = Where::here()) {
+        static_assert(twin::space_of(POSITION) == SPACE, "the position is in another memory");
+        const size_t first = used_;
+        used_ += elements * sizeof(T);
+        twin::require(used_ <= chip_->memory.bytes, where,
+                      chip_->memory.name + " has " + std::to_string(chip_->memory.bytes) +
+                          " bytes, and the buffers need " + std::to_string(used_));
+        return {chip_, SPACE, first, used_};
     }
 
 private:
-    friend class TPipe;
-    LocalTensor<uint8_t> whole_;
-};
-
-template <TPosition POSITION, int32_t DEPTH>
-class TQue;
-
-// Cuts buffers from the memories of the sub-core. On a cube core it keeps three M_MTE1 flags for
-// itself, set from its construction until Destroy(); a kernel that uses flags must call that first.
-class TPipe {
-public:
-    explicit TPipe(Where where = Where::here()) : where_(where) {
-        for (int id = 0; twin::cube() && id < OWN; ++id) {
-            twin::set_flag(twin::M, twin::MTE1, id, where);
-        }
-    }
-    TPipe(const TPipe&) = delete;
-    TPipe& operator=(const TPipe&) = delete;
-    ~TPipe() noexcept(false) {
-        if (!destroyed_ && !std::uncaught_exceptions()) Destroy(where_);
-    }
-
-    template <TPosition POSITION>
-    bool InitBuffer(TBuf<POSITION>& buffer, uint32_t bytes, Where where = Where::here()) {
-        buffer.whole_ = cut(twin::space_of(POSITION), bytes, where);
-        return true;
-    }
-    template <TPosition POSITION, int32_t DEPTH>
-    bool InitBuffer(TQue<POSITION, DEPTH>& queue, uint8_t number, uint32_t bytes,
-                    Where where = Where::here()) {
-        for (int i = 0; i < number; ++i) {
-            queue.buffers_.push_back({cut(twin::space_of(POSITION), bytes, where)});
-        }
-        return true;
-    }
-    void Destroy(Where where = Where::here()) {
-        destroyed_ = true;
-        for (int id = 0; twin::cube() && id < OWN; ++id) {
-            twin::wait_flag(twin::M, twin::MTE1, id, where);
-        }
-    }
-
-private:
-    LocalTensor<uint8_t> cut(twin::Space space, uint32_t bytes, Where where) {
-        twin::Chip* chip = twin::machine->self->chips[space].get();
-        twin::require(chip != nullptr, where, "this sub-core has no such memory");
-        const size_t first = chip->used;
-        chip->used += (bytes + twin::BLOCK - 1) / twin::BLOCK * twin::BLOCK;
-        twin::require(chip->used <= chip->memory.bytes, where,
-                      chip->memory.name + " has " + std::to_string(chip->memory.bytes) +
-                          " bytes, and the buffers need " + std::to_string(chip->used));
-        return {chip, space, first, first + bytes};
-    }
-
-    static constexpr int OWN = 3;
-    Where where_;
-    bool destroyed_ = false;
+    twin::Chip* chip_;
+    size_t used_ = 0;
 };
 
 }  // namespace AscendC

@@ -206,12 +206,23 @@ TWIN_BINARY(Min, PLAIN, x[0] < x[1] ? x[0] : x[1])
                                twin::in_float<T, 1>([](auto x) { return RESULT; })); \
     }
 TWIN_UNARY(Exp, FUNCTION, std::exp(x[0]))
-TWIN_UNARY(Ln, FUNCTION, std::log(x[0]))
 TWIN_UNARY(Abs, PLAIN, std::fabs(x[0]))
 TWIN_UNARY(Sqrt, FUNCTION, std::sqrt(x[0]))
 TWIN_UNARY(Rsqrt, FUNCTION, 1.0f / std::sqrt(x[0]))
 TWIN_UNARY(Reciprocal, FUNCTION, 1.0f / x[0])
 #undef TWIN_UNARY
+
+// Of numbers greater than 0: what ln 0 is depends on a mode of the core, -inf or the least number.
+template <class T>
+void Ln(const LocalTensor<T>& to, const LocalTensor<T>& from, int32_t count,
+        Where where = Where::here()) {
+    TWIN_COMPUTES(Ln);
+    twin::counted<T, T, 1>("Ln", twin::figure::FUNCTION, where, to, {from}, count,
+                           twin::in_float<T, 1>([where](auto x) {
+                               twin::require(x[0] != 0.0f, where, "Ln of 0, which has two answers");
+                               return std::log(x[0]);
+                           }));
+}
 
 #define TWIN_SCALAR(NAME, CYCLES, RESULT) \
     template <class T> \
@@ -228,6 +239,53 @@ TWIN_SCALAR(Maxs, PLAIN, x[0] > y ? x[0] : y)
 TWIN_SCALAR(Mins, PLAIN, x[0] < y ? x[0] : y)
 #undef TWIN_SCALAR
 #undef TWIN_COMPUTES
+
+enum class CMPMODE { LT, GT, EQ, LE, GE, NE };
+enum class SELMODE { VSEL_CMPMASK_SPR, VSEL_TENSOR_SCALAR_MODE, VSEL_TENSOR_TENSOR_MODE };
+
+// A bit for every number, from the lowest bit of the first byte on: whether it is greater.
+template <class T>
+void Compares(const LocalTensor<uint8_t>& to, const LocalTensor<T>& from, T value, CMPMODE mode,
+              uint32_t count, Where where = Where::here()) {
+    static_assert(std::is_same_v<T, float>, "the twin compares float alone");
+    twin::require(mode == CMPMODE::GT, where, "the twin knows CMPMODE::GT alone");
+    twin::require(count >= 1 && count * sizeof(T) % twin::REPEAT_BYTES == 0, where,
+                  "Compares: " + std::to_string(count) + " numbers are not whole repeats");
+    const twin::Cost cost = twin::machine->costs.vector(
+        count * sizeof(T) / twin::REPEAT_BYTES, twin::figure::PLAIN);
+    twin::Operation operation(twin::V, "Compares", cost, where);
+    to.expect(twin::UB, twin::BLOCK, where);
+    from.expect(twin::UB, twin::BLOCK, where);
+    if (!operation.executes()) return;
+    operation.read(from.memory(where), from.bytes(0, count * sizeof(T), where), count * sizeof(T));
+    operation.write(to.memory(where), to.bytes(0, count / 8, where), count / 8);
+    std::fill_n(to.data(), count / 8, uint8_t{0});
+    for (uint32_t i = 0; i < count; ++i) {
+        if (from.data()[i] > value) to.data()[i / 8] |= 1 << i % 8;
+    }
+}
+
+// Where the bit is set the number, elsewhere the scalar. It uses the 8 KB of UB that are reserved.
+template <class T>
+void Select(const LocalTensor<T>& to, const LocalTensor<uint8_t>& mask, const LocalTensor<T>& from,
+            T other, SELMODE mode, uint32_t count, Where where = Where::here()) {
+    static_assert(std::is_same_v<T, float>, "the twin selects float alone");
+    twin::require(mode == SELMODE::VSEL_TENSOR_SCALAR_MODE, where,
+                  "the twin selects between a tensor and a scalar");
+    const uint64_t repeats = (count * sizeof(T) + twin::REPEAT_BYTES - 1) / twin::REPEAT_BYTES;
+    twin::Operation operation(twin::V, "Select",
+                              twin::machine->costs.vector(repeats, twin::figure::PLAIN), where);
+    for (size_t at : {to.at, from.at, mask.at}) {
+        twin::require(at % twin::BLOCK == 0, where, "Select: operands begin on 32 bytes");
+    }
+    if (!operation.executes()) return;
+    operation.read(mask.memory(where), mask.bytes(0, (count + 7) / 8, where), (count + 7) / 8);
+    operation.read(from.memory(where), from.bytes(0, count * sizeof(T), where), count * sizeof(T));
+    operation.write(to.memory(where), to.bytes(0, count * sizeof(T), where), count * sizeof(T));
+    for (uint32_t i = 0; i < count; ++i) {
+        to.data()[i] = mask.data()[i / 8] >> i % 8 & 1 ? from.data()[i] : other;
+    }
+}
 
 template <class T>
 void Duplicate(const LocalTensor<T>& to, T value, int32_t count, Where where = Where::here()) {

@@ -18,14 +18,19 @@ key masks                      layout TND: packed, hidden keys left out, with le
 The library's own masks are rows x rows of booleans, the more the longer the sequence; lengths are a
 few numbers, but the host has to wait for them. Its maximum and sum of the softmax give the
 log-sum-exp, and back: maximum = log-sum-exp with sum = 1 says the same.
+
+Where torch_npu has it, its third variant is taken: all that it returns are tensors, and it leaves
+other streams alone while a graph is captured. It takes lengths as tensors too, but of the CPU
+(op-plugin refuses others), so with key masks the host waits as before, and no graph is captured.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,10 +41,14 @@ from skiparse.pattern import Segment
 # Limits of the library. Its documentation says 1K and 1M; the smaller reading is taken.
 _HEADS, _DIM, _ROWS, _SEQUENCES = 256, 768, 1_000_000, 1000
 _STATISTICS = 8  # copies of each row's maximum and sum
+_CANN = (8, 3)  # from which on the statistics of packed rows come in their order
 
 
 def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | None:
-    """It takes NPU tensors in fp16, bf16 or fp32; up to 256 heads and a head_dim of 768."""
+    """It takes NPU tensors in fp16, bf16 or fp32; up to 256 heads and a head_dim of 768.
+
+    Key masks need CANN 8.3.RC1 or later; where torch_npu does not say which it is, nobody checks.
+    """
     if inputs is None:
         return _why_no_npu()
     q, T, n = inputs.q, inputs.text_q.shape[1], inputs.pattern.sparsity
@@ -58,6 +67,9 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
         rows *= B * n
         if B * n > _SEQUENCES:
             return f"with key masks, up to {_SEQUENCES} sub-sequences are taken, not {B * n}"
+        cann = _cann_version()
+        if cann is not None and tuple(map(int, cann.split(".")[:2])) < _CANN:
+            return f"key masks need CANN 8.3.RC1 or later, not {cann}"
     if rows > _ROWS:
         at_once = " in all, with key masks" if masked else ""
         return f"npu_fusion_attention takes up to {_ROWS} rows{at_once}, not {rows}"
@@ -76,6 +88,18 @@ def _why_no_npu() -> str | None:
     if not torch.npu.is_available():
         return "torch_npu finds no NPU; see `npu-smi info`, and source CANN's set_env.sh"
     return None
+
+
+def _cann_version() -> str | None:
+    """As torch_npu reads it where CANN is installed; None where it cannot."""
+    read = getattr(getattr(_device_module(), "utils", None), "get_cann_version", None)
+    found = re.match(r"\d+\.\d+.*", read() or "") if read is not None else None
+    return found[0] if found else None
+
+
+def _device_module() -> Any:
+    """What torch_npu makes of torch when it is imported; None before."""
+    return getattr(torch, "npu", None)
 
 
 def forward(inputs: Inputs) -> Outputs:
@@ -245,11 +269,27 @@ def _calls(inputs: Inputs) -> Iterator[_Call]:
 # The library: [batch, rows, heads, D], or the same with all rows behind each other and lengths.
 
 
+class _Library(NamedTuple):
+    """The two operators of torch_npu, and how they take the ends of sequences."""
+
+    attention: Any
+    attention_grad: Any
+    ends: Callable[[list[int]], list[int] | Tensor]
+
+
+def _library() -> _Library:
+    """The third variant where torch_npu has it, but on Ascend 950, which it refuses."""
+    npu = torch.ops.npu
+    if not hasattr(npu, "npu_fusion_attention_v3") or "950" in _device_module().get_device_name():
+        return _Library(npu.npu_fusion_attention, npu.npu_fusion_attention_grad, list)
+    return _Library(npu.npu_fusion_attention_v3, npu.npu_fusion_attention_grad_v3, torch.tensor)
+
+
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, keys: _Keys | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output, and log-sum-exp ``[batch, rows, heads]``."""
-    attention = torch.ops.npu.npu_fusion_attention
+    attention, _, ends = _library()
     batch, rows, heads, _ = query.shape
     if keys is None:
         out, largest, total, *_ = attention(query, key, value, heads, "BSND", scale=scale)
@@ -257,7 +297,8 @@ def _attend(
     kept = (x.flatten(0, 1)[keys.rows] for x in (key, value))
     out, largest, total, *_ = attention(
         query.flatten(0, 1), *kept, heads, "TND", scale=scale,
-        actual_seq_qlen=_equal_ends(batch, rows), actual_seq_kvlen=keys.ends, softmax_layout="TND",
+        actual_seq_qlen=ends(_equal_ends(batch, rows)), actual_seq_kvlen=ends(keys.ends),
+        softmax_layout="TND",
     )  # fmt: skip
     lse = _log_sum_exp(largest, total).unflatten(0, (batch, rows))
     return out.unflatten(0, (batch, rows)), lse
@@ -274,7 +315,7 @@ def _attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, in their shapes."""
-    attention_grad = torch.ops.npu.npu_fusion_attention_grad
+    _, attention_grad, ends = _library()
     batch, rows, heads, _ = query.shape
     # Where there was no key, exp(score - the largest number) = 0: no gradient, and no NaN.
     lse = lse.masked_fill(lse == -torch.inf, torch.finfo(lse.dtype).max)
@@ -291,7 +332,8 @@ def _attend_backward(
     dq, dk, dv, *_ = attention_grad(
         flat[0], flat[1][keys.rows], flat[2][keys.rows], flat[3], heads, "TND", scale_value=scale,
         softmax_max=largest, softmax_sum=total, attention_in=flat[4],
-        actual_seq_qlen=_equal_ends(batch, rows), actual_seq_kvlen=keys.ends, softmax_layout="TND",
+        actual_seq_qlen=ends(_equal_ends(batch, rows)), actual_seq_kvlen=ends(keys.ends),
+        softmax_layout="TND",
     )  # fmt: skip
     shape = (batch, rows)
     dk, dv = (torch.zeros_like(flat[1]).index_copy_(0, keys.rows, x) for x in (dk, dv))

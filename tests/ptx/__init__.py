@@ -8,3 +8,8 @@ Everything that the hardware does while a warp goes on happens here as early as 
 it may, or at random: wgmma, cp.async, bulk tensor copies; and warps take turns at random. A kernel
 that is right gives the same bits in every one of these. See README.md for what this can't see.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[2]))  # of csrc/build.py, for processes in this folder

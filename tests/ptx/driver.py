@@ -7,8 +7,6 @@ for legality as they are made, and launches with the bytes of their parameters. 
 import ctypes
 import hashlib
 import struct
-import subprocess
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,12 +14,14 @@ import triton
 from triton import knobs
 from triton.backends.nvidia import driver as nvidia
 
+from csrc import build
 from ptx.memory import Fault
 from ptx.program import parse
 from ptx.schedule import Schedule
 from ptx.tma import MAGIC, TensorMap
 
-SOURCE = Path(__file__).with_name("libcuda.cpp")
+ROOT = Path(__file__).parents[2]
+LIBRARY = ROOT / "build" / "recorder" / "libcuda.so.1"
 LAUNCHED = ctypes.CFUNCTYPE(
     None,
     ctypes.c_uint64,
@@ -86,14 +86,11 @@ class Recorder:
     """
 
     def __init__(self, capability):
-        self._folder = tempfile.TemporaryDirectory(prefix="skiparse-libcuda-")
-        library = Path(self._folder.name) / "libcuda.so.1"
-        flags = ("-std=c++17", "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1")
-        subprocess.run(["g++", *flags, str(SOURCE), "-o", str(library)], check=True)
-        knobs.nvidia.libcuda_path = self._folder.name
+        build.build(LIBRARY.parent, "recorder", SKIPARSE_RECORDER=True)
+        knobs.nvidia.libcuda_path = str(LIBRARY.parent)
         knobs.runtime.add_stages_inspection_hook = without_ptxas
         knobs.runtime.kernel_load_end_hook.add(self._load)
-        self.library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        self.library = ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
         self.kernels, self.tensor_maps, self.errors = {}, [], []
         self.on_launch = None
         self._callbacks = LAUNCHED(self._launched), DESCRIBED(self._described)

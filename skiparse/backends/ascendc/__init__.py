@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skiparse.backends import Gradients, Inputs, Outputs, with_lse_gradients
+from skiparse.pattern import SkipPattern
 
 _HEAD_DIMS = (64, 128)  # the kernels'; others are padded with zeros
-_HERE = Path(__file__).parent
+_REACH = 65_535  # elements, or pairs of them, from row to row of one copy instruction
+_HERE = Path(__file__).parents[1]  # where the extension is built to
 _BUILD = (
     "on a machine with CANN and torch_npu, "
     "SKIPARSE_BUILD_ASCEND=1 pip install --no-build-isolation . in its source builds it"
@@ -43,11 +45,16 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
 
 def forward(inputs: Inputs) -> Outputs:
     """One kernel for video and text rows, after one for the key masks."""
+    return launch(inputs, half_scores=False)
+
+
+def launch(inputs: Inputs, *, half_scores: bool) -> Outputs:
+    """`forward`, with scores that pass through memory in fp32 or, faster, less exact, in fp16."""
     D = inputs.q.shape[-1]
     masks = (None if m is None else m.contiguous() for m in (inputs.mask, inputs.text_mask))
     pattern = inputs.pattern
     out, text_out, lse, text_lse = _operators().attention(
-        *_padded(inputs), *masks, pattern.sparsity, pattern.run, inputs.scale
+        *_padded(inputs), *masks, pattern.sparsity, pattern.run, inputs.scale, half_scores
     )
     return Outputs(_cut(out, D), _cut(text_out, D), lse, text_lse)
 
@@ -76,7 +83,7 @@ def _backward(
     masks = (None if m is None else m.contiguous() for m in (inputs.mask, inputs.text_mask))
     pattern = inputs.pattern
     grads = _operators().attention_backward(
-        _pad(grad_out), _pad(grad_text_out), *_padded(inputs), *masks,
+        _pad(_near(grad_out, pattern)), _pad(grad_text_out), *_padded(inputs), *masks,
         _pad(outputs.out), _pad(outputs.text_out), outputs.lse, outputs.text_lse,
         pattern.sparsity, pattern.run, inputs.scale,
     )  # fmt: skip
@@ -84,9 +91,23 @@ def _backward(
 
 
 def _padded(inputs: Inputs) -> list[Tensor]:
-    """The six inputs with a head dimension that the kernels take."""
-    tensors = (inputs.q, inputs.k, inputs.v, inputs.text_q, inputs.text_k, inputs.text_v)
-    return [_pad(x) for x in tensors]
+    """The six inputs with a head dimension that the kernels take, within their reach."""
+    video = [_near(x, inputs.pattern) for x in (inputs.q, inputs.k, inputs.v)]
+    return [_pad(x) for x in (*video, inputs.text_q, inputs.text_k, inputs.text_v)]
+
+
+def _near(x: Tensor, pattern: SkipPattern) -> Tensor:
+    """``x``, or a contiguous copy of it where its rows are too far apart to be gathered at once.
+
+    Then an instruction copies one row, of 128 in a tile: the copy is one pass over memory.
+    """
+    apart = pattern.sparsity if pattern.run == 1 else 1
+
+    def far(step: int) -> bool:
+        return step > 2 * _REACH or (step > _REACH and step % 2 == 1)
+
+    packed = x.shape[2] * x.shape[3]
+    return x.contiguous() if far(x.stride(1) * apart) and not far(packed * apart) else x
 
 
 def _pad(x: Tensor) -> Tensor:

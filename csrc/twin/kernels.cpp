@@ -1,4 +1,6 @@
 // The kernels as they are.
+#include "run.h"
+
 #include "../ascend/attention_bwd.cpp"
 #include "../ascend/attention_fwd.cpp"
 #include "../ascend/key_bias.cpp"
@@ -11,3 +13,5 @@ constexpr Kernels VARIANTS[] = {
      skiparse_attention_bwd_bf16, skiparse_text_gradients_fp16, skiparse_text_gradients_bf16,
      skiparse_attention_fwd_fp16_half_scores, skiparse_attention_fwd_bf16_half_scores},
 };
+
+Table table() { return {VARIANTS, std::size(VARIANTS)}; }
