@@ -383,9 +383,13 @@ set(CMAKE_ASC_INFORMATION_LOADED 1)
 }
 
 
-@pytest.mark.parametrize("place", ["lib64/cmake", "x86_64-linux/lib64/cmake", "lib64/cmake/asc"])
+@pytest.mark.parametrize(
+    "place", ["lib64/cmake", "x86_64-linux/lib64/cmake", "lib64/cmake/asc", "of set_env.sh"]
+)
 def test_the_kernels_are_the_language_asc_where_cann_has_it(quiet, tmp_path, monkeypatch, place):
     arguments = install_bisheng(quiet / PLACES[3])
+    if place == "of set_env.sh":
+        monkeypatch.setenv("CMAKE_PREFIX_PATH", str(quiet / place))
     (quiet / place).mkdir(parents=True)
     for name, text in ASC.items():
         (quiet / place / name).write_text(text)
@@ -395,6 +399,16 @@ def test_the_kernels_are_the_language_asc_where_cann_has_it(quiet, tmp_path, mon
     assert {"--asc-aicore-lang", "-fPIC", str(HOST / "launch.cpp")} | FLAGS <= set(given)
     assert f"-I{quiet}/include" in given
     assert (tmp_path / "build" / "libskiparse_ascend.so").exists()
+
+
+def test_without_torch_npu_the_error_says_how_to_build(quiet, tmp_path, monkeypatch):
+    install_bisheng(quiet / "bin")
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(quiet))
+    with pytest.raises(build.BuildError) as error:
+        build.build(tmp_path / "build", "all", SKIPARSE_ASCEND=True, SKIPARSE_TORCH=True)
+    said = " ".join(str(error.value).split())
+    assert f"no torch_npu for {sys.executable}: pip install torch_npu" in said
+    assert "--no-build-isolation" in said
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-// A libcuda that records: Triton's host path runs on it without a GPU. driver.py compiles and loads it.
+// A libcuda that records: Triton's host path runs on it without a GPU. CMake builds it for driver.py.
 #include <cstddef>
 #include <cstdint>
 
