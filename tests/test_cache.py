@@ -459,6 +459,14 @@ def test_a_lost_part_of_the_index(folder, manifest, encoders):
     assert contents(folder) == expected
 
 
+def test_which_short_clips_are_in_it_follows_from_the_seed(tmp_path, manifest, encoders):
+    rule = replace(RULE, frames=17, min_frames=9, drop_short=0.5)
+    build(tmp_path, manifest, rule, encoders, seed=SEED)
+    right, other = (assign(manifest, rule, seed).bucket for seed in (SEED, 0))
+    assert not np.array_equal(right, other)
+    assert np.array_equal(Cache(tmp_path).buckets.bucket, right)
+
+
 def sealed(about):
     rest = {name: value for name, value in about.items() if name != "seal"}
     return {**rest, "seal": atomic.seal(rest)}

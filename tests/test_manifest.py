@@ -198,6 +198,8 @@ def test_sources_that_make_no_sense(tmp_path: Path) -> None:
     check("nothing", "data.txt", r"data\.txt:1: expected `root,annotations`, got 'nothing'")
     check("gone,good.json", "data.txt", r"data\.txt:1: the root .*gone is no folder")
     check(".,gone.json", "data.txt", r"data\.txt:1: .*gone\.json does not exist")
+    check(f".,{'x' * 300}.json", "data.txt", r"data\.txt:1: .*x\.json does not exist")
+    check(f"{'x' * 300},good.json", "data.txt", r"data\.txt:1: the root .*x is no folder")
     check(".,data.txt", "data.txt", r"data\.txt:1: annotations must be \.json or \.jsonl")
     check("\n", "data.txt", r"data\.txt is empty")
     check(b"\xff", "data.txt", r"data\.txt:1 is not utf-8")
@@ -483,6 +485,36 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
         pytest.raises(DataError, match=r"no clip in .*: 1 cannot be opened"),
     ):
         Manifest.open(folder)
+
+
+def test_captions_that_never_end_cost_themselves_only(tmp_path: Path) -> None:
+    for name in "abcd":
+        clip(tmp_path / f"{name}.mp4")
+    (tmp_path / "a.txt").write_text("x")
+    os.mkfifo(tmp_path / "b.txt")
+    (tmp_path / "c.txt").symlink_to("/dev/zero")
+    (tmp_path / "d.txt").touch()
+    os.truncate(tmp_path / "d.txt", 2**40)
+    read = Manifest.open(tmp_path)
+    assert (len(read), read.dropped) == (1, {"a caption that cannot be read": 3})
+    assert [example.rpartition("] ")[2] for example in next(iter(read.examples.values()))] == [
+        "it is no plain file",
+        "it is no plain file",
+        "it has 1099511627776 bytes, more than 1048576",
+    ]
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_folder_whose_name_is_no_text(tmp_path: Path, indexed: bool) -> None:
+    folder = tmp_path / os.fsdecode(b"clips\xff")
+    folder.mkdir()
+    clip(folder / "a.mp4")
+    (folder / "a.txt").write_text("x")
+    for _ in range(2):
+        read = Manifest.open(folder, index=tmp_path / "index" if indexed else None)
+        assert read.record(0).root == folder
+    read.report().write(tmp_path / "report.json")
+    assert "clips\\xff" in read.report().line
 
 
 # The index.

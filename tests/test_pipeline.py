@@ -342,6 +342,7 @@ def test_spoilt_text_and_frames_are_refused(pipe):
         ({"generator": [generator()] * 2}, "each of 1 prompts, got a list of 2"),
         ({"prompt": "a \ud800 cat"}, r"prompt 'a \\ud800 cat' holds U\+D800, which is no char"),
         ({"negative_prompt": "\udcff"}, r"holds U\+DCFF, which is no character"),
+        ({"prompt": "\udcff", "clean_caption": False}, r"holds U\+DCFF, which is no character"),
         ({"latents": torch.zeros(1, 4, 2, 4, 4)}, r"latents must be \[1, 4, 2, 4, 6\] for 1"),
         ({"callback_on_step_end_tensor_inputs": ["text"]}, r"has \['text'\]; choose from"),
     ],

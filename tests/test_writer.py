@@ -150,6 +150,7 @@ def test_a_frame_that_fails_leaves_nothing(tmp_path, monkeypatch):
         ({"frames": clip(47)}, "even height and width for 4:2:0, got 47x64"),
         ({"fps": 0}, "fps must be above 0 and at most 1000, got 0"),
         ({"fps": math.nan}, "fps must be above 0"),
+        ({"fps": math.inf}, "fps must be above 0 and at most 1000, got inf"),
         ({"crf": 52}, "crf must be from 0 to 51, got 52"),
     ],
 )

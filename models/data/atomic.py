@@ -67,12 +67,14 @@ def check_writable(*paths: str | os.PathLike[str]) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write ``value`` as indented JSON in UTF-8; an older file of that name is replaced.
 
+    Names of files that are no text, as Python has them, are escaped, and come back as they were.
+
     Raises:
         ValueError: if a number in it is not finite, before anything is written.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     with replacing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def seal(table: Mapping[str, Any]) -> str:

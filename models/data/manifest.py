@@ -6,6 +6,7 @@ them, and kept as columns that are mapped from disk: ten million rows cost no Py
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import itertools
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import secrets
+import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -46,6 +48,7 @@ VIDEOS = frozenset(
     }
 )
 _CAPTION = ".txt"
+_MOST_TEXT = 2**20  # bytes of a caption
 FASTEST = 1000  # frames per second
 _SPECIAL = re.compile(
     r"[A-Za-z][A-Za-z0-9+.-]*:"
@@ -374,10 +377,10 @@ class _Source:
 def _state(path: Path) -> tuple[int, int]:
     """Size and time of a file, of a link that leads nowhere its own."""
     try:
-        stat = path.stat()
+        found = path.stat()
     except OSError:
-        stat = path.lstat()
-    return stat.st_size, stat.st_mtime_ns
+        found = path.lstat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _source(path: Path, limits: Limits) -> _Source:
@@ -398,7 +401,7 @@ def _source(path: Path, limits: Limits) -> _Source:
         if not comma:
             raise DataError(f"{where}: expected `root,annotations`, got {line!r}")
         pair = path.parent / root.strip(), path.parent / annotations.strip()
-        if not pair[0].is_dir():
+        if not os.path.isdir(pair[0]):  # which takes any name
             raise DataError(f"{where}: the root {pair[0]} is no folder; correct the line")
         _check_annotations(pair[1], where)
         parts.append(pair)
@@ -415,7 +418,7 @@ def _check_annotations(path: Path, where: str) -> None:
         )
     if path.suffix.lower() not in {".json", ".jsonl"}:
         raise DataError(f"{where}: annotations must be .json or .jsonl, got {path}")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"{where}: {path} does not exist; correct the name")
 
 
@@ -541,6 +544,7 @@ def _look(folder: Path, path: Path, limits: Limits) -> dict[str, Any] | tuple[st
     """The record of a file, or why it will not do and more about it."""
     captions = path.with_suffix(_CAPTION)
     try:
+        _check_caption(captions)
         caption = read_text(captions)
     except FileNotFoundError:
         return f"no caption in a {_CAPTION} of its name", ""
@@ -573,6 +577,15 @@ def _look(folder: Path, path: Path, limits: Limits) -> dict[str, Any] | tuple[st
         "fps": float(info.fps),
         "exact": info.exact,
     }
+
+
+def _check_caption(path: Path) -> None:
+    """OSError for what would never end, such as a pipe, or would fill the memory."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is no plain file")
+    if found.st_size > _MOST_TEXT:
+        raise OSError(errno.EFBIG, f"it has {found.st_size} bytes, more than {_MOST_TEXT}")
 
 
 @dataclass(frozen=True)
