@@ -139,7 +139,7 @@ def build(
     about = {
         "schema": SCHEMA,
         "data": manifest.fingerprint,
-        "rule": asdict(rule),
+        "rule": rule.table(),
         "seed": seed,
         "encoders": encoders.fingerprints(),
         "dtype": dtype,

@@ -44,7 +44,7 @@ def check(config: Config, world: World, encoders: Encoders | None) -> None:
         cache = config.cache_of(stage)
         if cache is not None and Cache(cache).rule != stage.rule:
             raise ValueError(
-                f"stages.{name}: {cache} was built by another rule, {asdict(Cache(cache).rule)}; "
+                f"stages.{name}: {cache} was built by another rule, {Cache(cache).rule.table()}; "
                 f"build one for stages.{name}.rule, or take over that rule"
             )
     if encoders is None:
@@ -119,6 +119,7 @@ def settings_of(config: Config, until: str) -> dict[str, Any]:
     for number, (name, stage) in enumerate(every["stages"].items()):
         for key in ("source", "cache", "accumulate", "checkpointing"):  # tell of how, not of what
             del stage[key]
+        stage["rule"] = config.stages[name].rule.table()
         if name == until:
             del stage["steps"]  # may grow
         found |= {f"stages.{name}.{key}": value for key, value in stage.items()}

@@ -61,6 +61,16 @@ class World:
             dist.all_reduce(numbers)
         return (numbers / self.size).tolist()
 
+    def average(self, x: Tensor) -> Tensor:
+        """``x`` averaged over all processes, element by element; gradients are averaged too."""
+        found: Tensor = _Average.apply(x) if self.size > 1 else x
+        return found
+
+    def share(self, batch: int) -> slice:
+        """Which samples of a batch of all processes are this one's."""
+        own = batch // self.size
+        return slice(self.rank * own, (self.rank + 1) * own)
+
     def all(self, mine: list[str]) -> list[str]:
         """The lists of all processes in one, in the order of their ranks."""
         if self.size == 1:
@@ -101,6 +111,21 @@ class World:
                 fully_shard(module, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model
+
+
+class _Average(torch.autograd.Function):
+    """A mean over all processes. What a loss that is a mean over them wants of it is the same."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        made = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(made)
+        return made / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        found: Tensor = _Average.apply(gradients[0])
+        return found
 
 
 def bare(model: nn.Module) -> SUV:

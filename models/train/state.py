@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from skiparse.models.train.checkpoint import Checkpoint
 from skiparse.models.train.clip import AdaptiveGradClipper
 from skiparse.models.train.config import Config, Stage
 from skiparse.models.train.ema import EMA
+from skiparse.models.train.optimizer import adamw, state_of
 from skiparse.models.train.parallel import World, bare, gathered
 
 
@@ -45,7 +45,14 @@ class State:
             world.sharded(ema.model)
         if config.compile:
             bare(net).compile_repeated_blocks()
-        return cls(net, ema, _adamw(bare(net), config), config.clip.make())
+        settings = config.optimizer
+        optimizer = adamw(
+            bare(net).named_parameters(),
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+        return cls(net, ema, optimizer, config.clip.make())
 
     @classmethod
     def resumed(cls, last: Checkpoint, config: Config, world: World) -> State:
@@ -60,10 +67,7 @@ class State:
         """All of it that is tensors, by name: ``model.*``, ``ema.*``, ``optimizer.*``."""
         found = {f"model.{name}": x for name, x in self.model.state_dict().items()}
         found |= {f"ema.{name}": x for name, x in self.ema.model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            for kind, x in self.optimizer.state[parameter].items():
-                found[f"optimizer.{name}.{kind}"] = x
-        return found
+        return found | state_of(self.optimizer, self.model.named_parameters(), "optimizer")
 
     def about(self) -> dict[str, Any]:
         """The rest of it, ready for JSON."""
@@ -153,22 +157,3 @@ def _weights(init: str) -> Path:
         f"init={init} holds no SUV: neither config.json nor transformer/config.json is there; make "
         "it of released weights by `skiparse convert suv`, or of a run by `skiparse export`"
     )
-
-
-def _adamw(model: SUV, config: Config) -> AdamW:
-    """With a state of zeros, from which it would start: so checkpoints always hold the same."""
-    options = config.optimizer
-    optimizer = AdamW(
-        model.parameters(),
-        betas=options.betas,
-        eps=options.eps,
-        weight_decay=options.weight_decay,
-    )
-    for parameter in model.parameters():
-        state: Mapping[str, Tensor] = {
-            "step": torch.zeros(()),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-        optimizer.state[parameter] = dict(state)
-    return optimizer
