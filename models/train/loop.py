@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from skiparse.models import flow
 from skiparse.models.data import draws
@@ -35,7 +34,6 @@ from skiparse.models.data.dataset import Clips
 from skiparse.models.data.draws import Use, torch_numbers
 from skiparse.models.data.features import Batch, Encoders, collate
 from skiparse.models.data.manifest import Manifest
-from skiparse.models.data.report import Report
 from skiparse.models.data.sampler import BucketBatchSampler
 from skiparse.models.train import core
 from skiparse.models.train.checkpoint import FOLDER, Checkpoint, complete_ones, number_of
@@ -43,6 +41,7 @@ from skiparse.models.train.checks import check, check_data, check_resumed, setti
 from skiparse.models.train.clip import Decision
 from skiparse.models.train.config import Config, Stage
 from skiparse.models.train.guards import undisturbed
+from skiparse.models.train.log import tell
 from skiparse.models.train.parallel import World, local
 from skiparse.models.train.samples import make_samples
 from skiparse.models.train.state import State, entered, prepare
@@ -256,14 +255,14 @@ def data_of(
     if cache is not None:
         held = Cache(cache, encoders.fingerprints() if encoders else None)
         held.buckets = without_minority(held.buckets, stage.global_batch, held.rule)
-        _tell(out, name, held.report(), world)
+        tell(out, name, held.report(), world)
         return held, {"data": held.data, "windows": "fixed", **held.fingerprints}
     assert source is not None
     assert encoders is not None
     with world.first_here():  # the others find the index made
         manifest = Manifest.open(source, index=out / "data" / name, limits=config.limits)
     buckets = without_minority(assign(manifest, stage.rule, seed), stage.global_batch, stage.rule)
-    _tell(out, name, manifest.report(buckets), world)
+    tell(out, name, manifest.report(buckets), world)
     clips = Clips(
         manifest, buckets, stage.rule, seed=seed, limits=config.limits, bad=out / "bad.jsonl"
     )
@@ -272,14 +271,6 @@ def data_of(
         "windows": "random",
         **encoders.fingerprints(),
     }
-
-
-def _tell(out: Path, name: str, report: Report, world: World) -> None:
-    """How many clips a stage uses, in a line and a file."""
-    if world.rank == 0:
-        tqdm.write(f"stage {name}: {report.line}")
-        (out / "data").mkdir(parents=True, exist_ok=True)
-        report.write(out / "data" / f"{name}.json")
 
 
 def batches_of(
