@@ -157,11 +157,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("settings", nargs=argparse.REMAINDER, metavar="--SETTING VALUE")
     train.set_defaults(run=_train, extra="train")
 
-    export = commands.add_parser("export", help="make a folder for `skiparse sample` of a run")
-    export.add_argument("run_folder", metavar="RUN", help="the out of `skiparse train`")
+    export = commands.add_parser(
+        "export", help="make a model of a run: for `skiparse sample`, or a WFVAE"
+    )
+    export.add_argument("run_folder", metavar="RUN", help="the out of a run")
     export.add_argument("out", metavar="OUT", help="the folder to make; it must not exist")
-    export.add_argument("--vae", required=True, metavar="DIR", help="a folder that WFVAE saved")
-    export.add_argument("--text", required=True, metavar="DIR", help="with the text encoders")
+    export.add_argument("--vae", metavar="DIR", help="a folder that WFVAE saved; for a denoiser")
+    export.add_argument("--text", metavar="DIR", help="with the text encoders; for a denoiser")
     export.add_argument(
         "--weights", choices=("ema", "model"), default="ema", help="averaged or last (%(default)s)"
     )

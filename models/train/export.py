@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -23,18 +23,21 @@ def export(
     run: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    vae: str | os.PathLike[str],
-    text: str | os.PathLike[str],
+    vae: str | os.PathLike[str] | None = None,
+    text: str | os.PathLike[str] | None = None,
     weights: Weights = "ema",
     other_encoders: bool = False,
 ) -> Path:
-    """Write the newest checkpoint of a run as a pipeline, which ``skiparse sample`` loads.
+    """Write the newest checkpoint of a run as what it is used as.
+
+    That of a denoiser becomes a pipeline, which ``skiparse sample`` loads; that of an autoencoder
+    a folder of :class:`WFVAE`, without ``vae`` and ``text``.
 
     Args:
         run: the ``out`` of a training run.
         out: folder to make, whole or not at all, by
             :meth:`~skiparse.models.pipeline.SUVPipeline.save_pretrained`, weights in fp32.
-        vae: folder of the WFVAE that the run was trained with.
+        vae: folder of the WFVAE that a denoiser was trained with.
         text: folder that holds its text encoders, as a pipeline keeps them.
         weights: the averaged ones, or those of the last step.
         other_encoders: whether ``vae`` and ``text`` may be others than the run's, such as a VAE
@@ -57,8 +60,18 @@ def export(
     last = Checkpoints(checkpoints).latest()
     if last is None:
         raise FileNotFoundError(f"no complete checkpoint in {checkpoints}; give the out of a run")
+    if "wfvae" in last.about:
+        if vae is not None or text is not None:
+            raise ValueError(f"{run} is of a WFVAE, which needs no vae and text; leave them out")
+        name = "vae" if weights == "model" else weights
+        autoencoder = _model(last, WFVAE, last.about["wfvae"], name)
+        with shards.new_folder(out) as folder:
+            autoencoder.save_pretrained(folder, max_shard_size="100GB")
+        return Path(out)
     if "model" not in last.about:
         raise ValueError(f"{last.path} is of no SUV: its about.json has no model")
+    if vae is None or text is None:
+        raise ValueError(f"{run} is of a denoiser; give vae and text, which it was trained with")
     channels = WFVAE.load_config(vae)["latent_channels"]
     if channels != last.about["model"]["in_channels"]:
         raise ValueError(
@@ -70,7 +83,7 @@ def export(
     if not other_encoders:
         _check_encoders(last, fingerprints(decoder, encoders), vae, text)
     pipeline = SUVPipeline(
-        _model(last, weights),
+        _model(last, SUV, last.about["model"], weights),
         decoder,
         encoders.tokenizer,
         encoders.encoder,
@@ -107,12 +120,12 @@ def _check_encoders(
         )
 
 
-def _model(checkpoint: Checkpoint, weights: str) -> SUV:
-    """The SUV in a checkpoint of a run."""
+def _model(checkpoint: Checkpoint, kind: type[Any], config: dict[str, Any], weights: str) -> Any:
+    """The model of that kind and config in a checkpoint of a run."""
     with torch.device("meta"):
-        model = SUV(**checkpoint.about["model"])
+        model = kind(**config)
     try:
         model.load_state_dict(checkpoint.read(f"{weights}."), strict=True, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{checkpoint.path} does not hold its SUV: {error}") from error
+        raise ValueError(f"{checkpoint.path} does not hold its {kind.__name__}: {error}") from error
     return model.eval()

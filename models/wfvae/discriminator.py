@@ -93,5 +93,8 @@ class _Dropout(nn.Dropout):
         if self.world is None or self.world.size == 1 or not self.training:
             return super().forward(x)
         batch = len(x) * self.world.size
-        kept = F.dropout(x.new_ones(batch, *x.shape[1:]), self.p)
+        # Draws go by the order in memory, in which samples come first, whatever comes next.
+        strides = (x[0].numel(), *x.stride()[1:])
+        ones = x.new_empty_strided((batch, *x.shape[1:]), strides).fill_(1)
+        kept = F.dropout(ones, self.p)
         return x * kept[self.world.share(batch)]
