@@ -388,12 +388,13 @@ def _files(folder: Path, dropped: Dropped, captions: bool) -> list[Path]:
     """
     every = sorted(walk(folder, dropped))
     captioned = {path.with_suffix("") for path in every if path.suffix.lower() == _CAPTION}
+    others = {path.with_suffix("") for path in every if path.suffix.lower() != _CAPTION}
     found = []
     for path in every:
-        kind = path.suffix.lower()
-        if kind in VIDEOS | IMAGES | {_CAPTION}:
+        kind, stem = path.suffix.lower(), path.with_suffix("")
+        if kind in VIDEOS | IMAGES or (kind == _CAPTION and (captions or stem in others)):
             found.append(path)
-        elif not captions or path.with_suffix("") in captioned:
+        elif not captions or stem in captioned:
             dropped.add(f"of a kind that is not read ({printable(kind)})", str(path))
     return found
 

@@ -28,7 +28,7 @@ class Discriminator(nn.Sequential):
     def shared(self, world: World) -> Discriminator:
         """Itself, for a batch that all processes share: its judgements are those of one alone."""
         for layer in self:
-            if isinstance(layer, _Norm | _Dropout):
+            if isinstance(layer, BatchNorm3d | Dropout):
                 layer.world = world
         return self
 
@@ -39,11 +39,11 @@ class Discriminator(nn.Sequential):
             normed = 0 < i < len(_STRIDES) - 1
             self.append(nn.Conv3d(widths[i], widths[i + 1], 3, stride, 1, bias=not normed))
             if normed:
-                self.append(_Norm(widths[i + 1]))
+                self.append(BatchNorm3d(widths[i + 1]))
             if i < len(_STRIDES) - 1:
                 self.append(nn.LeakyReLU(0.2))
             if normed:
-                self.append(_Dropout(dropout))
+                self.append(Dropout(dropout))
         for layer in self:
             if isinstance(layer, nn.Conv3d):
                 nn.init.normal_(layer.weight, 0, _SPREAD)
@@ -56,7 +56,7 @@ class Discriminator(nn.Sequential):
         return super().forward(video)
 
 
-class _Norm(nn.BatchNorm3d):
+class BatchNorm3d(nn.BatchNorm3d):
     """Batch norm over the samples of all processes."""
 
     world: World | None = None
@@ -83,7 +83,7 @@ class _Norm(nn.BatchNorm3d):
         return made.to(x.dtype)
 
 
-class _Dropout(nn.Dropout):
+class Dropout(nn.Dropout):
     """Dropout whose draws are those of the batch of all processes."""
 
     world: World | None = None

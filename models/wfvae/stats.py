@@ -128,6 +128,8 @@ def run(
     vae = WFVAE.from_pretrained(model, local_files_only=True).eval()
     check_size(vae, settings)
     found = Clips(clips, settings, vae, limits)
+    for reason, names in found.report.examples.items():
+        print(f"left out, {reason}: {', '.join(names)}")
     print(found.report.line)
     count = len(found) if cuts is None else cuts
     loader = DataLoader(
