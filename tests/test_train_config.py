@@ -9,7 +9,9 @@ pytest.importorskip("jsonargparse")
 
 from skiparse.models.data.buckets import Rule
 from skiparse.models.suv.model import SUV
-from skiparse.models.train.config import CHAINS, Config, Optimizer, Stage, load
+from skiparse.models.suv.recipe import SUVConfig as Config
+from skiparse.models.suv.recipe import SUVStage as Stage
+from skiparse.models.train.config import CHAINS, Optimizer, load
 
 GIVEN = ["--out=runs/x", "--vae=vae", "--text=text", "--source=clips"]
 
@@ -47,7 +49,7 @@ def test_the_chain_of_the_report():
     assert [V4.rate(step) for step in (0, 15_999, 16_000, 24_999)] == [2e-5, 2e-5, 1e-5, 1e-5]
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", sorted(CHAINS.keys() - {"wfvae"}))
 def test_every_chain_fits_its_model(name):
     chain = load(name, GIVEN)
     layers = (SUV.presets[chain.preset] | chain.model)["num_layers"]

@@ -28,7 +28,7 @@ from skiparse.models.wfvae import losses
 from skiparse.models.wfvae import train as training
 from skiparse.models.wfvae.losses import LPIPS, Weights
 from skiparse.models.wfvae.model import WFVAE
-from skiparse.models.wfvae.train import STAGES, Clips, Settings, Stage, train
+from skiparse.models.wfvae.train import Clips, Settings, WFVAEStage, train
 
 TINY = {
     "base_channels": 8,
@@ -143,13 +143,15 @@ def test_ema_refuses_few_bits():
 
 
 def test_the_published_stages():
-    assert {name: steps for name, (steps, _) in STAGES.items()} == {
+    stages = training.published()
+    assert {name: stage.steps for name, stage in stages.items()} == {
         "I": 800_000, "II": 200_000, "III": 200_000
     }  # fmt: skip
-    found = [(s.frames, s.size, s.every, s.batch, s.weights.lpips) for _, s in STAGES.values()]
+    found = [(s.frames, s.size, s.every, s.batch, s.weights.lpips) for s in stages.values()]
     size = (256, 256)
     assert found == [(25, size, 1, 8, 1.0), (49, size, 2, 8, 1.0), (49, size, 2, 8, 0.1)]
-    for _, s in STAGES.values():
+    for s in stages.values():
+        assert s.weights == Weights(lpips=s.weights.lpips)
         assert (s.learning_rate, s.weight_decay, s.ema) == (1e-5, 1e-4, 0.999)
         assert (s.discriminator_start, s.discriminator_width, s.reduction) == (0, 64, "sum")
 
@@ -389,8 +391,8 @@ def test_a_checkpoint_of_the_trainer_before_is_refused(tmp_path):
 def test_stages_begin_with_the_average(tmp_path):
     """As a run of its own that is given it: the first step of the second stage is that run's."""
     settings = replace(SETTINGS, seed=3)
-    first = Stage(**vars(SETTINGS), steps=3)
-    second = Stage(**vars(settings), steps=2)
+    first = WFVAEStage(**vars(SETTINGS), steps=3)
+    second = WFVAEStage(**vars(settings), steps=2)
 
     def chain(out, stages):
         task = training.Coding(tiny(), stages, lambda name, world: (Scenes(), name), out)
@@ -415,7 +417,7 @@ def test_stages_begin_with_the_average(tmp_path):
 
 def test_other_clips_are_not_the_same_stage(tmp_path):
     def once(steps, data):
-        stages = {"a": Stage(**vars(SETTINGS), steps=steps)}
+        stages = {"a": WFVAEStage(**vars(SETTINGS), steps=steps)}
         task = training.Coding(tiny(), stages, lambda name, world: (Scenes(), data), tmp_path)
         core.run(task, tmp_path, device="cpu", save_every=100, keep=9)
 

@@ -160,6 +160,5 @@ def _save(
 
 
 def _shown(row: Mapping[str, Any]) -> str:
-    """What of a row goes beside the bar: its first word, and its loss."""
-    names = [x for x in row.values() if isinstance(x, str)]
-    return f"{' '.join(names[:1])} {row['loss']:.4g}"
+    """What of a row goes beside the bar: its words, and its loss."""
+    return " ".join([*(x for x in row.values() if isinstance(x, str)), f"{row['loss']:.4g}"])

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 import torch
 
 from skiparse.models import shards
-from skiparse.models.data.features import fingerprints
 from skiparse.models.pipeline import SUVPipeline
+from skiparse.models.suv.encoders import fingerprints
 from skiparse.models.suv.model import SUV
 from skiparse.models.text import TextEncoders
 from skiparse.models.train.checkpoint import FOLDER, Checkpoint, Checkpoints

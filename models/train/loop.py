@@ -1,4 +1,4 @@
-"""How an SUV is trained: a chain of stages, and what a step of each is.
+"""How a denoiser is trained: a chain of stages, and what a step of each is.
 
 It is a task of :mod:`skiparse.models.train.core`, which runs it. Everything random in a step
 follows from the seed of its stage, the number of the step and the sample's place in the global
@@ -32,24 +32,25 @@ from skiparse.models.data.buckets import assign, without_minority
 from skiparse.models.data.cache import Cache
 from skiparse.models.data.dataset import Clips
 from skiparse.models.data.draws import Use, torch_numbers
-from skiparse.models.data.features import Batch, Encoders, collate
+from skiparse.models.data.features import Batch, Coder, collate
 from skiparse.models.data.manifest import Manifest
 from skiparse.models.data.sampler import BucketBatchSampler
 from skiparse.models.train import core
 from skiparse.models.train.checkpoint import FOLDER, Checkpoint, complete_ones, number_of
 from skiparse.models.train.checks import check, check_data, check_resumed, settings_of
 from skiparse.models.train.clip import Decision
-from skiparse.models.train.config import Config, Stage
+from skiparse.models.train.config import Config, Run, Stage
 from skiparse.models.train.guards import undisturbed
 from skiparse.models.train.log import tell
 from skiparse.models.train.parallel import World, local
+from skiparse.models.train.recipe import Recipe, recipe_of
 from skiparse.models.train.samples import make_samples
 from skiparse.models.train.state import State, entered, prepare
 
 STOPPED = "stopped.json"
 
 
-def train(config: Config) -> Path:
+def train(config: Run) -> Path:
     """Train from the last checkpoint in ``config.out``, or from the start, to the end of the chain.
 
     On SIGTERM or Ctrl-C, in whichever process, it saves after the step and returns; called again,
@@ -61,7 +62,7 @@ def train(config: Config) -> Path:
     samples; ``changes`` in ``about.json`` of what it saves then tells of it.
 
     Args:
-        config: see :class:`~skiparse.models.train.config.Config`.
+        config: of a recipe, see :class:`~skiparse.models.train.config.Config`.
 
     Returns:
         The folder of the last checkpoint.
@@ -75,7 +76,7 @@ def train(config: Config) -> Path:
         CheckpointError: if the last checkpoint cannot be written.
     """
     return core.run(
-        Denoising(config),
+        recipe_of(config.recipe).task(config),
         Path(config.out),
         device=config.device,
         save_every=config.save_every,
@@ -89,6 +90,7 @@ class Denoising:
 
     def __init__(self, config: Config) -> None:
         self.config, self.out = config, Path(config.out)
+        self.recipe: Recipe = recipe_of(config.recipe)
         ends = itertools.accumulate(stage.steps for stage in config.stages.values())
         self._ends = dict(zip(config.stages, ends, strict=True))  # steps at the end of each stage
         self.total = max(self._ends.values())
@@ -102,12 +104,8 @@ class Denoising:
         if last is not None:
             self._changes, self.hold = last.about.get("changes", []), last.about.get("skipping")
             self._change(last.step, check_resumed(config, last, gave_up=self._gave_up))
-        self._encoders = None
-        if config.needs_encoders:
-            assert config.vae is not None
-            assert config.text is not None
-            self._encoders = Encoders.from_pretrained(config.vae, config.text, world.device)
-        check(config, world, self._encoders)
+        self._coder = self.recipe.coder(config, world.device) if config.needs_encoders else None
+        check(config, world, self._coder)
         self._state = State.resumed(last, config, world) if last else None
 
     def steps(self, done: int) -> core.Steps:
@@ -123,11 +121,11 @@ class Denoising:
             state, self._stage = self._state, name
             prepare(state, stage, config)
             seed = draws.stage_seed(config.seed, number)
-            data, self._source = data_of(config, name, seed, self._encoders, world)
+            data, self._source = data_of(config, name, seed, self._coder, world)
             if last is not None and last.about["stage"] == name:
                 self._change(done, check_data(self._source, last, gave_up=self._gave_up))
-            batches = batches_of(config, stage, data, seed, done - begin, self._encoders, world)
-            parameters = list(state.model.parameters())
+            batches = batches_of(config, stage, data, seed, done - begin, self._coder, world)
+            parameters = list(state.trained.values())
 
             for step in range(done, end):
                 keys, parts = [], []
@@ -178,6 +176,7 @@ class Denoising:
         """What trained it: stage, data and settings, and what was changed on the way."""
         assert self._state is not None
         return {
+            "recipe": self.config.recipe,
             "stage": self._stage,
             "data": self._source,
             "settings": settings_of(self.config, self._stage),
@@ -195,11 +194,12 @@ class Denoising:
         """Samples."""
         config = self.config
         if config.samples.every and done % config.samples.every == 0:
-            assert self._encoders is not None
+            assert self._coder is not None
             assert self._state is not None
             if self._world.rank == 0:
                 stage = config.stages[self._stage]
-                make_samples(config, stage, done, self._state.ema.model, self._encoders)
+                pipeline = self.recipe.pipeline(self._state.ema.model, self._coder)
+                make_samples(config, stage, done, pipeline)
             self._world.wait()
 
     def _change(self, done: int, changed: Mapping[str, Any]) -> None:
@@ -227,8 +227,9 @@ class Denoising:
 
 def loss_of(net: nn.Module, batch: Batch, seed: int, config: Config) -> Tensor:
     """The flow-matching loss of a micro-batch; noise and its level are each sample's own."""
+    recipe: Recipe = recipe_of(config.recipe)
     shape = batch.latents.shape[1:]
-    shift = flow.dynamic_shift(*shape[-2:])
+    shift = recipe.shift(tuple(shape))
     noise, sigmas = [], []
     for step, index, _ in batch.places:
         generator = torch_numbers(seed, step, index, Use.NOISE)
@@ -240,25 +241,23 @@ def loss_of(net: nn.Module, batch: Batch, seed: int, config: Config) -> Tensor:
     noisy = flow.add_noise(batch.latents, noises, levels)
     dtype = getattr(torch, config.dtype)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        velocity = net(
-            noisy, flow.timesteps(levels), batch.text, batch.pooled, text_mask=batch.text_mask
-        )
+        velocity = recipe.velocity(net, noisy, levels, batch)
     return flow.loss(velocity, flow.velocity(batch.latents, noises))
 
 
 def data_of(
-    config: Config, name: str, seed: int, encoders: Encoders | None, world: World
+    config: Config, name: str, seed: int, coder: Coder | None, world: World
 ) -> tuple[Cache | Clips, dict[str, str]]:
     """What a stage reads, and fingerprints of all that is in it."""
     stage, out = config.stages[name], Path(config.out)
     cache, source = config.cache_of(stage), config.source_of(stage)
     if cache is not None:
-        held = Cache(cache, encoders.fingerprints() if encoders else None)
+        held = Cache(cache, coder.fingerprints() if coder else None)
         held.buckets = without_minority(held.buckets, stage.global_batch, held.rule)
         tell(out, name, held.report(), world)
         return held, {"data": held.data, "windows": "fixed", **held.fingerprints}
     assert source is not None
-    assert encoders is not None
+    assert coder is not None
     with world.first_here():  # the others find the index made
         manifest = Manifest.open(source, index=out / "data" / name, limits=config.limits)
     buckets = without_minority(assign(manifest, stage.rule, seed), stage.global_batch, stage.rule)
@@ -269,7 +268,7 @@ def data_of(
     return clips, {
         "data": manifest.fingerprint,
         "windows": "random",
-        **encoders.fingerprints(),
+        **coder.fingerprints(),
     }
 
 
@@ -279,7 +278,7 @@ def batches_of(
     data: Cache | Clips,
     seed: int,
     start: int,
-    encoders: Encoders | None,
+    coder: Coder | None,
     world: World,
 ) -> Iterator[Batch]:
     """The micro-batches of this process, from step ``start`` of the stage to its end."""
@@ -303,6 +302,6 @@ def batches_of(
     for read in loader:
         features = read
         if isinstance(data, Clips):
-            assert encoders is not None
-            features = [encoders.features(clip) for clip in read]
+            assert coder is not None
+            features = [coder.features(clip) for clip in read]
         yield collate(features, seed=seed, drop=config.drop, mode=config.posterior)

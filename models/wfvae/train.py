@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,7 +40,8 @@ from skiparse.models.data.draws import Place, Use
 from skiparse.models.data.manifest import DataError, Manifest
 from skiparse.models.data.report import NAMED, Report
 from skiparse.models.data.video import Limits
-from skiparse.models.train import core
+from skiparse.models.train import config as train_config
+from skiparse.models.train import core, loop
 from skiparse.models.train.checkpoint import FOLDER, Checkpoint, complete_ones
 from skiparse.models.train.ema import EMA
 from skiparse.models.train.guards import undisturbed
@@ -130,7 +131,7 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage(Settings):
+class WFVAEStage(Settings):
     """A part of a run.
 
     Args:
@@ -145,12 +146,71 @@ class Stage(Settings):
             raise ValueError(f"steps must be above 0, got {self.steps}")
 
 
-# As published. Each starts from the averaged weights of the one before.
-STAGES: dict[str, tuple[int, Settings]] = {
-    "I": (800_000, Settings()),
-    "II": (200_000, Settings(frames=49, every=2)),
-    "III": (200_000, Settings(frames=49, every=2, weights=Weights(lpips=0.1))),
-}
+@dataclass(frozen=True, kw_only=True)
+class WFVAEConfig(train_config.Run):
+    """A training run of a WF-VAE.
+
+    Args:
+        init: folder with a trained one to start from, such as ``skiparse export`` makes of a run;
+            instead of ``preset``.
+        preset: size of the model, see ``WFVAE.presets``; from random weights, with exact wavelet
+            filters.
+        source: what to train on: a folder of videos, or annotations; captions are not looked at.
+        lpips: file with the weights of :class:`LPIPS`; None leaves the term out.
+    """
+
+    recipe: Literal["wfvae"] = "wfvae"
+    stages: dict[str, WFVAEStage]
+    preset: str = "v1.5-M"
+    source: str
+    lpips: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset not in WFVAE.presets:
+            raise ValueError(
+                f"preset must be one of {', '.join(WFVAE.presets)}, got {self.preset!r}"
+            )
+
+
+class WFVAERecipe:
+    """The recipe of the autoencoder of Open-Sora Plan v1.5."""
+
+    config = WFVAEConfig
+
+    def typed(self, config: WFVAEConfig) -> dict[str, tuple[type[Any], Mapping[str, Any]]]:
+        """Nothing: all fields have types of their own."""
+        return {}
+
+    def task(self, config: WFVAEConfig) -> Coding:
+        """The chain of stages of ``config``.
+
+        Raises:
+            ValueError: for sizes that the model cannot take.
+            FileNotFoundError: if ``lpips`` or ``init`` is not there.
+        """
+        lpips = None if config.lpips is None else LPIPS.from_file(config.lpips)
+        if lpips is None and any(stage.weights.lpips for stage in config.stages.values()):
+            print("without --lpips FILE: trained without the perceptual term")
+        vae, out = _initial(config), Path(config.out)
+
+        def source(name: str, world: World) -> tuple[Clips, str]:
+            with world.first_here():  # the others find the index made
+                clips = Clips(
+                    config.source,
+                    config.stages[name],
+                    vae,
+                    config.limits,
+                    index=out / "data" / name,
+                    bad=out / BAD,
+                )
+            tell(out, name, clips.report, world)
+            return clips, clips.fingerprint
+
+        dtype = getattr(torch, config.dtype)
+        return Coding(
+            vae, config.stages, source, out, lpips=lpips, dtype=dtype, workers=config.workers
+        )
 
 
 class Clips(Dataset[Tensor]):
@@ -272,7 +332,7 @@ class Coding:
     def __init__(
         self,
         vae: WFVAE,
-        stages: Mapping[str, Stage],
+        stages: Mapping[str, WFVAEStage],
         source: Callable[[str, World], tuple[Dataset[Tensor], str]],
         out: Path,
         *,
@@ -327,7 +387,7 @@ class Coding:
                 yield {"stage": name, **self._step(networks, stage, step, pictures, begin)}
             done = end
 
-    def _batches(self, clips: Dataset[Tensor], stage: Stage, start: int) -> DataLoader[Tensor]:
+    def _batches(self, clips: Dataset[Tensor], stage: WFVAEStage, start: int) -> DataLoader[Tensor]:
         """This process's share of the clips of every step from ``start`` on, uint8."""
         share = range(stage.batch)[self._world.share(stage.batch)]
         return DataLoader(
@@ -341,7 +401,7 @@ class Coding:
         )
 
     def _step(
-        self, networks: _Networks, stage: Stage, step: int, pictures: Tensor, begin: int
+        self, networks: _Networks, stage: WFVAEStage, step: int, pictures: Tensor, begin: int
     ) -> dict[str, Any]:
         """One step of one of the networks, and its row."""
         if pictures.shape[1:] != (stage.frames, *stage.size, 3):
@@ -558,7 +618,7 @@ def train(
     """
     if save_every < 1:
         raise ValueError(f"save_every must be at least 1, got {save_every}")
-    stage = Stage(**{**vars(settings), "steps": steps})
+    stage = WFVAEStage(**{**vars(settings), "steps": steps})
     task = Coding(
         vae,
         {"vae": stage},
@@ -587,14 +647,16 @@ def train_folder(
     dtype: torch.dtype = torch.float32,
     workers: int = 0,
 ) -> Path:
-    """A published stage on the videos of a folder: what ``skiparse train-vae`` does.
+    """One published stage on the videos of a folder: what ``skiparse train-vae`` does.
+
+    It is a short way to say ``skiparse train wfvae`` with that stage alone.
 
     Args:
         folder: with videos, at any depth; those that will not do are named and left out.
         out: folder of the run, which continues if it has begun.
         model: a preset of :class:`WFVAE`, from random weights, with exact wavelet filters.
         init: instead, a folder with a trained one, such as ``skiparse export`` makes of a run.
-        stage: of :data:`STAGES`.
+        stage: of the chain ``wfvae``.
         steps: instead of those of the stage.
         lpips: file with the weights of :class:`LPIPS`; None leaves the term out.
         given: settings that differ from those of the stage, by name, weights among them as
@@ -609,40 +671,56 @@ def train_folder(
         ValueError: as :func:`train` and :class:`Clips`, and for unknown names.
         FileNotFoundError: if ``lpips`` or ``init`` is not there.
     """
-    for name, value, known in (("stage", stage, STAGES), ("model", model, WFVAE.presets)):
+    stages = published()
+    for name, value, known in (("stage", stage, stages), ("model", model, WFVAE.presets)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    length, settings = STAGES[stage]
-    changes, suffix = dict(given), "_weight"
+    chosen, changes, suffix = stages[stage], dict(given), "_weight"
     weights = {
         name.removesuffix(suffix): changes.pop(name) for name in given if name.endswith(suffix)
     }
-    settings = replace(settings, weights=replace(settings.weights, **weights), **changes)
-    chosen = Stage(**{**vars(settings), "steps": length if steps is None else steps})
-    perceptual = None if lpips is None else LPIPS.from_file(lpips)
-    if perceptual is None and settings.weights.lpips:
-        print("without --lpips FILE: trained without the perceptual term")
-    if init is None:
-        torch.manual_seed(settings.seed)
-        fresh = {"haar_gain": None, "shift": None, "scale": None}  # those of released weights
-        vae = WFVAE(**{**WFVAE.presets[model], **fresh})
-    else:
-        if not (Path(init) / "config.json").is_file():
-            raise FileNotFoundError(f"{Path(init) / 'config.json'} is not there; give a WFVAE")
-        vae = WFVAE.from_pretrained(init, local_files_only=True)
-
-    def clips(name: str, world: World) -> tuple[Clips, str]:
-        with world.first_here():  # the others find the index made
-            found = Clips(
-                folder, chosen, vae, limits, index=Path(out) / "data" / name, bad=Path(out) / BAD
-            )
-        tell(Path(out), name, found.report, world)
-        return found, found.fingerprint
-
-    task = Coding(
-        vae, {stage: chosen}, clips, Path(out), lpips=perceptual, dtype=dtype, workers=workers
+    chosen = replace(
+        chosen,
+        steps=chosen.steps if steps is None else steps,
+        weights=replace(chosen.weights, **weights),
+        **changes,
     )
-    return core.run(task, Path(out), device=str(device), save_every=save_every, keep=2)
+    config = WFVAEConfig(
+        out=os.fspath(out),
+        stages={stage: chosen},
+        init=None if init is None else os.fspath(init),
+        preset=model,
+        source=os.fspath(folder),
+        lpips=None if lpips is None else os.fspath(lpips),
+        limits=limits or Limits(),
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        workers=workers,
+        save_every=save_every,
+    )
+    return loop.train(config)
+
+
+def published() -> dict[str, WFVAEStage]:
+    """The stages of the chain ``wfvae``, by name."""
+    stages: dict[str, WFVAEStage] = train_config.load("wfvae", ["--out=", "--source="]).stages
+    return stages
+
+
+def _initial(config: WFVAEConfig) -> WFVAE:
+    """The model that the first stage starts from."""
+    if config.init is not None:
+        if not (Path(config.init) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{Path(config.init) / 'config.json'} is not there; give a WFVAE"
+            )
+        found: WFVAE = WFVAE.from_pretrained(config.init, local_files_only=True)
+        return found
+    first, *_ = config.stages.values()
+    fresh = {"haar_gain": None, "shift": None, "scale": None}  # those of released weights
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(first.seed)
+        return WFVAE(**{**WFVAE.presets[config.preset], **fresh})
 
 
 def check_size(vae: WFVAE, settings: Settings) -> None:
