@@ -22,7 +22,7 @@ from skiparse import cli
 from skiparse.models.data import dataset
 from skiparse.models.data.writer import write_video
 from skiparse.models.train import core
-from skiparse.models.train.checkpoint import Checkpoint, CheckpointError, complete_ones
+from skiparse.models.train.checkpoint import Checkpoint, CheckpointError, Checkpoints, complete_ones
 from skiparse.models.train.ema import EMA
 from skiparse.models.wfvae import losses
 from skiparse.models.wfvae import train as training
@@ -413,6 +413,12 @@ def test_stages_begin_with_the_average(tmp_path):
         chain(tmp_path / "whole", {"a": replace(first, steps=2), "b": replace(second, steps=4)})
     with pytest.raises(ValueError, match="is of the stage 'b', which the run does not have"):
         chain(tmp_path / "whole", {"a": first})
+
+
+def test_a_folder_of_another_recipe_is_refused(tmp_path):
+    Checkpoints(tmp_path / "checkpoints").save(1, {"x": torch.zeros(1)}, {"stage": "vae"})
+    with pytest.raises(ValueError, match="step-00000001 is of no WFVAE; choose another out"):
+        run(tmp_path, 2)
 
 
 def test_other_clips_are_not_the_same_stage(tmp_path):

@@ -302,7 +302,11 @@ class Run:
     def tensors(self) -> dict[str, Tensor]:
         """By name: ``vae.*``, ``ema.*``, ``vae_optimizer.*``, ``discriminator.*`` and so on."""
         found: dict[str, Tensor] = {}
-        models = {"vae": self.vae, "ema": self.ema.model, "discriminator": self.discriminator}
+        models: dict[str, nn.Module] = {
+            "vae": self.vae,
+            "ema": self.ema.model,
+            "discriminator": self.discriminator,
+        }
         for name, model in models.items():
             found |= {f"{name}.{key}": tensor for key, tensor in model.state_dict().items()}
         for name, optimizer in self.optimizers.items():
@@ -482,6 +486,7 @@ class Coding:
         stages = {name: asdict(self.stages[name]) for name in [*begun, self._stage]}
         del stages[self._stage]["steps"]  # may grow
         about = {
+            "recipe": "wfvae",
             "stage": self._stage,
             **{f"settings of {name}": settings for name, settings in stages.items()},
             "wfvae": {k: v for k, v in self.vae.config.items() if not k.startswith("_")},
@@ -499,6 +504,8 @@ class Coding:
 
     def _refuse_other(self, last: Checkpoint) -> None:
         """ValueError if the checkpoint is of another kind of run, or at the end of this one."""
+        if "wfvae" not in last.about:
+            raise ValueError(f"{last.path} is of no WFVAE; choose another out")
         if self._stage not in self.stages:
             raise ValueError(
                 f"{last.path} is of the stage {self._stage!r}, which the run does not have; "
