@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,14 @@ from torch import Tensor, nn
 from skiparse.models import flow
 from skiparse.models.data.features import Batch
 from skiparse.models.pipeline import SUVPipeline
-from skiparse.models.suv.encoders import Encoders
+from skiparse.models.suv.encoders import Encoders, fingerprints
 from skiparse.models.suv.model import CHECKPOINTS, SUV
+from skiparse.models.text import TextEncoders
+from skiparse.models.train.checkpoint import Checkpoint
 from skiparse.models.train.config import HOW, Config, Stage
+from skiparse.models.train.export import model_of
 from skiparse.models.train.recipe import Recipe
+from skiparse.models.wfvae.model import WFVAE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +210,32 @@ class SUVRecipe(Recipe):
             model, coder.vae, text.tokenizer, text.encoder, text.tokenizer_2, text.encoder_2
         )
 
+    def exported(self, last: Checkpoint, weights: str, **given: Any) -> SUVPipeline:
+        """A pipeline with the encoders of the run."""
+        vae, text = given["vae"], given["text"]
+        if "model" not in last.about:
+            raise ValueError(f"{last.path} is of no SUV: its about.json has no model")
+        if vae is None or text is None:
+            raise ValueError(f"{last.path} is of a denoiser; give the vae and text of its run")
+        channels = WFVAE.load_config(vae)["latent_channels"]
+        if channels != last.about["model"]["in_channels"]:
+            raise ValueError(
+                f"vae={vae} has latents of {channels} channels, but the model of {last.path} takes "
+                f"{last.about['model']['in_channels']}; give the vae that it was trained with"
+            )
+        encoders = TextEncoders.from_pretrained(text)
+        decoder = WFVAE.from_pretrained(vae)
+        if not given["other_encoders"]:
+            _check_encoders(last, fingerprints(decoder, encoders), vae, text)
+        return SUVPipeline(
+            model_of(last, SUV, last.about["model"], weights),
+            decoder,
+            encoders.tokenizer,
+            encoders.encoder,
+            encoders.tokenizer_2,
+            encoders.encoder_2,
+        )
+
 
 def skeleton(config: SUVConfig, stage: SUVStage) -> SUV:
     """A model of that size, with new weights."""
@@ -232,3 +263,26 @@ def _weights(init: str) -> Path:
         f"init={init} holds no SUV: neither config.json nor transformer/config.json is there; make "
         "it of released weights by `skiparse convert suv`, or of a run by `skiparse export`"
     )
+
+
+def _check_encoders(
+    checkpoint: Checkpoint,
+    found: dict[str, str],
+    vae: str | os.PathLike[str],
+    text: str | os.PathLike[str],
+) -> None:
+    """ValueError unless the encoders are those whose features the checkpoint was trained on."""
+    trained = checkpoint.about.get("data", {})
+    missing = sorted(found.keys() - trained.keys())
+    if missing:
+        raise ValueError(
+            f"{checkpoint.path} does not tell which {', '.join(missing)} it was trained with; if "
+            "you know, say so by other_encoders=True (--other-encoders)"
+        )
+    given = {"vae": vae, "t5": text, "clip": text}
+    others = [f"{name} of {given[name]}" for name in found if found[name] != trained[name]]
+    if others:
+        raise ValueError(
+            f"{', '.join(others)}: not what {checkpoint.path} was trained with; give that, or take "
+            "another knowingly by other_encoders=True (--other-encoders)"
+        )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:  # what is found by name knows who finds it
     from skiparse.models.data.features import Batch, Coder
+    from skiparse.models.train.checkpoint import Checkpoint
     from skiparse.models.train.core import Task
 
 RECIPES = {
@@ -35,6 +36,9 @@ class Trainable(Protocol):
 
     def typed(self, config: Any) -> Mapping[str, tuple[type[Any], Mapping[str, Any]]]:
         """Fields that are arguments of a class, with it and their values, to be checked."""
+
+    def exported(self, last: Checkpoint, weights: str, **given: Any) -> Any:
+        """What a checkpoint is used as, by ``save_pretrained``; see :mod:`.export`."""
 
 
 class Recipe(ABC):
@@ -106,6 +110,20 @@ class Recipe(ABC):
     @abstractmethod
     def velocity(self, net: nn.Module, noisy: Tensor, levels: Tensor, batch: Batch) -> Tensor:
         """The model's answer to latents ``[B, C, t, h, w]`` with noise of ``levels`` ``[B]``."""
+
+    def exported(self, last: Checkpoint, weights: str, **given: Any) -> Any:
+        """What a checkpoint is used as, by ``save_pretrained``.
+
+        Args:
+            last: of a run.
+            weights: "ema" or "model".
+            given: ``vae``, ``text`` and ``other_encoders`` of
+                :func:`~skiparse.models.train.export.export`.
+
+        Raises:
+            ValueError: if it does not fit what was given.
+        """
+        raise ValueError(f"{last.path} is of a model that `skiparse export` knows no use for")
 
     @abstractmethod
     def pipeline(self, model: nn.Module, coder: Any) -> Any:

@@ -44,6 +44,7 @@ from skiparse.models.train import config as train_config
 from skiparse.models.train import core, loop
 from skiparse.models.train.checkpoint import FOLDER, Checkpoint, complete_ones
 from skiparse.models.train.ema import EMA
+from skiparse.models.train.export import model_of
 from skiparse.models.train.guards import undisturbed
 from skiparse.models.train.log import tell
 from skiparse.models.train.optimizer import adamw, state_of
@@ -211,6 +212,14 @@ class WFVAERecipe:
         return Coding(
             vae, config.stages, source, out, lpips=lpips, dtype=dtype, workers=config.workers
         )
+
+    def exported(self, last: Checkpoint, weights: str, **given: Any) -> WFVAE:
+        """The model itself, which needs no other."""
+        if given["vae"] is not None or given["text"] is not None:
+            raise ValueError(f"{last.path} is of a WFVAE, which needs no vae and text; leave them")
+        prefix = {"ema": "ema", "model": "vae"}[weights]
+        vae: WFVAE = model_of(last, WFVAE, last.about["wfvae"], prefix)
+        return vae
 
 
 class Clips(Dataset[Tensor]):
