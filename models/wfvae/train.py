@@ -66,7 +66,7 @@ _USES = {Use.WINDOW: _CUT, Use.REPLACE: _OTHER}
 class Settings:
     """All that decides the outcome of a run besides model, clips and number of steps.
 
-    Defaults are those published for the first stage; see :data:`STAGES`.
+    Defaults are those published for the first stage; see :func:`published`.
 
     Args:
         frames, size: of a clip; a multiple of the temporal factor plus 1, and of 8.
