@@ -47,9 +47,10 @@ from skiparse.models.data.buckets import Rule, assign
 from skiparse.models.data.cache import Cache
 from skiparse.models.data.dataset import Clips
 from skiparse.models.data.draws import Place
-from skiparse.models.data.features import Batch, Encoders, collate
+from skiparse.models.data.features import Batch, collate
 from skiparse.models.data.manifest import Manifest
 from skiparse.models.data.writer import write_video
+from skiparse.models.suv.encoders import Encoders
 from skiparse.models.suv.model import SUV
 from skiparse.models.text import TextEncoders
 from skiparse.models.wfvae.model import WFVAE
@@ -265,9 +266,10 @@ def places(setting: Setting, step: int) -> list[Place]:
 def check(batches: dict[str, Step]) -> None:
     """AssertionError unless both give the same batch."""
     one, other = (batches[way](0) for way in WAYS)
-    for name in ("latents", "text", "text_mask", "pooled"):
-        same = torch.equal(getattr(one, name), getattr(other, name))
-        assert same, f"{name} from the cache are not those of the encoders"
+    pairs = {"latents": (one.latents, other.latents)}
+    pairs |= {name: (x, other.captions[name]) for name, x in one.captions.items()}
+    for name, pair in pairs.items():
+        assert torch.equal(*pair), f"{name} from the cache are not those of the encoders"
 
 
 def trainer(setting: Setting) -> Callable[[Batch], None]:
@@ -292,7 +294,9 @@ def trainer(setting: Setting) -> Callable[[Batch], None]:
         sigmas = flow.sample_sigmas(len(batch.latents), generator=generator)
         noise = torch.randn(batch.latents.shape, generator=generator)
         noisy = flow.add_noise(batch.latents, noise, sigmas)
-        found = model(noisy, flow.timesteps(sigmas), batch.text, batch.pooled, batch.text_mask)
+        given = batch.captions
+        times, text = flow.timesteps(sigmas), given["states"]
+        found = model(noisy, times, text, given["pooled"], given["states_mask"])
         loss: Tensor = flow.loss(found, flow.velocity(batch.latents, noise))
         optimizer.zero_grad()
         loss.backward()

@@ -44,13 +44,13 @@ from transformers import (
 from skiparse.bench import demo, report
 from skiparse.models import shards
 from skiparse.models.data import cache
-from skiparse.models.data.features import Encoders
 from skiparse.models.data.manifest import Manifest
 from skiparse.models.data.video import read_video
 from skiparse.models.data.writer import write_video
 from skiparse.models.pipeline import SUVPipeline
+from skiparse.models.suv.encoders import Encoders
+from skiparse.models.suv.recipe import SUVConfig, SUVStage
 from skiparse.models.train import config as train_config
-from skiparse.models.train.config import Config, Stage
 from skiparse.models.train.export import export
 from skiparse.models.train.loop import train
 from skiparse.models.wfvae import evaluate
@@ -171,7 +171,7 @@ def _characters(start: str | None, end: str, length: int) -> PreTrainedTokenizer
     )
 
 
-def config_of(folder: Path, steps: float) -> Config:
+def config_of(folder: Path, steps: float) -> SUVConfig:
     """The chain ``mini``, to be trained from caches."""
     channels = json.loads((folder / "vae" / "config.json").read_text("utf-8"))["latent_channels"]
     sizes = {"in_channels": channels, "out_channels": channels}
@@ -180,7 +180,7 @@ def config_of(folder: Path, steps: float) -> Config:
     arguments += [f"--vae={folder / 'vae'}", f"--text={folder / 'text'}"]
     chain = train_config.load("mini", arguments)
 
-    def smaller(name: str, stage: Stage) -> Stage:
+    def smaller(name: str, stage: SUVStage) -> SUVStage:
         return dataclasses.replace(
             stage,
             steps=max(1, round(stage.steps * steps)),
@@ -192,7 +192,7 @@ def config_of(folder: Path, steps: float) -> Config:
     return dataclasses.replace(chain, stages=stages)
 
 
-def make_caches(folder: Path, config: Config) -> None:
+def make_caches(folder: Path, config: SUVConfig) -> None:
     """The features of all scenes, as each stage cuts them."""
     encoders = Encoders.from_pretrained(folder / "vae", folder / "text", "cpu")
     manifest = Manifest.open(folder / "clips", index=folder / "cache" / "index")
@@ -208,7 +208,7 @@ def is_of(model: Path, run: Path) -> bool:
     return made.is_file() and made.stat().st_mtime > last.stat().st_mtime
 
 
-def make_videos(folder: Path, model: Path, config: Config) -> list[dict[str, Any]]:
+def make_videos(folder: Path, model: Path, config: SUVConfig) -> list[dict[str, Any]]:
     """A video from each caption, its source beside it, and how far apart they are."""
     pipeline = SUVPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)

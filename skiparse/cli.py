@@ -148,20 +148,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     train = commands.add_parser(
         "train",
-        help="train an SUV through the stages of a config",
-        description="Train an SUV through the stages of a config; the same command again continues "
-        "the run. Every setting of the file can be changed behind it: --seed 1, --stages.V1.steps "
-        "100; --print_config prints them all. Under torchrun, several processes share the work.",
+        help="train a model through the stages of a config",
+        description="Train a model through the stages of a config; the same command again "
+        "continues the run. Every setting of the file can be changed behind it: --seed 1, "
+        "--stages.V1.steps 100; --print_config prints them all. Under torchrun, several processes "
+        "share the work.",
     )
-    train.add_argument("config", metavar="CONFIG", help="a YAML file, or v1.5 or mini")
+    train.add_argument("config", metavar="CONFIG", help="a YAML file, or v1.5, mini or wfvae")
     train.add_argument("settings", nargs=argparse.REMAINDER, metavar="--SETTING VALUE")
     train.set_defaults(run=_train, extra="train")
 
-    export = commands.add_parser("export", help="make a folder for `skiparse sample` of a run")
-    export.add_argument("run_folder", metavar="RUN", help="the out of `skiparse train`")
+    export = commands.add_parser(
+        "export", help="make a model of a run: for `skiparse sample`, or a WFVAE"
+    )
+    export.add_argument("run_folder", metavar="RUN", help="the out of a run")
     export.add_argument("out", metavar="OUT", help="the folder to make; it must not exist")
-    export.add_argument("--vae", required=True, metavar="DIR", help="a folder that WFVAE saved")
-    export.add_argument("--text", required=True, metavar="DIR", help="with the text encoders")
+    export.add_argument("--vae", metavar="DIR", help="a folder that WFVAE saved; for a denoiser")
+    export.add_argument("--text", metavar="DIR", help="with the text encoders; for a denoiser")
     export.add_argument(
         "--weights", choices=("ema", "model"), default="ema", help="averaged or last (%(default)s)"
     )
@@ -240,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train_vae.add_argument("--device", help='"cpu" or "cuda"; default: cuda if there is one')
     train_vae.add_argument("--dtype", help="default: bfloat16 on cuda, float32 on cpu")
     _add_limits(train_vae)
-    train_vae.set_defaults(run=_train_vae, extra="models,video")
+    train_vae.set_defaults(run=_train_vae, extra="train")
 
     evaluate = commands.add_parser("eval-vae", help="code clips and back, and measure what is lost")
     evaluate.add_argument("--model", required=True, help="a folder that WFVAE saved")
@@ -280,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stats.add_argument("--device", help='"cpu" or "cuda"; default: cuda if there is one')
     stats.add_argument("--dtype", help="default: bfloat16 on cuda, float32 on cpu")
     _add_limits(stats)
-    stats.set_defaults(run=_vae_stats, extra="models,video")
+    stats.set_defaults(run=_vae_stats, extra="train")
 
     options = parser.parse_args(arguments)
     try:
@@ -598,10 +601,12 @@ def _data_check(options: argparse.Namespace) -> None:
 def _cache_build(options: argparse.Namespace) -> None:
     from pathlib import Path
 
+    import torch
+
     from skiparse.models.data import cache
-    from skiparse.models.data.features import Encoders
     from skiparse.models.data.manifest import Manifest
     from skiparse.models.train.config import load
+    from skiparse.models.train.recipe import recipe_of
 
     config = load(options.config, options.settings)
     if options.stage not in config.stages:
@@ -611,7 +616,7 @@ def _cache_build(options: argparse.Namespace) -> None:
     if source is None or config.vae is None or config.text is None:
         raise ValueError("a cache needs --source, --vae and --text")
     device, _ = _device_and_dtype(argparse.Namespace(device=config.device, dtype=None))
-    encoders = Encoders.from_pretrained(config.vae, config.text, device)
+    encoders = recipe_of(config.recipe).coder(config, torch.device(device))
     out = Path(options.out)
     manifest = Manifest.open(source, index=out / "manifest", limits=config.limits)
     cache.build(

@@ -14,8 +14,8 @@ pytest.importorskip("diffusers")
 from test_text import save, tiny_encoders
 
 from skiparse.cli import main
-from skiparse.models.data.features import fingerprints
 from skiparse.models.pipeline import SUVPipeline
+from skiparse.models.suv.encoders import fingerprints
 from skiparse.models.suv.model import SUV
 from skiparse.models.text import TextEncoders
 from skiparse.models.train.checkpoint import CheckpointError, Checkpoints

@@ -12,7 +12,8 @@ pytest.importorskip("transformers")
 from test_text import save, tiny_encoders  # after the check for the extra
 
 from skiparse.models.data.draws import Place, Use, numbers, stage_seed, torch_numbers
-from skiparse.models.data.features import Encoders, Features, Text, collate, digest
+from skiparse.models.data.features import Features, collate, digest
+from skiparse.models.suv.encoders import Encoders
 from skiparse.models.text import TextEncoders
 from skiparse.models.wfvae.model import WFVAE
 
@@ -53,9 +54,10 @@ def clip(row=0, frames=9, captions=("a red kite", "a kite over the sea")):
 def feature(place=FIRST, length=3, shape=(2, 2, 2, 2)):
     """Made by hand: the caption's number is its value, that of no caption -1."""
     texts = tuple(
-        Text(torch.full((length + i, 3), float(i)), torch.full((2,), float(i))) for i in range(3)
+        {"states": torch.full((length + i, 3), float(i)), "pooled": torch.full((2,), float(i))}
+        for i in range(3)
     )
-    null = Text(-torch.ones(1, 3), -torch.ones(2))
+    null = {"states": -torch.ones(1, 3), "pooled": -torch.ones(2)}
     return Features(torch.zeros(shape), torch.ones(shape), texts, null, "made", place)
 
 
@@ -63,7 +65,7 @@ def same(a, b):
     """Bit for bit, all of two features."""
     pairs = [(a.mean, b.mean), (a.std, b.std)]
     for x, y in zip((*a.texts, a.null), (*b.texts, b.null), strict=True):
-        pairs += [(x.states, y.states), (x.pooled, y.pooled)]
+        pairs += [(x["states"], y["states"]), (x["pooled"], y["pooled"])]
     return (a.key, a.place) == (b.key, b.place) and all(torch.equal(x, y) for x, y in pairs)
 
 
@@ -91,15 +93,15 @@ def test_texts_are_those_of_the_encoders_without_padding(encoders):
     captions = ("A red  KITE", "rain at sea", "\u732b", "")
     found = encoders.features(clip(captions=captions))
     expected = encoders.text.encode(["a red kite", "rain at sea", "", ""])
-    assert [len(text.states) for text in found.texts] == [11, 12, 1, 1]
+    assert [len(text["states"]) for text in found.texts] == [11, 12, 1, 1]
     for text, states, mask, pooled in zip(
         found.texts, expected.text, expected.text_mask, expected.pooled, strict=True
     ):
-        assert torch.equal(text.states, states[mask])
-        assert torch.equal(text.pooled, pooled)
+        assert torch.equal(text["states"], states[mask])
+        assert torch.equal(text["pooled"], pooled)
     for text in found.texts[2:]:
-        assert torch.equal(text.states, found.null.states)
-        assert torch.equal(text.pooled, found.null.pooled)
+        assert torch.equal(text["states"], found.null["states"])
+        assert torch.equal(text["pooled"], found.null["pooled"])
 
 
 def test_features_do_not_depend_on_what_came_before(encoders):
@@ -108,7 +110,7 @@ def test_features_do_not_depend_on_what_came_before(encoders):
     assert same(first, encoders.features(clip(1)))
     fresh = Encoders(tiny_vae(), TextEncoders(*tiny_encoders()))
     assert same(first, fresh.features(clip(1)))
-    assert not any(x.requires_grad for x in (first.mean, first.std, first.null.states))
+    assert not any(x.requires_grad for x in (first.mean, first.std, first.null["states"]))
 
 
 def test_the_encoders_remember_no_captions(encoders):
@@ -125,7 +127,7 @@ def test_loading(tmp_path, encoders):
     assert loaded.fingerprints() == encoders.fingerprints()
     half = Encoders.from_pretrained(tmp_path / "vae", tmp_path / "text", dtype=torch.bfloat16)
     found = half.features(clip())
-    for x in (found.mean, found.std, found.texts[0].states, found.null.pooled):
+    for x in (found.mean, found.std, found.texts[0]["states"], found.null["pooled"]):
         assert x.dtype == torch.float32
     changed = {
         name for name, value in half.fingerprints().items() if value != loaded.fingerprints()[name]
@@ -166,21 +168,19 @@ def test_a_batch(encoders):
     made = [encoders.features(clip(row)) for row in range(3)]
     batch = collate(made, seed=5, drop=0.5)
     assert batch.latents.shape == (3, 4, 2, 2, 3)
-    assert batch.latents.dtype == batch.text.dtype == batch.pooled.dtype == torch.float32
-    assert batch.text_mask.dtype == torch.bool
-    assert batch.text.shape == (3, batch.text_mask.sum(1).max(), 24)
-    assert not batch.text[~batch.text_mask].any()
+    assert batch.captions.keys() == {"states", "states_mask", "pooled"}
+    states, mask, pooled = (batch.captions[name] for name in ("states", "states_mask", "pooled"))
+    assert batch.latents.dtype == states.dtype == pooled.dtype == torch.float32
+    assert mask.dtype == torch.bool
+    assert states.shape == (3, mask.sum(1).max(), 24)
+    assert not states[~mask].any()
     assert batch.places == [each.place for each in made]
     assert batch.keys == ["clips/0.mp4", "clips/1.mp4", "clips/2.mp4"]
-    for each, states, mask, pooled in zip(
-        made, batch.text, batch.text_mask, batch.pooled, strict=True
-    ):
-        (chosen,) = (t for t in (*each.texts, each.null) if torch.equal(t.pooled, pooled))
-        assert torch.equal(chosen.states, states[mask])
+    for each, row, kept, value in zip(made, states, mask, pooled, strict=True):
+        (chosen,) = (t for t in (*each.texts, each.null) if torch.equal(t["pooled"], value))
+        assert torch.equal(chosen["states"], row[kept])
     moved = batch.to("meta")
-    assert {x.device.type for x in (moved.latents, moved.text, moved.text_mask, moved.pooled)} == {
-        "meta"
-    }
+    assert {x.device.type for x in (moved.latents, *moved.captions.values())} == {"meta"}
     assert moved.keys == batch.keys
 
 
@@ -189,7 +189,8 @@ def test_a_sample_draws_the_same_in_any_batch():
     whole = collate(made, seed=1, drop=0.3)
     parts = [collate(made[i : i + 2], seed=1, drop=0.3) for i in (0, 2)]
     assert torch.equal(whole.latents, torch.cat([part.latents for part in parts]))
-    assert torch.equal(whole.pooled, torch.cat([part.pooled for part in parts]))
+    pooled = [part.captions["pooled"] for part in parts]
+    assert torch.equal(whole.captions["pooled"], torch.cat(pooled))
     for other in (
         collate(made, seed=2, drop=0.3),
         collate([replace(x, place=x.place._replace(step=8)) for x in made], seed=1, drop=0.3),
@@ -227,8 +228,9 @@ def test_captions_are_chosen_and_dropped_as_often_as_they_should():
     count, drop = 10_000, 0.1
     made = [feature(Place(step, index, 0)) for step in range(100) for index in range(100)]
     batch = collate(made, seed=3, drop=drop)
-    values = batch.pooled[:, 0].long()
-    assert torch.equal(batch.pooled[:, 0], batch.text[:, 0, 0])  # one coin for both encoders
+    states, pooled = batch.captions["states"], batch.captions["pooled"]
+    values = pooled[:, 0].long()
+    assert torch.equal(pooled[:, 0], states[:, 0, 0])  # one coin for both encoders
     for value, share in ((-1, drop), *((i, (1 - drop) / 3) for i in range(3))):
         error = (count * share * (1 - share)) ** 0.5
         assert abs((values == value).sum() - count * share) < 4 * error
@@ -238,8 +240,8 @@ def test_captions_are_chosen_and_dropped_as_often_as_they_should():
         assert value == (-1 if dropped else choice)
     pairs = list(itertools.pairwise((values == -1).tolist()))
     assert sum(a and b for a, b in pairs) < 2 * count * drop**2  # neighbours drop independently
-    assert (collate(made[:100], seed=3, drop=0).pooled >= 0).all()
-    assert (collate(made[:100], seed=3, drop=1).pooled == -1).all()
+    assert (collate(made[:100], seed=3, drop=0).captions["pooled"] >= 0).all()
+    assert (collate(made[:100], seed=3, drop=1).captions["pooled"] == -1).all()
 
 
 def test_what_collate_refuses():

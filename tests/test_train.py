@@ -24,7 +24,6 @@ from test_text import save, tiny_encoders
 from skiparse import cli
 from skiparse.models import flow
 from skiparse.models.data import draws
-from skiparse.models.data import features as features_module
 from skiparse.models.data.buckets import Rule, assign
 from skiparse.models.data.dataset import Clips
 from skiparse.models.data.manifest import DataError, Manifest
@@ -32,12 +31,15 @@ from skiparse.models.data.sampler import BucketBatchSampler
 from skiparse.models.data.video import Limits
 from skiparse.models.data.writer import write_video
 from skiparse.models.pipeline import SUVPipeline, SUVPipelineOutput
+from skiparse.models.suv.encoders import Encoders
 from skiparse.models.suv.model import SUV
+from skiparse.models.suv.recipe import SUVConfig as Config
+from skiparse.models.suv.recipe import SUVStage as Stage
 from skiparse.models.train import guards, loop
 from skiparse.models.train import log as log_module
 from skiparse.models.train.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from skiparse.models.train.clip import AdaptiveGradClipper
-from skiparse.models.train.config import Config, Optimizer, Samples, Stage, load
+from skiparse.models.train.config import Optimizer, Samples, load
 from skiparse.models.train.loop import train
 from skiparse.models.train.parallel import World
 from skiparse.models.wfvae.model import WFVAE
@@ -229,9 +231,9 @@ def by_hand(config, stage, batches, seed):
             velocity = model(
                 flow.add_noise(batch.latents, noise, level),
                 flow.timesteps(level),
-                batch.text,
-                batch.pooled,
-                text_mask=batch.text_mask,
+                batch.captions["states"],
+                batch.captions["pooled"],
+                text_mask=batch.captions["states_mask"],
             )
             loss = flow.loss(velocity, flow.velocity(batch.latents, noise))
             (loss / len(micros)).backward()
@@ -515,7 +517,7 @@ def test_training_from_a_cache_is_training_on_line(source, tmp_path):
     only = {"video": dataclasses.replace(stages()["video"], rule=rule(9, minority=1))}
     online = config(source, tmp_path / "online", stages=only)
     train(online)
-    encoders = features_module.Encoders.from_pretrained(source / "vae", source / "text")
+    encoders = Encoders.from_pretrained(source / "vae", source / "text")
     manifest = Manifest.open(source / "clips", index=tmp_path / "index")
     cache.build(tmp_path / "cache", manifest, only["video"].rule, encoders)
     held = config(

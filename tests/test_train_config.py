@@ -9,7 +9,10 @@ pytest.importorskip("jsonargparse")
 
 from skiparse.models.data.buckets import Rule
 from skiparse.models.suv.model import SUV
-from skiparse.models.train.config import CHAINS, Config, Optimizer, Stage, load
+from skiparse.models.suv.recipe import SUVConfig as Config
+from skiparse.models.suv.recipe import SUVStage as Stage
+from skiparse.models.train.checks import settings_of
+from skiparse.models.train.config import CHAINS, Optimizer, load
 
 GIVEN = ["--out=runs/x", "--vae=vae", "--text=text", "--source=clips"]
 
@@ -47,7 +50,7 @@ def test_the_chain_of_the_report():
     assert [V4.rate(step) for step in (0, 15_999, 16_000, 24_999)] == [2e-5, 2e-5, 1e-5, 1e-5]
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", sorted(CHAINS.keys() - {"wfvae"}))
 def test_every_chain_fits_its_model(name):
     chain = load(name, GIVEN)
     layers = (SUV.presets[chain.preset] | chain.model)["num_layers"]
@@ -239,3 +242,31 @@ def test_a_source_or_a_cache():
     assert not dataclasses.replace(config, vae=None, text=None).needs_encoders
     with pytest.raises(ValueError, match="vae and text are needed"):
         dataclasses.replace(config, vae=None, cache=None)
+
+
+def test_what_decides_a_run_is_what_it_was():
+    """By the names under which checkpoints of the first version have it: they go on."""
+    given = {"out": "x", "vae": "v", "text": "t", "source": "s"}
+    found = settings_of(Config(**given, stages={"a": stage(steps=3), "b": stage()}), "b")
+    of_a_stage = {"learning_rate", "then", "warmup", "global_batch", "rule", "sparsity"}
+    of_a_stage |= {"skip_connection"}
+    of_the_run = {"preset", "model", "init", "posterior", "drop", "optimizer", "clip", "ema"}
+    assert found.keys() == {
+        *of_the_run,
+        "dtype",
+        "seed",
+        "stages.a",
+        "stages.b",
+        "stages.a.steps",
+    } | {f"stages.{name}.{key}" for name in "ab" for key in of_a_stage}
+    assert found["stages.a.rule"].keys() == {
+        "frames", "fps", "size", "max_pixels", "min_pixels", "five_ratios", "stride", "min_aspect",
+        "max_aspect", "min_frames", "drop_short", "longest", "temporal_factor",
+        "sequence_parallel", "minority",
+    }  # fmt: skip
+    assert (
+        "every"
+        in settings_of(
+            Config(**given, stages={"a": stage(rule=Rule(size=(32, 32), every=2))}), "a"
+        )["stages.a.rule"]
+    )

@@ -1,6 +1,10 @@
 """Shift and scale are those of posterior samples, and the saved model has them."""
 
 import json
+import os
+import shutil
+import signal
+import time
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ pytest.importorskip("av")
 pytest.importorskip("diffusers")
 
 from skiparse.models.data.writer import write_video
+from skiparse.models.wfvae import stats
 from skiparse.models.wfvae.model import WFVAE
 from skiparse.models.wfvae.stats import normalised, run, statistics
 
@@ -158,7 +163,7 @@ def test_a_folder_of_clips_and_a_saved_model(folder, model, tmp_path, capsys):
         ({"frames": 8}, ValueError, r"frames must be 8n \+ 1, got 8"),
         ({"size": (16, 12)}, ValueError, "size must be multiples of 8"),
         ({"model": "missing"}, FileNotFoundError, "config.json is not there"),
-        ({"clips": "missing"}, ValueError, "is no folder"),
+        ({"clips": "missing"}, ValueError, "does not exist; give annotations or a folder"),
         ({"out": "."}, ValueError, "exists; give a new name"),
     ],
 )
@@ -167,3 +172,43 @@ def test_arguments_that_make_no_sense(folder, model, tmp_path, changes, error, m
     with pytest.raises(error, match=message):
         run(**{**given, "size": (16, 16), **changes})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_clip_that_cannot_be_read_costs_itself_only(folder, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("skiparse.models.data.dataset._BAD_SHARE", 0.5)
+    real = stats.Clips.__init__
+
+    def spoiling(self, source, *arguments, **options):
+        real(self, source, *arguments, **options)
+        (source / "b.mp4").write_bytes(b"no video")  # after the scan
+
+    copy = tmp_path / "clips"
+    shutil.copytree(folder, copy)
+    monkeypatch.setattr(stats.Clips, "__init__", spoiling)
+    out = run(model, copy, tmp_path / "out", frames=9, size=(16, 16))
+    (copy / "b.mp4").unlink()
+    monkeypatch.undo()
+    alone = run(model, copy, tmp_path / "alone", frames=9, size=(16, 16))
+    found, right = (WFVAE.from_pretrained(path).config for path in (out, alone))
+    assert found.shift == pytest.approx(right.shift, rel=1e-12)  # a.mp4 twice, and once
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["measuring", "writing"])
+def test_a_signal_leaves_nothing_half_written(folder, model, tmp_path, monkeypatch, kind, moment):
+    def told(*arguments, **options):
+        os.kill(os.getpid(), kind)
+        os.kill(os.getpid(), kind)
+        time.sleep(1)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    name = "statistics" if moment == "measuring" else "write_json"
+    monkeypatch.setattr(stats, name, told)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(model, folder, tmp_path / "out", frames=9, size=(16, 16))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert list(tmp_path.iterdir()) == []

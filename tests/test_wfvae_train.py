@@ -3,24 +3,32 @@
 import itertools
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
-from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from filelock import FileLock
+from PIL import Image
 from torch import nn
 
 from skiparse import cli
+from skiparse.models.data import dataset
 from skiparse.models.data.writer import write_video
+from skiparse.models.train import core
+from skiparse.models.train.checkpoint import Checkpoint, CheckpointError, Checkpoints, complete_ones
 from skiparse.models.train.ema import EMA
 from skiparse.models.wfvae import losses
 from skiparse.models.wfvae import train as training
 from skiparse.models.wfvae.losses import LPIPS, Weights
 from skiparse.models.wfvae.model import WFVAE
-from skiparse.models.wfvae.train import STAGES, Clips, Settings, checkpoints, train
+from skiparse.models.wfvae.train import Clips, Settings, WFVAEStage, train
 
 TINY = {
     "base_channels": 8,
@@ -33,7 +41,6 @@ TINY = {
 SETTINGS = Settings(
     frames=9, size=(16, 16), batch=2, learning_rate=2e-3, discriminator_width=2, ema=0.9
 )
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class Scenes:
@@ -63,11 +70,32 @@ def run(out, steps, *, settings=SETTINGS, vae=None, clips=None, **how):
 
 
 def rows(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    """The log, without times, which are never the same."""
+    lines = (out / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def checkpoints(out):
+    return complete_ones(out / "checkpoints")
 
 
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def tensors(folder):
+    return Checkpoint.at(folder).read("")
+
+
+def equal(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_same(a, b):
+    """Two checkpoints; the order of tensors in their files is torch's own affair."""
+    assert (a / "about.json").read_bytes() == (b / "about.json").read_bytes()
+    assert equal(tensors(a), tensors(b))
 
 
 def test_ema_by_hand():
@@ -115,13 +143,15 @@ def test_ema_refuses_few_bits():
 
 
 def test_the_published_stages():
-    assert {name: steps for name, (steps, _) in STAGES.items()} == {
+    stages = training.published()
+    assert {name: stage.steps for name, stage in stages.items()} == {
         "I": 800_000, "II": 200_000, "III": 200_000
     }  # fmt: skip
-    found = [(s.frames, s.size, s.every, s.batch, s.weights.lpips) for _, s in STAGES.values()]
+    found = [(s.frames, s.size, s.every, s.batch, s.weights.lpips) for s in stages.values()]
     size = (256, 256)
     assert found == [(25, size, 1, 8, 1.0), (49, size, 2, 8, 1.0), (49, size, 2, 8, 0.1)]
-    for _, s in STAGES.values():
+    for s in stages.values():
+        assert s.weights == Weights(lpips=s.weights.lpips)
         assert (s.learning_rate, s.weight_decay, s.ema) == (1e-5, 1e-4, 0.999)
         assert (s.discriminator_start, s.discriminator_width, s.reduction) == (0, 64, "sum")
 
@@ -146,11 +176,11 @@ def test_resuming_is_bit_exact(tmp_path):
     ours, theirs = checkpoints(tmp_path / "whole"), checkpoints(tmp_path / "parts")
     assert [path.name for path in ours] == ["step-00000002", "step-00000004"]
     for a, b in zip(ours, theirs, strict=True):
-        assert files(a) == files(b)
+        assert_same(a, b)
     assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
     assert whole.asked == parts.asked == list(range(8))
-    names = load_file(ours[-1] / "train.safetensors").keys()
-    for kind in ("vae", "vae_optimizer", "discriminator", "discriminator_optimizer"):
+    names = tensors(ours[-1]).keys()
+    for kind in ("vae", "vae_optimizer", "ema", "discriminator", "discriminator_optimizer"):
         assert any(name.startswith(f"{kind}.") for name in names), kind
     assert {name.rpartition(".")[2] for name in names if "optimizer" in name} == {
         "step", "exp_avg", "exp_avg_sq"
@@ -160,7 +190,7 @@ def test_resuming_is_bit_exact(tmp_path):
 
 def test_processes_that_read_ahead_change_nothing(tmp_path):
     a, b = run(tmp_path / "a", 2), run(tmp_path / "b", 2, workers=2)
-    assert files(a) == files(b)
+    assert_same(a, b)
 
 
 def test_steps_differ_in_their_noise_and_seeds_in_everything(tmp_path):
@@ -185,24 +215,22 @@ def test_the_callers_random_state_is_left_alone(tmp_path):
 
 def parts_of(folder):
     """The vae, its average and the trained parameters of the discriminator, in a checkpoint."""
-    tensors = load_file(folder / "train.safetensors")
-    found = {kind: {} for kind in ("vae", "discriminator")}
-    for name, value in tensors.items():
+    found = {kind: {} for kind in ("vae", "ema", "discriminator")}
+    for name, value in tensors(folder).items():
         kind, _, key = name.partition(".")
         if kind in found and not key.rpartition(".")[2].startswith(("running", "num_batches")):
             found[kind][key] = value
-    return {**found, "ema": load_file(folder / WEIGHTS)}
-
-
-def equal(a, b):
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[name], b[name]) for name in a)
+    return found
 
 
 def test_networks_take_turns_from_the_discriminators_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "KEEP", 6)
-    run(tmp_path, 6, settings=replace(SETTINGS, discriminator_start=3), save_every=1)
-    kept = [parts_of(folder) for folder in checkpoints(tmp_path)]
+    settings, kept = replace(SETTINGS, discriminator_start=3), []
+    monkeypatch.setattr(
+        training.Coding,
+        "saved",
+        lambda self, done: kept.append(parts_of(checkpoints(tmp_path)[-1])),
+    )
+    run(tmp_path, 6, settings=settings, save_every=1)
     changed = [
         {kind for kind in before if not equal(before[kind], after[kind])}
         for before, after in itertools.pairwise(kept)
@@ -261,7 +289,7 @@ def test_what_the_objective_is_given(tmp_path, monkeypatch):
 def test_bfloat16_computes_in_fewer_bits_and_keeps_float32(tmp_path):
     coarse = run(tmp_path / "bf16", 2, dtype=torch.bfloat16)
     run(tmp_path / "fp32", 2)
-    for tensor in load_file(coarse / "train.safetensors").values():
+    for tensor in tensors(coarse).values():
         assert tensor.dtype in (torch.float32, torch.int64)
     for a, b in zip(rows(tmp_path / "bf16"), rows(tmp_path / "fp32"), strict=True):
         assert a["loss"] != b["loss"]
@@ -300,42 +328,119 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
     assert checkpoints(tmp_path) == []
 
 
-@pytest.mark.parametrize("moment", ["save_file", "rename"])
-def test_a_killed_write_leaves_the_former_checkpoint(tmp_path, moment):
+def test_checkpoints_are_those_of_every_trainer(tmp_path):
+    run(tmp_path, 4, save_every=1)
+    names = [path.name for path in checkpoints(tmp_path)]
+    assert names == ["step-00000003", "step-00000004"]
+    there = {path.name for path in tmp_path.iterdir()} - {".lock"}
+    assert there == {"log.jsonl", "tensorboard", "checkpoints"}
+    about = Checkpoint.at(checkpoints(tmp_path)[-1]).about
+    assert (about["stage"], about["wfvae"]["base_channels"]) == ("vae", 8)
+
+
+def test_a_flipped_bit_is_refused(tmp_path):
     folder = run(tmp_path, 2)
-    kept = files(folder)
-    child = os.fork()
-    if not child:  # dies without cleaning up
-        if moment == "save_file":
-            training.save_file = lambda tensors, path: path.write_bytes(b"half") and os._exit(9)
-        else:
-            os.rename = lambda *_: os._exit(9)
+    damaged = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    held = bytearray(damaged.read_bytes())
+    held[len(held) // 2] ^= 1
+    damaged.write_bytes(held)
+    with pytest.raises(
+        CheckpointError, match=r"does not have the SHA-256.*the checkpoint is damaged"
+    ):
         run(tmp_path, 3)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert len(list(tmp_path.glob(".step-00000003*"))) == 1  # what was half written
-    assert checkpoints(tmp_path) == [folder]
-    assert files(folder) == kept
+    held[len(held) // 2] ^= 1
+    damaged.write_bytes(held)
     assert run(tmp_path, 3).name == "step-00000003"
 
 
-def test_checkpoints_are_whole_models_and_old_ones_go(tmp_path):
-    folder = run(tmp_path, 4, save_every=1)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "log.jsonl", "step-00000003", "step-00000004"
-    ]  # fmt: skip
-    vae = WFVAE.from_pretrained(folder)
-    assert equal(dict(vae.state_dict()), load_file(folder / WEIGHTS))
-    assert json.loads((folder / "state.json").read_text())["step"] == 4
+def test_one_run_at_a_time(tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="another run is at work"):
+        run(tmp_path, 1)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_sigterm_saves_after_the_step(tmp_path):
+    """Sent twice, as a job's are; and then it goes on bit for bit."""
+
+    class Terminated(Scenes):
+        def __getitem__(self, index):
+            if index == 5:  # the second clip of step 2
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(index)
+
+    before = signal.getsignal(signal.SIGTERM)
+    run(tmp_path / "whole", 4)
+    assert run(tmp_path / "parts", 4, clips=Terminated()).name == "step-00000003"
+    assert signal.getsignal(signal.SIGTERM) is before
+    run(tmp_path / "parts", 4)
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    ours, theirs = (tensors(checkpoints(tmp_path / name)[-1]) for name in ("whole", "parts"))
+    assert equal(ours, theirs)
+
+
+def test_a_checkpoint_of_the_trainer_before_is_refused(tmp_path):
+    old = tmp_path / "step-00000007"
+    old.mkdir()
+    (old / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"step-00000007 is a checkpoint of an older.*--init .*7"):
+        run(tmp_path, 9)
+    assert list(tmp_path.iterdir()) == [old]
+
+
+def test_stages_begin_with_the_average(tmp_path):
+    """As a run of its own that is given it: the first step of the second stage is that run's."""
+    settings = replace(SETTINGS, seed=3)
+    first = WFVAEStage(**vars(SETTINGS), steps=3)
+    second = WFVAEStage(**vars(settings), steps=2)
+
+    def chain(out, stages):
+        task = training.Coding(tiny(), stages, lambda name, world: (Scenes(), name), out)
+        core.run(task, out, device="cpu", save_every=100, keep=9)
+
+    chain(tmp_path / "whole", {"a": first, "b": second})
+    assert [row["stage"] for row in rows(tmp_path / "whole")] == [*"aaabb"]
+    end, whole = checkpoints(tmp_path / "whole")
+    average = tiny()
+    average.load_state_dict(parts_of(end)["ema"])
+    folder = run(tmp_path / "alone", 2, vae=average, settings=settings)
+    ours, theirs = tensors(whole), tensors(folder)
+    assert equal(ours, theirs)
+    chain(tmp_path / "parts", {"a": first})
+    chain(tmp_path / "parts", {"a": first, "b": second})
+    assert equal(tensors(checkpoints(tmp_path / "parts")[-1]), ours)
+    with pytest.raises(ValueError, match=r"settings of a \{'steps': 3\}, not \{'steps': 2\}"):
+        chain(tmp_path / "whole", {"a": replace(first, steps=2), "b": replace(second, steps=4)})
+    with pytest.raises(ValueError, match="is of the stage 'b', which the run does not have"):
+        chain(tmp_path / "whole", {"a": first})
+
+
+def test_a_folder_of_another_recipe_is_refused(tmp_path):
+    Checkpoints(tmp_path / "checkpoints").save(1, {"x": torch.zeros(1)}, {"stage": "vae"})
+    with pytest.raises(ValueError, match="step-00000001 is of no WFVAE; choose another out"):
+        run(tmp_path, 2)
+
+
+def test_other_clips_are_not_the_same_stage(tmp_path):
+    def once(steps, data):
+        stages = {"a": WFVAEStage(**vars(SETTINGS), steps=steps)}
+        task = training.Coding(tiny(), stages, lambda name, world: (Scenes(), data), tmp_path)
+        core.run(task, tmp_path, device="cpu", save_every=100, keep=9)
+
+    once(1, "these")
+    with pytest.raises(ValueError, match="was trained on other clips"):
+        once(2, "others")
+    once(2, "these")
 
 
 def test_another_kind_of_run_does_not_continue(tmp_path):
     folder = run(tmp_path, 1)
     kept = files(folder)
-    with pytest.raises(ValueError, match=r"settings \{'batch': 2\}, not \{'batch': 3\}; continue"):
+    with pytest.raises(
+        ValueError, match=r"settings of vae \{'batch': 2\}, not \{'batch': 3\}; continue"
+    ):
         run(tmp_path, 2, settings=replace(SETTINGS, batch=3))
-    with pytest.raises(ValueError, match=r"model \{'base_channels': 8\}, not \{'base_channels'"):
+    with pytest.raises(ValueError, match=r"wfvae \{'base_channels': 8\}, not \{'base_channels'"):
         run(tmp_path, 2, vae=tiny(base_channels=4))
     with pytest.raises(ValueError, match="with lpips False, not True"):
         run(tmp_path, 2, lpips=LPIPS())
@@ -402,7 +507,7 @@ def folder(tmp_path_factory):
     grey(path / "c.mp4", 9, fps=25)
     grey(path / "short.mp4", 8)
     grey(path / "small.mp4", 20, size=8)
-    (path / "notes.txt").write_text("no video")
+    (path / "notes.pdf").write_text("no video")
     return path
 
 
@@ -411,13 +516,17 @@ def levels(cut):
     return np.rint(cut.float().mean((1, 2, 3)).numpy() / 8).astype(int).tolist()
 
 
+def cuts(folder, settings=SETTINGS, **how):
+    return Clips(folder, settings, tiny(), **how)
+
+
 def test_cuts_are_whole_random_and_repeatable(folder):
-    clips = Clips(folder, SETTINGS)
-    assert [(path.name, rate, frames) for path, rate, frames in clips.files] == [
-        ("a.mp4", Fraction(10), 20), ("b.mp4", Fraction(10), 14), ("c.mp4", Fraction(25), 9)
-    ]  # fmt: skip
-    assert {path.name for path in clips.left_out} == {"short.mp4", "small.mp4", "notes.txt"}
-    assert "8 frames, too few for 9 of every 1" in clips.left_out[folder / "short.mp4"]
+    clips = cuts(folder)
+    assert (len(clips), clips.report.used) == (3, 3)
+    assert clips.report.dropped == {
+        "of a kind that is not read (.pdf)": 1, "too small": 1, "too short": 1
+    }  # fmt: skip
+    assert clips.report.examples["too short"] == ["short.mp4"]
     starts = []
     for index in range(12):
         cut = clips[index]
@@ -428,42 +537,77 @@ def test_cuts_are_whole_random_and_repeatable(folder):
     assert all(min(starts[i : i + 3]) == 0 for i in range(0, 12, 3))  # c.mp4, once an epoch
     assert max(starts) <= 11
     assert len(set(starts)) > 4
-    again = Clips(folder, SETTINGS)
+    again = cuts(folder)
     assert [levels(again[index])[0] for index in (11, 3, 7)] == [starts[i] for i in (11, 3, 7)]
-    other = Clips(folder, replace(SETTINGS, seed=1))
+    other = cuts(folder, replace(SETTINGS, seed=1))
     assert [levels(other[index])[0] for index in range(12)] != starts
+    assert other.fingerprint == clips.fingerprint
+
+
+def test_the_same_cuts_whatever_the_batch_and_the_index(folder, tmp_path):
+    """Those that were cut before there was an index: their first frames, by hand."""
+    ways = [cuts(folder), cuts(folder, replace(SETTINGS, batch=5), index=tmp_path / "index")]
+    lengths = (20, 14, 9)  # of a.mp4, below/b.mp4 and c.mp4
+
+    def draws(number, use):
+        return np.random.default_rng((SETTINGS.seed, number, use))
+
+    for number in range(9):
+        length = lengths[draws(number // 3, 2).permutation(3)[number % 3]]
+        first = int(draws(number, 3).integers(length - 9, endpoint=True))
+        assert [levels(clips[number])[0] for clips in ways] == [first, first]
 
 
 def test_each_file_comes_once_an_epoch_in_another_order(folder, monkeypatch):
-    clips = Clips(folder, SETTINGS)
+    clips = cuts(folder)
     read = []
     monkeypatch.setattr(
-        training, "read_video", lambda path, **k: read.append(path.name) or torch.zeros(20)
+        dataset, "read_video", lambda path, **k: read.append(path) or torch.zeros(20)
     )
     for index in range(24):
         clips[index]
     epochs = [tuple(read[i : i + 3]) for i in range(0, 24, 3)]
-    assert all(sorted(epoch) == ["a.mp4", "b.mp4", "c.mp4"] for epoch in epochs)
+    assert all(sorted(epoch) == ["a.mp4", "below/b.mp4", "c.mp4"] for epoch in epochs)
     assert len(set(epochs)) > 1
 
 
 def test_every_second_frame(folder):
-    clips = Clips(folder, replace(SETTINGS, every=2))
-    assert [(path.name, rate, frames) for path, rate, frames in clips.files] == [
-        ("a.mp4", Fraction(5), 10)
-    ]
+    clips = cuts(folder, replace(SETTINGS, every=2))
+    assert len(clips) == 1
     seen = {tuple(levels(clips[index])) for index in range(8)}
     assert seen == {tuple(range(0, 18, 2)), tuple(range(2, 20, 2))}
 
 
+def test_annotations_are_a_source_too(folder, tmp_path):
+    """Without captions, and with a part of a file."""
+    size = {"height": 32, "width": 32}
+    clip = {"path": "a.mp4", "resolution": size, "num_frames": 20, "fps": 10, "cut": [4, 14]}
+    (tmp_path / "clips.jsonl").write_text(json.dumps(clip) + "\n")
+    (tmp_path / "data.txt").write_text(f"{folder},clips.jsonl\n")
+    clips = cuts(tmp_path / "data.txt")
+    assert {levels(clips[index])[0] for index in range(12)} == {4, 5}
+
+
 def test_folders_with_nothing_to_train_on(tmp_path):
-    with pytest.raises(ValueError, match="is no folder"):
-        Clips(tmp_path / "missing", SETTINGS)
-    with pytest.raises(ValueError, match="no video to train on: there are no files"):
-        Clips(tmp_path, SETTINGS)
-    (tmp_path / "notes.txt").write_text("no video")
-    with pytest.raises(ValueError, match=r"no video to train on: .*notes\.txt"):
-        Clips(tmp_path, SETTINGS)
+    with pytest.raises(ValueError, match="does not exist; give annotations or a folder of clips"):
+        cuts(tmp_path / "missing")
+    with pytest.raises(ValueError, match=r"no clip in .*: no records"):
+        cuts(tmp_path)
+    (tmp_path / "a.pdf").write_text("no video")
+    with pytest.raises(ValueError, match=r"no clip in .*: 1 of a kind that is not read \(\.pdf\)"):
+        cuts(tmp_path)
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="no clip is left: 1 images; give videos"):
+        cuts(tmp_path)
+
+
+def test_images_are_no_videos(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "clips")
+    Image.new("RGB", (32, 32)).save(tmp_path / "clips" / "b.png")
+    clips = cuts(tmp_path / "clips")
+    assert (len(clips), clips.report.dropped["an image"]) == (3, 1)
+    assert clips.report.examples["an image"] == ["b.png"]
+    assert [levels(clips[i]) for i in range(6)] == [levels(cuts(folder)[i]) for i in range(6)]
 
 
 def command(folder, out, *more):
@@ -479,23 +623,27 @@ def test_the_command(folder, tmp_path, capsys):
     assert command(folder, out, "--steps", "1", "--stage", "III", "--reduction", "mean") == 0
     said = capsys.readouterr().out
     assert "without --lpips FILE" in said
-    assert "short.mp4" in said
-    assert "files to train on: 1\n" in said  # every second frame: only a.mp4 is long enough
-    state = json.loads((out / "step-00000001" / "state.json").read_text())
-    settings = state["settings"]
+    assert "stage III: " in said
+    assert "used 1 of 6" in said  # every second frame: only a.mp4 is long enough
+    folder_of = json.loads((out / "data" / "III.json").read_text())
+    assert "short.mp4" in folder_of["examples"]["too short"]
+    about = Checkpoint.at(out / "checkpoints" / "step-00000001").about
+    settings = about["settings of III"]
     assert settings["weights"] == {"lpips": 0.1, "kl": 1e-6, "wavelet": 0.1, "adversarial": 0.25}
     assert (settings["every"], settings["reduction"], settings["size"]) == (2, "mean", [16, 16])
-    vae = WFVAE.from_pretrained(out / "step-00000001")
+    assert cli.main(["export", str(out), str(tmp_path / "vae")]) == 0
+    vae = WFVAE.from_pretrained(tmp_path / "vae")
     assert vae.config.base_channels == WFVAE.presets["tiny"]["base_channels"]
 
     second = tmp_path / "second"
     arguments = [
-        "train-vae", str(folder), "--out", str(second), "--init", str(out / "step-00000001"),
+        "train-vae", str(folder), "--out", str(second), "--init", str(tmp_path / "vae"),
         "--frames", "9", "--size", "16x16", "--batch", "1", "--discriminator-width", "2",
         "--steps", "1", "--learning-rate", "1e-30", "--workers", "0", "--device", "cpu",
     ]  # fmt: skip
     assert cli.main(arguments) == 0
-    assert equal(load_file(second / "step-00000001" / WEIGHTS), dict(vae.state_dict()))
+    found = parts_of(second / "checkpoints" / "step-00000001")["ema"]
+    assert equal(found, dict(vae.state_dict()))
 
 
 @pytest.mark.parametrize(
@@ -516,13 +664,12 @@ def test_the_command_refuses(folder, tmp_path, capsys, more, message):
 
 
 def test_a_new_model_has_exact_wavelets_and_no_statistics_of_another(tmp_path, monkeypatch, folder):
-    seen = []
-    monkeypatch.setattr(training, "train", lambda vae, *a, **k: seen.append(vae.config))
     small = {**WFVAE.presets["v1.5-M"], **TINY, "shift": 4 * [1.0], "scale": 4 * [2.0]}
     monkeypatch.setitem(WFVAE.presets, "v1.5-M", small)
-    given = {"frames": 9, "size": (16, 16)}
-    training.train_folder(folder, out=tmp_path, given=given)
-    assert (seen[0].haar_gain, seen[0].shift, seen[0].scale) == (None, None, None)
+    given = {"frames": 9, "size": (16, 16), "batch": 1, "discriminator_width": 2}
+    about = Checkpoint.at(training.train_folder(folder, out=tmp_path, steps=1, given=given)).about
+    config = about["wfvae"]
+    assert (config["haar_gain"], config["shift"], config["scale"]) == (None, None, None)
 
 
 @pytest.fixture
@@ -534,69 +681,100 @@ def folder_of_eight(tmp_path):
     return folder
 
 
-def test_a_clip_that_cannot_be_read_is_replaced(folder_of_eight, monkeypatch):
+def test_a_clip_that_cannot_be_read_is_replaced(folder_of_eight, tmp_path, monkeypatch):
     """The same for whoever reads it, and as long as they are few."""
-    clips = Clips(folder_of_eight, SETTINGS)
-    whole = [clips[i] for i in range(16)]
-    (folder_of_eight / "3.mp4").write_bytes(b"no video")
-    clips._tried = set(range(1000))
-    again = [clips[i] for i in range(16)]
+    monkeypatch.setattr(dataset, "_BAD_SHARE", 0.2)
+    whole = [cuts(folder_of_eight)[i] for i in range(16)]
+    index, bad = tmp_path / "index", tmp_path / "bad.jsonl"
+    cuts(folder_of_eight, index=index)
+    damaged = folder_of_eight / "3.mp4"
+    stat = damaged.stat()
+    damaged.write_bytes(bytes(stat.st_size))
+    os.utime(damaged, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # so that the index is still current
+    again = [cuts(folder_of_eight, index=index, bad=bad)[i] for i in range(16)]
     changed = [i for i in range(16) if not torch.equal(whole[i], again[i])]
-    assert len(changed) == 2
     assert [round(float(whole[i].float().mean()) / 20) for i in changed] == [3, 3]
-    assert "3.mp4" in str(clips.bad)
-    other = Clips(folder_of_eight, SETTINGS)
-    assert len(other.files) == 7
-    fresh = Clips.__new__(Clips)
-    fresh.__dict__ |= {**clips.__dict__, "bad": {}, "_tried": set(range(1000))}
-    assert all(torch.equal(fresh[i], again[i]) for i in reversed(range(16)))
-    clips._tried, clips.bad = set(), {}
-    with pytest.raises(ValueError, match=r"1 of the 8 files tried are bad: .*3\.mp4"):
-        [clips[i] for i in range(16)]
+    assert "3.mp4" in json.loads(bad.read_text().splitlines()[0])["path"]
+    other = cuts(folder_of_eight, index=index)
+    assert all(torch.equal(other[i], again[i]) for i in reversed(range(16)))
+    monkeypatch.undo()
+    other = cuts(folder_of_eight, index=index)
+    with pytest.raises(ValueError, match=r"12\.5% of the files tried are bad.*"):
+        [other[i] for i in range(16)]
 
 
-def test_frames_that_are_hidden_are_not_cut(tmp_path):
-    """Cuts are of what can be seen."""
-    write_video(tmp_path / "a.mp4", torch.zeros((25, 16, 16, 3), dtype=torch.uint8))
-    folder = tmp_path / "clips"
-    folder.mkdir()
-    with av.open(str(tmp_path / "a.mp4")) as old, av.open(str(folder / "b.mp4"), "w") as new:
+def hidden_start(path, frames, hidden):
+    """A video of which an edit list hides the first frames."""
+    write_video(path.with_suffix(".whole.mp4"), torch.zeros((frames, 16, 16, 3), dtype=torch.uint8))
+    with av.open(str(path.with_suffix(".whole.mp4"))) as old, av.open(str(path), "w") as new:
         made = new.add_stream_from_template(old.streams.video[0])
         for packet in old.demux(old.streams.video[0]):
             if packet.size:
-                back = round(10 / 24 / packet.time_base)
+                back = round(hidden / 24 / packet.time_base)
                 packet.pts, packet.dts = packet.pts - back, packet.dts - back
                 packet.stream = made
                 new.mux(packet)
-    clips = Clips(folder, SETTINGS)
-    assert [frames for _, _, frames in clips.files] == [15]
+    path.with_suffix(".whole.mp4").unlink()
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_frames_that_are_hidden_are_not_cut(tmp_path, monkeypatch, scanned):
+    """Cuts are of what can be seen, also where that is only known once the file is read."""
+    if not scanned:
+        monkeypatch.setattr("skiparse.models.data.video.SCAN_BYTES", 10)
+        monkeypatch.setattr("skiparse.models.data.manifest.SCAN_BYTES", 10)
+    hidden_start(tmp_path / "b.mp4", 25, 10)
+    clips = cuts(tmp_path)
+    assert clips.report.more["estimated"] == (not scanned)
     assert all(clips[i].shape == (9, 16, 16, 3) for i in range(20))
-
-
-def test_a_large_file_is_counted_when_it_is_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr("skiparse.models.data.video.SCAN_BYTES", 10)
-    write_video(tmp_path / "a.mp4", torch.zeros((25, 16, 16, 3), dtype=torch.uint8))
-    clips = Clips(tmp_path, SETTINGS)
-    clips.files[0] = (*clips.files[0][:2], 10_000)
-    assert all(clips[i].shape == (9, 16, 16, 3) for i in range(4))
-    assert clips.files[0][2] == 25
-    clips.files[0], clips._estimated = (*clips.files[0][:2], 10_000), {tmp_path / "a.mp4"}
-    clips.settings = replace(SETTINGS, every=4)
-    with pytest.raises(ValueError, match="25 frames when counted, too few"):
-        clips[0]
 
 
 def test_the_scan_is_a_line_and_a_file(folder_of_eight, tmp_path, capsys):
     write_video(folder_of_eight / "x.mp4", torch.zeros((5, 16, 16, 3), dtype=torch.uint8))
     (folder_of_eight / "y.mp4").write_bytes(b"no video")
     (folder_of_eight / "z.mp4").symlink_to("/nowhere.mp4")
-    given = ["--frames", "9", "--size", "16x16", "--steps", "0"]
-    assert cli.main(["train-vae", str(folder_of_eight), "--out", str(tmp_path / "run"), *given])
-    line = "used 8 of 11; dropped 3: 1 too few frames, 2 that cannot be read (.mp4)"
+    with pytest.warns(UserWarning, match="2 of 11 clips"):
+        assert command(folder_of_eight, tmp_path / "run", "--steps", "1") == 0
+    line = "used 8 of 11; dropped 3: 2 cannot be opened, 1 too short"
     assert line in capsys.readouterr().out
-    clips = Clips(folder_of_eight, SETTINGS)
-    run(tmp_path / "out", 1, clips=clips, report=clips.report)
-    about = json.loads((tmp_path / "out" / "scan.json").read_text())
+    about = json.loads((tmp_path / "run" / "data" / "I.json").read_text())
     assert (about["used"], about["of"]) == (8, 11)
-    assert about["dropped"] == {"too few frames": 1, "that cannot be read (.mp4)": 2}
-    assert "z.mp4" in about["examples"]["that cannot be read (.mp4)"][1]
+    assert about["dropped"] == {"too short": 1, "cannot be opened": 2}
+    assert "z.mp4" in about["examples"]["cannot be opened"][1]
+
+
+def launch(processes, script, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += ["--master-port", "0", "--standalone", script, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Samples, batch norm, dropout and the balance of terms are those of the whole batch."""
+    settings = replace(SETTINGS, batch=4, learning_rate=1e-4, discriminator_start=1)
+    run(tmp_path / "one", 5, settings=settings)
+    script = tmp_path / "two.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\n"
+        "from dataclasses import replace\n"
+        "from test_wfvae_train import SETTINGS, run\n"
+        "settings = replace(\n"
+        "    SETTINGS, batch=4, learning_rate=1e-4, discriminator_start=1\n"
+        ")\n"
+        "run(Path(sys.argv[1]), 5, settings=settings)\n"
+    )
+    launch(2, script, tmp_path / "two")
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    assert [row["of"] for row in one] == [row["of"] for row in two]
+    assert "balance" in one[2]
+    for a, b in zip(one, two, strict=True):
+        for name in a.keys() - {"of", "step", "stage"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-5), (a["step"], name)
+    ours, theirs = (tensors(checkpoints(tmp_path / name)[-1]) for name in ("one", "two"))
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        if "running" in name:
+            torch.testing.assert_close(x, theirs[name], rtol=1e-3, atol=1e-5)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,7 @@ class Rule:
         frames: of a clip, a multiple of ``temporal_factor`` plus 1.
         fps: frames per second to train on. Files within 0.1 of it are taken as they are, faster
             ones are resampled, slower ones dropped.
+        every: instead, take every so many frames of a file, whatever its rate.
         size: height and width that every clip gets; smaller clips are dropped.
         max_pixels: height x width of a clip at most; larger clips are scaled down.
         min_pixels: at least; smaller clips are dropped. A quarter of ``max_pixels`` if None.
@@ -62,6 +64,7 @@ class Rule:
 
     frames: int = 1
     fps: float = 24.0
+    every: int | None = None
     size: tuple[int, int] | None = None
     max_pixels: int | None = None
     min_pixels: int | None = None
@@ -82,6 +85,8 @@ class Rule:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.fps <= FASTEST:
             raise ValueError(f"fps must be above 0 and at most {FASTEST}, got {self.fps}")
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"every must be at least 1, got {self.every}")
         if not 0 <= self.drop_short <= 1:
             raise ValueError(f"drop_short must be in [0, 1], got {self.drop_short}")
         if not 0 < self.min_aspect <= self.max_aspect < math.inf:
@@ -129,7 +134,19 @@ class Rule:
 
     def interval(self, fps: NDArray[np.float64]) -> NDArray[np.float64]:
         """Frames of a file from one that is taken to the next; below 1 if it is too slow."""
+        if self.every is not None:
+            return np.full_like(fps, self.every)
         return np.where(np.abs(fps - self.fps) < _SAME_FPS, 1.0, fps / self.fps)
+
+    def table(self) -> dict[str, Any]:
+        """All of it by name, as for ``Rule(**table)``; of ``every`` only where it is asked for.
+
+        So the rule of a cache or a run from before there was ``every`` is the same as now.
+        """
+        found = asdict(self)
+        if self.every is None:
+            del found["every"]
+        return found
 
     def kept_frames(self, frames: int | NDArray[np.int64]) -> int | NDArray[np.int64]:
         """The largest allowed length up to ``frames``, at least 1; below 1 if there is none."""

@@ -47,7 +47,7 @@ from skiparse.models.data.buckets import Buckets, Rule, assign
 from skiparse.models.data.content import Content
 from skiparse.models.data.dataset import Clip, Clips
 from skiparse.models.data.draws import Place
-from skiparse.models.data.features import Encoders, Features, Text, digest
+from skiparse.models.data.features import Coder, Features, Text, digest
 from skiparse.models.data.manifest import DataError, Manifest
 from skiparse.models.data.plain import printable
 from skiparse.models.data.report import NAMED, Report
@@ -97,7 +97,7 @@ def build(
     folder: str | os.PathLike[str],
     manifest: Manifest,
     rule: Rule,
-    encoders: Encoders,
+    encoders: Coder,
     *,
     seed: int = 0,
     dtype: str = "float32",
@@ -139,7 +139,7 @@ def build(
     about = {
         "schema": SCHEMA,
         "data": manifest.fingerprint,
-        "rule": asdict(rule),
+        "rule": rule.table(),
         "seed": seed,
         "encoders": encoders.fingerprints(),
         "dtype": dtype,
@@ -232,7 +232,7 @@ class Cache(Dataset[Features]):
 
     Args:
         folder: of a complete cache.
-        fingerprints: of the encoders it has to be of, from :meth:`Encoders.fingerprints`; None
+        fingerprints: of the encoders it has to be of, from :meth:`Coder.fingerprints`; None
             takes any.
 
     Attributes:
@@ -294,7 +294,7 @@ class Cache(Dataset[Features]):
         entry = self._index.slice(at, 1).to_pylist()[0]
         tensors = self._tensors(entry)
         texts = tuple(
-            Text(tensors[f"states/{i}"].float(), tensors[f"pooled/{i}"].float())
+            {name: tensors[f"{name}/{i}"].float() for name in self.null}
             for i in range(entry["captions"])
         )
         mean, std = tensors["mean"].float(), tensors["std"].float()
@@ -310,7 +310,7 @@ class Cache(Dataset[Features]):
         try:
             if entry["shard"] not in self._shards:
                 self._shards[entry["shard"]] = _opened(path)
-            tensors = _sample(self._shards[entry["shard"]], entry)
+            tensors = _sample(self._shards[entry["shard"]], entry, self.null)
         except (OSError, SafetensorError) as error:
             raise _damaged(self.folder, path, error) from error
         if entry["row"] not in self._checked:
@@ -467,7 +467,7 @@ class _Shards:
         """One more clip; the shard is closed if that fills it."""
         sample = {"mean": features.mean, "std": features.std}
         for i, text in enumerate(features.texts):
-            sample |= {f"states/{i}": text.states, f"pooled/{i}": text.pooled}
+            sample |= {f"{name}/{i}": x for name, x in text.items()}
         sample = {name: _stored(features.key, x, self.dtype) for name, x in sample.items()}
         row = features.place.row
         entry = {
@@ -511,10 +511,7 @@ def _stored(key: str, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _write_null(folder: Path, null: Text, dtype: torch.dtype) -> None:
     if not (folder / NULL).exists():
-        tensors = {
-            name: _stored("no caption", x, dtype)
-            for name, x in (("states", null.states), ("pooled", null.pooled))
-        }
+        tensors = {name: _stored("no caption", x, dtype) for name, x in null.items()}
         with replacing(folder / NULL) as temporary:
             save_file(tensors, temporary, {"sha256": digest(tensors)})
 
@@ -597,9 +594,9 @@ def _opened(path: Path) -> Any:
     return safe_open(path, framework="pt")
 
 
-def _sample(shard: Any, entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of one clip, as they were added."""
-    texts = (f"{kind}/{i}" for i in range(entry["captions"]) for kind in ("states", "pooled"))
+def _sample(shard: Any, entry: Mapping[str, Any], names: Collection[str]) -> dict[str, Tensor]:
+    """The tensors of one clip, as they were added; ``names`` are those of a caption."""
+    texts = (f"{name}/{i}" for i in range(entry["captions"]) for name in names)
     return {name: shard.get_tensor(f"{entry['row']}/{name}") for name in ("mean", "std", *texts)}
 
 
@@ -607,13 +604,13 @@ def _read_null(folder: Path) -> Text:
     path = folder / NULL
     try:
         file = _opened(path)
-        tensors = {name: file.get_tensor(name) for name in ("states", "pooled")}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         checksum = (file.metadata() or {}).get("sha256")
     except (OSError, SafetensorError) as error:
         raise _damaged(folder, path, error) from error
     if digest(tensors) != checksum:
         raise _damaged(folder, path, "it is not as it was written")
-    return Text(tensors["states"].float(), tensors["pooled"].float())
+    return {name: x.float() for name, x in tensors.items()}
 
 
 def _damaged(folder: Path, path: Path, reason: object) -> CacheError:
@@ -625,8 +622,9 @@ def _damaged(folder: Path, path: Path, reason: object) -> CacheError:
 
 def _damages(folder: Path, about: Mapping[str, Any]) -> list[Damage]:
     found: list[Damage] = []
+    null: Text | None = None
     try:
-        _read_null(folder)
+        null = _read_null(folder)
     except CacheError:
         found.append(Damage(NULL, "missing, or not as it was written"))
     count = 0
@@ -637,7 +635,7 @@ def _damages(folder: Path, about: Mapping[str, Any]) -> list[Damage]:
             found.append(Damage(f"{INDEX}/{path.name}", str(error)))
             continue
         count += len(table)
-        damage = _shard_damage(folder, path.stem, table.to_pylist())
+        damage = _shard_damage(folder, path.stem, table.to_pylist(), null)
         if damage is not None:
             found.append(damage)
     if not found and about["clips"] not in (None, count):
@@ -645,18 +643,23 @@ def _damages(folder: Path, about: Mapping[str, Any]) -> list[Damage]:
     return found
 
 
-def _shard_damage(folder: Path, name: str, entries: list[dict[str, Any]]) -> Damage | None:
+def _shard_damage(
+    folder: Path, name: str, entries: list[dict[str, Any]], null: Text | None
+) -> Damage | None:
     file = f"{SHARDS}/{name}.safetensors"
     try:
         shard = _opened(_shard(folder, name))
     except (OSError, SafetensorError) as error:
         return Damage(file, str(error), tuple(entry["key"] for entry in entries))
-    lost = tuple(entry["key"] for entry in entries if not _is_whole(shard, entry))
+    # Names as ROW/NAME/CAPTION; without the embeddings of no caption only the shard knows them.
+    parts = [key.split("/") for key in shard.keys()]  # noqa: SIM118
+    names = {part[1] for part in parts if len(part) == 3} if null is None else set(null)
+    lost = tuple(entry["key"] for entry in entries if not _is_whole(shard, entry, names))
     return Damage(file, "not as it was written", lost) if lost else None
 
 
-def _is_whole(shard: Any, entry: Mapping[str, Any]) -> bool:
+def _is_whole(shard: Any, entry: Mapping[str, Any], names: Collection[str]) -> bool:
     try:
-        return digest(_sample(shard, entry)) == entry["sha256"]
+        return digest(_sample(shard, entry, names)) == entry["sha256"]
     except SafetensorError:  # a flipped bit in a name
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -30,7 +31,7 @@ class Clip:
 
     Attributes:
         frames: uint8 ``[T, H, W, 3]``, RGB; T is 1 for an image.
-        captions: at least one, none empty.
+        captions: at least one, none empty; none where the manifest has none.
         key: names the clip and the window of it, and no other.
         place: in the run, with the row that was read.
     """
@@ -59,6 +60,7 @@ class Clips(Dataset[Clip]):
         windows: which part of a longer clip: "random", another one each time, or "fixed", which
             follows from the seed and the row, so that it can be kept.
         limits: the largest source to decode.
+        chance: where random numbers come from, as :func:`~skiparse.models.data.draws.numbers`.
         bad: file that a JSON line is added to for every bad file: path, reason. None: nowhere.
 
     Raises:
@@ -74,6 +76,7 @@ class Clips(Dataset[Clip]):
         seed: int = 0,
         windows: Literal["random", "fixed"] = "random",
         limits: Limits | None = None,
+        chance: Callable[[int, int, int, Use], np.random.Generator] = numbers,
         bad: str | os.PathLike[str] | None = None,
     ) -> None:
         if len(buckets.bucket) != len(manifest):
@@ -85,7 +88,7 @@ class Clips(Dataset[Clip]):
             raise ValueError(f"windows must be random or fixed, got {windows!r}")
         self.manifest, self.buckets, self.rule = manifest, buckets, rule
         self.seed, self.windows, self.limits = seed, windows, limits
-        self.bad = None if bad is None else Path(bad)
+        self.bad, self._chance = None if bad is None else Path(bad), chance
         self.reasons: dict[int, str] = {}  # of the rows found bad in this process
         self._rows = int(buckets.counts.sum())
         self._counted: dict[int, Record] = {}  # rows whose manifest has an estimate
@@ -109,7 +112,7 @@ class Clips(Dataset[Clip]):
             if others is None:
                 bucket = self.buckets.bucket
                 rows = np.flatnonzero(bucket == bucket[place.row])
-                chance = numbers(self.seed, place.step, place.index, Use.REPLACE)
+                chance = self._chance(self.seed, place.step, place.index, Use.REPLACE)
                 others = iter(chance.choice(rows, _TRIES))
             place = place._replace(row=int(next(others)))
         raise DataError(f"no clip could be read in {_TRIES} tries. {self._summary()}")
@@ -182,9 +185,10 @@ class Clips(Dataset[Clip]):
     def _window(self, place: Place, record: Record, span: int) -> int:
         """The first frame to take, so that another ``span`` of the clip's come after it."""
         step, index = (place.step, place.index) if self.windows == "random" else (0, place.row)
-        last = max(record.frames - 1 - span, 0)
-        chance = numbers(self.seed, step, index, Use.WINDOW)
-        return int(chance.integers(last, endpoint=True))
+        unit = self.rule.every or 1  # a file has so many series of every such frame; the first
+        last = max(record.frames - 1 - span, 0) // unit
+        chance = self._chance(self.seed, step, index, Use.WINDOW)
+        return unit * int(chance.integers(last, endpoint=True))
 
     def _note(self, row: int, reason: str) -> None:
         """Remember that a row is bad. It is tried again: another window of it may be good."""

@@ -83,7 +83,7 @@ class Record:
 
     root: Path
     path: str  # inside root
-    captions: tuple[str, ...]  # at least one, none empty
+    captions: tuple[str, ...]  # at least one, none empty; none in a manifest without captions
     height: int  # pixels of the upright picture; of the crop if there is one
     width: int
     frames: int  # from start on; 1 for an image
@@ -132,6 +132,7 @@ class Manifest:
         *,
         index: str | os.PathLike[str] | None = None,
         limits: Limits | None = None,
+        captions: bool = True,
     ) -> Manifest:
         """Read a data set's annotations, or its index if that is still of the same files.
 
@@ -156,6 +157,8 @@ class Manifest:
                 if a file was added, removed or changed, by size and time, and if it is damaged
                 itself, of which there is a warning. None: in memory.
             limits: as for reading; files that exceed them are left out of a folder.
+            captions: whether there are any, without which a clip is no row; if not, none is
+                looked for, and clips have none.
 
         Raises:
             DataError: naming the file, the line or record and the key that will not do, or if no
@@ -165,7 +168,7 @@ class Manifest:
         """
         if not os.fspath(source):
             raise DataError("source is empty; give annotations or a folder of clips")
-        found = _source(Path(source), limits or Limits())
+        found = _source(Path(source), limits or Limits(), captions)
         if index is None:
             numbers, texts = pa.BufferOutputStream(), pa.BufferOutputStream()
             about = _write(found, numbers, texts)
@@ -330,18 +333,20 @@ class _Source:
 
     parts: tuple[tuple[Path, Path | None], ...]
     limits: Limits
+    captions: bool  # whether clips must have them
 
     def files(self) -> Iterator[Path]:
         for root, listed in self.parts:
             if listed is not None:
                 yield listed
             else:
-                yield from _files(root, Dropped())
+                yield from _files(root, Dropped(), self.captions)
 
     def stamp(self) -> list[Any]:
         """What changes if any file does that the rows come from."""
         files = [[str(path), *_state(path)] for path in self.files()]
-        seen = json.dumps([files, self.roots(), astuple(self.limits), SCAN_BYTES])
+        made = [files, self.roots(), astuple(self.limits), SCAN_BYTES]
+        seen = json.dumps(made if self.captions else [*made, "without captions"])
         return [_FORMAT, hashlib.sha256(seen.encode()).hexdigest()]
 
     def roots(self) -> list[str]:
@@ -355,10 +360,10 @@ class _Source:
         """The rows; DataError for an annotation that makes no sense, with its place."""
         for number, (root, listed) in enumerate(self.parts):
             if listed is None:
-                yield from _folder_rows(number, root, self.limits, dropped)
+                yield from _folder_rows(number, root, self, dropped)
                 continue
             for where, record in _annotations(listed):
-                row = _row(number, where, record)
+                row = _row(number, where, record, captions=self.captions)
                 if isinstance(row, str):
                     dropped.add(row, where)
                 else:
@@ -383,15 +388,15 @@ def _state(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _source(path: Path, limits: Limits) -> _Source:
+def _source(path: Path, limits: Limits, captions: bool) -> _Source:
     path = Path(os.path.abspath(path))
     if path.is_dir():
-        return _Source(((path, None),), limits)
+        return _Source(((path, None),), limits, captions)
     if not path.is_file():
         raise DataError(f"{path} does not exist; give annotations or a folder of clips")
     if path.suffix.lower() != ".txt":
         _check_annotations(path, str(path))
-        return _Source(((path.parent, path),), limits)
+        return _Source(((path.parent, path),), limits, captions)
     parts = []
     for number, line in enumerate(_text(path).splitlines(), 1):
         if not line.strip():
@@ -407,7 +412,7 @@ def _source(path: Path, limits: Limits) -> _Source:
         parts.append(pair)
     if not parts:
         raise DataError(f"{path} is empty; it needs lines `root,annotations`")
-    return _Source(tuple(parts), limits)
+    return _Source(tuple(parts), limits, captions)
 
 
 def _check_annotations(path: Path, where: str) -> None:
@@ -488,29 +493,31 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _files(folder: Path, dropped: Dropped) -> list[Path]:
+def _files(folder: Path, dropped: Dropped, captions: bool) -> list[Path]:
     """Clips, images and captions in a folder and below.
 
-    What has a caption but is of another kind is dropped, and named.
+    What has a caption, where there are any, but is of another kind is dropped, and named.
     """
     every = sorted(walk(folder, dropped))
-    captions = {path.with_suffix("") for path in every if path.suffix.lower() == _CAPTION}
+    captioned = {path.with_suffix("") for path in every if path.suffix.lower() == _CAPTION}
+    others = {path.with_suffix("") for path in every if path.suffix.lower() != _CAPTION}
     found = []
     for path in every:
-        kind = path.suffix.lower()
-        if kind in VIDEOS | IMAGES | {_CAPTION}:
+        kind, stem = path.suffix.lower(), path.with_suffix("")
+        if kind in VIDEOS | IMAGES or (kind == _CAPTION and (captions or stem in others)):
             found.append(path)
-        elif path.with_suffix("") in captions:
+        elif not captions or stem in captioned:
             dropped.add(f"of a kind that is not read ({printable(kind)})", str(path))
     return found
 
 
-def _folder_rows(number: int, folder: Path, limits: Limits, dropped: Dropped) -> Iterator[_Row]:
+def _folder_rows(number: int, folder: Path, source: _Source, dropped: Dropped) -> Iterator[_Row]:
     """A row for each clip, from what there is to see in it."""
-    clips = [path for path in _files(folder, dropped) if path.suffix.lower() != _CAPTION]
+    files = _files(folder, dropped, source.captions)
+    clips = [path for path in files if path.suffix.lower() != _CAPTION]
     unreadable = []
     with ThreadPoolExecutor() as pool:
-        looked = pool.map(lambda path: _look(folder, path, limits), clips)
+        looked = pool.map(lambda path: _look(folder, path, source), clips)
         bar = tqdm(looked, "looking at clips", len(clips), unit="file", leave=False)
         for path, found in zip(clips, bar, strict=True):
             if isinstance(found, tuple):
@@ -521,7 +528,8 @@ def _folder_rows(number: int, folder: Path, limits: Limits, dropped: Dropped) ->
                 continue
             row: _Row | str
             try:
-                row = _row(number, str(path), found, found.pop("exact", True))
+                exact = found.pop("exact", True)
+                row = _row(number, str(path), found, exact=exact, captions=source.captions)
             except DataError as error:
                 dropped.add("a name that cannot be used", str(error))
                 continue
@@ -540,12 +548,13 @@ def _folder_rows(number: int, folder: Path, limits: Limits, dropped: Dropped) ->
 _UNREADABLE = "cannot be opened"
 
 
-def _look(folder: Path, path: Path, limits: Limits) -> dict[str, Any] | tuple[str, str]:
+def _look(folder: Path, path: Path, source: _Source) -> dict[str, Any] | tuple[str, str]:
     """The record of a file, or why it will not do and more about it."""
-    captions = path.with_suffix(_CAPTION)
+    captions, caption, limits = path.with_suffix(_CAPTION), None, source.limits
     try:
-        _check_caption(captions)
-        caption = read_text(captions)
+        if source.captions:
+            _check_caption(captions)
+            caption = read_text(captions)
     except FileNotFoundError:
         return f"no caption in a {_CAPTION} of its name", ""
     except (OSError, UnicodeDecodeError) as error:
@@ -605,21 +614,22 @@ class _Row:
     left: int = -1
 
 
-def _row(root: int, where: str, record: Any, exact: bool = True) -> _Row | str:
+def _row(root: int, where: str, record: Any, *, exact: bool = True, captions: bool) -> _Row | str:
     """The row of a record, or why there is none; DataError if the record makes no sense.
 
-    ``exact`` is whether frames and rate are more than an estimate.
+    ``exact`` is whether frames and rate are more than an estimate, ``captions`` whether it must
+    have one.
     """
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected a record, got {type(record).__name__}")
     path = _path(record, where)
-    captions = _captions(record.get("cap"), where)
-    if not captions:
+    texts = _captions(record.get("cap"), where) if captions else []
+    if captions and not texts:
         return "no caption"
     if record.get("resolution") is None:
         return "no resolution"
     height, width, top, left = _picture(record, where)
-    row = _Row(root, path, captions, height, width, top=top, left=left)
+    row = _Row(root, path, texts, height, width, top=top, left=left)
     suffix = PurePosixPath(path).suffix.lower()
     if suffix in IMAGES:
         return row

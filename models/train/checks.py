@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
-import torch
-
 from skiparse.models.data.cache import Cache
-from skiparse.models.data.features import Encoders
-from skiparse.models.pipeline import SUVPipeline
+from skiparse.models.data.features import Coder
 from skiparse.models.train.checkpoint import Checkpoint
 from skiparse.models.train.config import Config
 from skiparse.models.train.parallel import World
-from skiparse.models.train.state import skeleton
+from skiparse.models.train.recipe import recipe_of
 
 
-def check(config: Config, world: World, encoders: Encoders | None) -> None:
+def check(config: Config, world: World, coder: Coder | None) -> None:
     """Find what cannot work before any work.
 
     Raises:
         ValueError: naming the setting.
-        FileNotFoundError: if ``config.init`` is no folder of weights.
+        FileNotFoundError: if ``config.init`` does not hold weights.
     """
-    first, *_ = config.stages.values()
-    try:
-        with torch.device("meta"):
-            model = skeleton(config, first)
-    except ValueError as error:
-        raise ValueError(f"model: {error}") from error
     for name, stage in config.stages.items():
         parts = world.size * stage.accumulate
         if stage.global_batch % parts:
@@ -36,32 +27,13 @@ def check(config: Config, world: World, encoders: Encoders | None) -> None:
                 f"stages.{name}.global_batch={stage.global_batch} must be a multiple of {parts}: "
                 f"{world.size} processes times accumulate={stage.accumulate}"
             )
-        if stage.sparsity is not None:
-            try:
-                model.set_sparsity(stage.sparsity)
-            except ValueError as error:
-                raise ValueError(f"stages.{name}.sparsity: {error}") from error
         cache = config.cache_of(stage)
         if cache is not None and Cache(cache).rule != stage.rule:
             raise ValueError(
-                f"stages.{name}: {cache} was built by another rule, {asdict(Cache(cache).rule)}; "
+                f"stages.{name}: {cache} was built by another rule, {Cache(cache).rule.table()}; "
                 f"build one for stages.{name}.rule, or take over that rule"
             )
-    if encoders is None:
-        return
-    for key, width, what in (
-        ("in_channels", encoders.vae.config.latent_channels, "autoencoder"),
-        ("text_channels", encoders.null.states.shape[1], "text encoder"),
-        ("pooled_channels", encoders.null.pooled.shape[0], "text encoder"),
-    ):
-        if model.config[key] != width:
-            raise ValueError(
-                f"the model has {key}={model.config[key]}, but the {what} has {width}; set "
-                f"model.{key}={width}, or give another {what}"
-            )
-    if config.samples.every:
-        frames, height, width = config.samples.shape
-        SUVPipeline(model, encoders.vae).latent_shape(height, width, frames)
+    recipe_of(config.recipe).check(config, coder)
 
 
 def check_resumed(config: Config, last: Checkpoint, *, gave_up: bool) -> dict[str, Any]:
@@ -79,6 +51,10 @@ def check_resumed(config: Config, last: Checkpoint, *, gave_up: bool) -> dict[st
     Raises:
         ValueError: naming the settings that differ.
     """
+    if (recipe := last.about.get("recipe", "suv")) != config.recipe:
+        raise ValueError(
+            f"{last.path} is of a run with recipe {recipe}, not {config.recipe}; choose another out"
+        )
     name = last.about["stage"]
     before = last.about["settings"]
     now = settings_of(config, name) if name in config.stages else {}
@@ -113,19 +89,23 @@ def check_data(
 
 def settings_of(config: Config, until: str) -> dict[str, Any]:
     """All that has decided the outcome up to the stage ``until``, by path; ready for JSON."""
-    kept = ("preset", "model", "init", "posterior", "drop", "optimizer", "clip", "ema", "dtype")
-    every = asdict(config)
-    found = {name: every[name] for name in (*kept, "seed")}
-    for number, (name, stage) in enumerate(every["stages"].items()):
-        for key in ("source", "cache", "accumulate", "checkpointing"):  # tell of how, not of what
-            del stage[key]
+    found = _deciding(config)
+    del found["stages"]
+    for number, (name, stage) in enumerate(config.stages.items()):
+        table = _deciding(stage) | {"rule": stage.rule.table()}
         if name == until:
-            del stage["steps"]  # may grow
-        found |= {f"stages.{name}.{key}": value for key, value in stage.items()}
+            del table["steps"]  # may grow
+        found |= {f"stages.{name}.{key}": value for key, value in table.items()}
         found[f"stages.{name}"] = number
         if name == until:
             break
     return _as_json(found)
+
+
+def _deciding(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass that tell of what, and not of how."""
+    table = asdict(config)
+    return {each.name: table[each.name] for each in fields(config) if "how" not in each.metadata}
 
 
 def _as_json(value: Any) -> Any:

@@ -1,38 +1,94 @@
 """All that a training run can be told: one dataclass, read from YAML, and a chain of stages in it.
 
-``skiparse train CONFIG.yaml --a.b value`` reads these fields; so does Python. Two chains come with
-the library, by name: ``v1.5``, the stages of the report with its numbers, and ``mini``, which
-walks the same way on a CPU in minutes.
+``skiparse train CONFIG.yaml --a.b value`` reads these fields; so does Python. What every run can be
+told is here, and so is what every denoiser can; the rest is with the recipe of a model, which adds
+its own fields to :class:`Config` and :class:`Stage` (:mod:`skiparse.models.train.recipe`). Three
+chains come with the library, by name: ``v1.5``, the stages of the report with its numbers,
+``mini``, which walks the same way on a CPU in minutes, and ``wfvae``, those of the autoencoder.
 
 Source: Open-Sora Plan v1.5 report, training stages and hyper-parameters.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
 from skiparse.models.data.buckets import Rule
 from skiparse.models.data.video import Limits
-from skiparse.models.suv.model import CHECKPOINTS, SUV
 from skiparse.models.text import cleaned
 from skiparse.models.train.clip import AdaptiveGradClipper, Mode
+from skiparse.models.train.recipe import recipe_of
 
 CHAINS = {file.stem: file for file in Path(__file__).parent.glob("*.yaml")}
 DTYPES = ("float32", "bfloat16")
+# Of a field that tells how a run is done and not what comes of it: it may change on the way.
+HOW: Mapping[str, bool] = MappingProxyType({"how": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What every training run can be told.
+
+    Args:
+        recipe: what is trained, by a name of :data:`skiparse.models.train.recipe.RECIPES`.
+        out: folder for checkpoints, log and samples; a run that has begun there continues.
+        stages: by name (letters, digits, - and _), in the order in which they are trained.
+        init: folder with weights to start from.
+        limits: the largest files to decode, and the longest pause in one.
+        dtype: to compute in: float32, or bfloat16 by autocast. Weights that are trained are
+            float32, others of this type.
+        device: cpu or cuda; None takes a GPU if there is one.
+        workers: processes that read data ahead; 0 reads in between.
+        save_every: steps from one checkpoint to the next; there is one after every stage too.
+        keep: checkpoints that stay.
+        asynchronous: write checkpoints while training goes on.
+    """
+
+    recipe: str = field(metadata=HOW)
+    out: str = field(metadata=HOW)
+    stages: Mapping[str, Any]
+    init: str | None = None
+    limits: Limits = field(default_factory=Limits, metadata=HOW)
+    dtype: str = "float32"
+    device: str | None = field(default=None, metadata=HOW)
+    workers: int = field(default=0, metadata=HOW)
+    save_every: int = field(default=1000, metadata=HOW)
+    keep: int = field(default=2, metadata=HOW)
+    asynchronous: bool = field(default=False, metadata=HOW)
+
+    def __post_init__(self) -> None:
+        _refuse_nulls(self)
+        if not self.stages:
+            raise ValueError("stages is empty; give at least one")
+        for name in self.stages:
+            if not (isinstance(name, str) and re.fullmatch(r"\w[\w-]{0,63}", name)):
+                raise ValueError(
+                    f"stages: {name!r} cannot be the name of one, which names files too; take "
+                    "letters, digits, - and _, in quotes if they are all digits"
+                )
+        for holder in (self, *self.stages.values()):
+            for name in ("out", "init", "vae", "text", "source", "cache"):
+                if getattr(holder, name, None) == "":
+                    raise ValueError(f"{name} is empty; give a path, or leave it out")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        for name, least in (("save_every", 1), ("keep", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A part of a run with one kind of data, one sparsity and one schedule.
+    """A part of a denoiser's run with one kind of data and one schedule.
 
     Args:
         steps: of the optimiser.
@@ -44,10 +100,6 @@ class Stage:
         rule: which clips are taken, and what shapes they get.
         source: instead of the run's.
         cache: instead of the run's.
-        sparsity: of each part of the U; None for that of the preset or of ``init``.
-        skip_connection: False for the dense model of the first stages. A stage with skips after
-            one without converts the model: new skips begin without effect.
-        checkpointing: what is computed again in the backward pass: none, feed_forward or block.
     """
 
     steps: int
@@ -55,13 +107,10 @@ class Stage:
     then: dict[int, float] = field(default_factory=dict)
     warmup: int = 0
     global_batch: int
-    accumulate: int = 1
+    accumulate: int = field(default=1, metadata=HOW)
     rule: Rule
-    source: str | None = None
-    cache: str | None = None
-    sparsity: tuple[int, ...] | None = None
-    skip_connection: bool = True
-    checkpointing: str = "none"
+    source: str | None = field(default=None, metadata=HOW)
+    cache: str | None = field(default=None, metadata=HOW)
 
     def __post_init__(self) -> None:
         _refuse_nulls(self)
@@ -75,10 +124,6 @@ class Stage:
                 raise ValueError(f"learning_rate must be above 0, got {rate}")
         if any(step < 0 for step in self.then):
             raise ValueError(f"then must begin at steps of the stage, from 0, got {self.then}")
-        if self.checkpointing not in CHECKPOINTS:
-            raise ValueError(
-                f"checkpointing must be one of {', '.join(CHECKPOINTS)}, got {self.checkpointing!r}"
-            )
 
     def rate(self, step: int) -> float:
         """The learning rate of a step of the stage, from 0."""
@@ -167,118 +212,53 @@ class Samples:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """A training run.
+class Config(Run):
+    """A training run of a denoiser.
 
     Args:
-        out: folder for checkpoints, log and samples; a run that has begun there continues.
-        stages: by name (letters, digits, - and _), in the order in which they are trained.
-        preset: size of the model; see ``SUV.presets``.
-        model: arguments of SUV that differ from the preset's.
-        init: folder with weights to start from: a released model that was converted, an exported
-            run, or a dense one; instead of ``preset`` and ``model``.
-        vae: folder of a WFVAE; not needed where all stages have a cache and nothing is sampled.
-        text: folder that holds the text encoders, as a pipeline keeps them; as ``vae``.
         source: what to train on: a ``data.txt``, or a folder of clips with captions beside them.
         cache: folder of ``skiparse cache build`` to train from, instead of ``source``.
-        limits: the largest files to decode, and the longest pause in one.
         posterior: latents to learn: a sample of the autoencoder's posterior, or its mean.
         drop: share of captions that are dropped, for guidance without a classifier.
         optimizer: AdamW's settings.
         clip: how gradients are clipped.
         ema: decay of the averaged weights, per step.
-        dtype: to compute in: float32, or bfloat16 by autocast. Weights are float32.
         seed: of everything random.
         parallel: with several processes, copies of the model (ddp), or shards of it (fsdp).
         compile: whether to compile the blocks.
-        device: cpu or cuda; None takes a GPU if there is one.
-        workers: processes that read data ahead; 0 reads in between.
-        save_every: steps from one checkpoint to the next; there is one after every stage too.
-        keep: checkpoints that stay.
-        asynchronous: write checkpoints while training goes on.
         samples: videos made on the way.
     """
 
-    out: str
-    stages: dict[str, Stage]
-    preset: str = "v1.5"
-    model: dict[str, Any] = field(default_factory=dict)
-    init: str | None = None
-    vae: str | None = None
-    text: str | None = None
-    source: str | None = None
-    cache: str | None = None
-    limits: Limits = field(default_factory=Limits)
+    stages: Mapping[str, Stage]
+    source: str | None = field(default=None, metadata=HOW)
+    cache: str | None = field(default=None, metadata=HOW)
     posterior: Literal["sample", "mean"] = "sample"
     drop: float = 0.1
     optimizer: Optimizer = field(default_factory=Optimizer)
     clip: Clip = field(default_factory=Clip)
     ema: float = 0.9999
-    dtype: str = "float32"
     seed: int = 0
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    compile: bool = False
-    device: str | None = None
-    workers: int = 0
-    save_every: int = 1000
-    keep: int = 2
-    asynchronous: bool = False
-    samples: Samples = field(default_factory=Samples)
+    parallel: Literal["ddp", "fsdp"] = field(default="ddp", metadata=HOW)
+    compile: bool = field(default=False, metadata=HOW)
+    samples: Samples = field(default_factory=Samples, metadata=HOW)
 
     def __post_init__(self) -> None:
-        _refuse_nulls(self)
-        if not self.stages:
-            raise ValueError("stages is empty; give at least one")
-        for name in self.stages:
-            if not (isinstance(name, str) and re.fullmatch(r"\w[\w-]{0,63}", name)):
-                raise ValueError(
-                    f"stages: {name!r} cannot be the name of one, which names files too; take "
-                    "letters, digits, - and _, in quotes if they are all digits"
-                )
-        places = [(name, self) for name in ("out", "init", "vae", "text", "source", "cache")]
-        for stage in self.stages.values():
-            places += [("source", stage), ("cache", stage)]
-        for name, holder in places:
-            if getattr(holder, name) == "":
-                raise ValueError(f"{name} is empty; give a path, or leave it out")
-        if self.preset not in SUV.presets:
-            raise ValueError(f"preset must be one of {', '.join(SUV.presets)}, got {self.preset!r}")
-        if self.init is not None and self.model:
-            raise ValueError("model has no effect with init, which has a config; leave one out")
-        wrong = self.model.keys() - inspect.signature(SUV.__init__).parameters.keys()
-        if wrong:
-            raise ValueError(f"model has no {', '.join(sorted(wrong))}; see the arguments of SUV")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        super().__post_init__()
         if not 0 <= self.drop <= 1:
             raise ValueError(f"drop must be in [0, 1], got {self.drop}")
         if not 0 <= self.ema <= 1:
             raise ValueError(f"ema must be in [0, 1], got {self.ema}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be at least 0 and below 2**63, got {self.seed}")
-        for name, least in (("save_every", 1), ("keep", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        skips = [stage.skip_connection for stage in self.stages.values()]
-        if sorted(skips) != skips:
-            raise ValueError(
-                "stages: one without skip_connection follows one with it, which would drop the "
-                "skips; set skip_connection: true there"
-            )
         for name, stage in self.stages.items():
             if (self.source_of(stage) is None) == (self.cache_of(stage) is None):
                 raise ValueError(f"stages.{name} needs a source or a cache, its own or the run's")
-        if self.needs_encoders and (self.vae is None or self.text is None):
-            raise ValueError(
-                "vae and text are needed to encode clips and to make samples; give their folders, "
-                "or train from a cache without samples"
-            )
         if self.samples.every and self.parallel == "fsdp":
             raise ValueError("samples.every is for parallel: ddp; with fsdp export, then sample")
 
     @property
     def needs_encoders(self) -> bool:
-        """Whether the autoencoder and the text encoders have to be there."""
+        """Whether clips and captions have to be coded."""
         online = any(self.cache_of(stage) is None for stage in self.stages.values())
         return online or self.samples.every > 0
 
@@ -291,12 +271,15 @@ class Config:
         return stage.cache or (self.cache if stage.source is None else None)
 
 
-def load(path: str | os.PathLike[str] | None = None, arguments: Sequence[str] = ()) -> Config:
+def load(path: str | os.PathLike[str] | None = None, arguments: Sequence[str] = ()) -> Any:
     """The config in a YAML file, changed by arguments as on a command line.
 
     Args:
         path: a file, or a name of :data:`CHAINS`.
         arguments: such as ``["--stages.V1.steps", "100"]``; ``--print_config`` prints instead.
+
+    Returns:
+        The config of the recipe that it names, a :class:`Run`; that of an SUV if it names none.
 
     Raises:
         ValueError: for keys that are unknown, with their path, and for values of a wrong type.
@@ -304,12 +287,7 @@ def load(path: str | os.PathLike[str] | None = None, arguments: Sequence[str] = 
     """
     from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-    parser = ArgumentParser(
-        prog="skiparse train CONFIG.yaml", exit_on_error=False, allow_abbrev=False
-    )
-    parser.add_class_arguments(Config)
-    parser.add_argument("--config", action="config")
-    given = list(arguments)
+    given, read, file = list(arguments), {}, None
     if path is not None:
         file = CHAINS.get(str(path), Path(path))
         if not file.is_file():
@@ -322,20 +300,28 @@ def load(path: str | os.PathLike[str] | None = None, arguments: Sequence[str] = 
             raise ValueError(f"{file} is no YAML: {error}") from error
         if not isinstance(read, dict):
             raise ValueError(f"{file} must hold a table of settings; see `skiparse train --help`")
-        wrong = list(unknown_keys(Config, read))
+    recipe = recipe_of(read.get("recipe", "suv"))
+    if file is not None:
+        wrong = list(unknown_keys(recipe.config, read))
         if wrong:
             raise ValueError(f"{file} has keys that mean nothing: {', '.join(wrong[:10])}")
-        _refuse_empty(f"{file} has", read)
+        _refuse_empty(recipe.config, f"{file} has", read)
         given = ["--config", str(file), *given]
+    parser = ArgumentParser(
+        prog="skiparse train CONFIG.yaml", exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_class_arguments(recipe.config)
+    parser.add_argument("--config", action="config")
     try:
         found = parser.parse_args(given)
-        _refuse_empty("the arguments have", found.as_dict())
+        _refuse_empty(recipe.config, "the arguments have", found.as_dict())
         made: Namespace = parser.instantiate(found)
-        config = Config(**{name: value for name, value in vars(made).items() if name != "config"})
-        if config.init is None:
+        fields_of = {name: value for name, value in vars(made).items() if name != "config"}
+        config = recipe.config(**fields_of)
+        for name, (kind, values) in recipe.typed(config).items():
             sizes = ArgumentParser(exit_on_error=False)
-            sizes.add_class_arguments(SUV, "model")
-            sizes.parse_object({"model": {**SUV.presets[config.preset], **config.model}})
+            sizes.add_class_arguments(kind, name)
+            sizes.parse_object({name: values})
     except ArgumentError as error:
         raise ValueError(str(error)) from error
     return config
@@ -365,16 +351,16 @@ def _refuse_nulls(config: Any) -> None:
             raise ValueError(f"{name} is null; give a value, or leave it out")
 
 
-def _refuse_empty(where: str, table: Mapping[Any, Any]) -> None:
+def _refuse_empty(kind: Any, where: str, table: Mapping[Any, Any]) -> None:
     """ValueError with the paths of keys that are null and may not be."""
-    empty = list(null_keys(Config, table))
+    empty = list(null_keys(kind, table))
     if empty:
         raise ValueError(f"{where} null for {', '.join(empty[:10])}; give a value, or leave it out")
 
 
 def _is_tables(hint: Any) -> bool:
     """Whether it is a dict of dataclasses."""
-    return get_origin(hint) is dict and is_dataclass(get_args(hint)[1])
+    return get_origin(hint) in (dict, Mapping) and is_dataclass(get_args(hint)[1])
 
 
 def _may_be_null(hint: Any) -> bool:

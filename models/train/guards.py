@@ -66,6 +66,24 @@ def told_to_stop(world: World) -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does: the block ends by KeyboardInterrupt, and cleans up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # sent twice, it must not disturb the cleaning up
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def undisturbed(worker: int) -> None:
     """For processes that read: their parent decides when they end, and not who signals them all."""
     for kind in (signal.SIGTERM, signal.SIGINT):

@@ -13,6 +13,9 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from skiparse.models.data.report import Report
+from skiparse.models.train.parallel import World
+
 LOG, CURVES = "log.jsonl", "tensorboard"
 
 
@@ -113,6 +116,14 @@ class Log:
         if what not in self._told:
             self._told.add(what)
             tqdm.write(f"{what} cannot be written: {error}; training goes on, and will try again")
+
+
+def tell(out: Path, stage: str, report: Report, world: World) -> None:
+    """How many clips a stage uses, in a line and in ``data/STAGE.json``."""
+    if world.rank == 0:
+        tqdm.write(f"stage {stage}: {report.line}")
+        (out / "data").mkdir(parents=True, exist_ok=True)
+        report.write(out / "data" / f"{stage}.json")
 
 
 @contextmanager

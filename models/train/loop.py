@@ -1,14 +1,14 @@
-"""How an SUV is trained: one function, to be read from top to bottom.
+"""How a denoiser is trained: a chain of stages, and what a step of each is.
 
-A run is a chain of stages. Everything random in a step follows from the seed of its stage, the
-number of the step and the sample's place in the global batch (:mod:`skiparse.models.data.draws`):
-a run that continues from a checkpoint is the run that was never interrupted, on a CPU bit for bit,
-and the number of processes changes nothing but the order in which numbers are summed.
+It is a task of :mod:`skiparse.models.train.core`, which runs it. Everything random in a step
+follows from the seed of its stage, the number of the step and the sample's place in the global
+batch (:mod:`skiparse.models.data.draws`): a run that continues from a checkpoint is the run that
+was never interrupted, on a CPU bit for bit, and the number of processes changes nothing but the
+order in which numbers are summed.
 
-In the folder of a run: ``checkpoints/``, ``log.jsonl`` with a line for every step, ``tensorboard/``
-with the same as curves, ``samples/``, ``data/`` with the index of each stage's source and, in
-``STAGE.json``, how many of its clips are used and why others are not, ``bad.jsonl`` with files that
-could not be read, and ``stopped.json`` if gradients made an end of it.
+In the folder of a run, beside what the core puts there: ``samples/``, ``data/`` with the index of
+each stage's source and, in ``STAGE.json``, how many of its clips are used and why others are not,
+``bad.jsonl`` with files that could not be read, and ``stopped.json`` if gradients made an end.
 
 Source: Open-Sora Plan v1.5 report, "Training details", and release.
 """
@@ -16,17 +16,14 @@ Source: Open-Sora Plan v1.5 report, "Training details", and release.
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from skiparse.models import flow
 from skiparse.models.data import draws
@@ -35,29 +32,25 @@ from skiparse.models.data.buckets import assign, without_minority
 from skiparse.models.data.cache import Cache
 from skiparse.models.data.dataset import Clips
 from skiparse.models.data.draws import Use, torch_numbers
-from skiparse.models.data.features import Batch, Encoders, collate
+from skiparse.models.data.features import Batch, Coder, collate
 from skiparse.models.data.manifest import Manifest
-from skiparse.models.data.report import Report
 from skiparse.models.data.sampler import BucketBatchSampler
-from skiparse.models.train.checkpoint import (
-    FOLDER,
-    CheckpointError,
-    Checkpoints,
-    complete_ones,
-    number_of,
-)
+from skiparse.models.train import core
+from skiparse.models.train.checkpoint import FOLDER, Checkpoint, complete_ones, number_of
 from skiparse.models.train.checks import check, check_data, check_resumed, settings_of
-from skiparse.models.train.config import Config, Stage
-from skiparse.models.train.guards import alone, told_to_stop, undisturbed
-from skiparse.models.train.log import opened
+from skiparse.models.train.clip import Decision
+from skiparse.models.train.config import Config, Run, Stage
+from skiparse.models.train.guards import undisturbed
+from skiparse.models.train.log import tell
 from skiparse.models.train.parallel import World, local
+from skiparse.models.train.recipe import Recipe, recipe_of
 from skiparse.models.train.samples import make_samples
 from skiparse.models.train.state import State, entered, prepare
 
 STOPPED = "stopped.json"
 
 
-def train(config: Config) -> Path:
+def train(config: Run) -> Path:
     """Train from the last checkpoint in ``config.out``, or from the start, to the end of the chain.
 
     On SIGTERM or Ctrl-C, in whichever process, it saves after the step and returns; called again,
@@ -69,7 +62,7 @@ def train(config: Config) -> Path:
     samples; ``changes`` in ``about.json`` of what it saves then tells of it.
 
     Args:
-        config: see :class:`~skiparse.models.train.config.Config`.
+        config: of a recipe, see :class:`~skiparse.models.train.config.Config`.
 
     Returns:
         The folder of the last checkpoint.
@@ -82,126 +75,161 @@ def train(config: Config) -> Path:
             ``stopped.json`` names its samples.
         CheckpointError: if the last checkpoint cannot be written.
     """
-    out, names = Path(config.out), list(config.stages)
-    steps = itertools.accumulate(stage.steps for stage in config.stages.values())
-    ends = dict(zip(names, steps, strict=True))
-    total = ends[names[-1]]
-    with (
-        World.joined(config.device) as world,
-        alone(out, world),
-        told_to_stop(world) as told,
-        Checkpoints(out / FOLDER, keep=config.keep) as checkpoints,
-    ):
-        last = checkpoints.latest()
-        done = last.step if last else 0
-        changes, skipping = [], None  # skipping: steps that were done before the clipper skips
-        gave_up = (out / STOPPED).exists()
+    return core.run(
+        recipe_of(config.recipe).task(config),
+        Path(config.out),
+        device=config.device,
+        save_every=config.save_every,
+        keep=config.keep,
+        asynchronous=config.asynchronous,
+    )
+
+
+class Denoising:
+    """The chain of stages of ``config``, as a task of :mod:`skiparse.models.train.core`."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.out = config, Path(config.out)
+        self.recipe: Recipe = recipe_of(config.recipe)
+        ends = itertools.accumulate(stage.steps for stage in config.stages.values())
+        self._ends = dict(zip(config.stages, ends, strict=True))  # steps at the end of each stage
+        self.total = max(self._ends.values())
+        self.hold: int | None = None
+        self._changes: list[dict[str, Any]] = []
+
+    def begin(self, last: Checkpoint | None, world: World) -> None:
+        """Check config, data and model against each other, and be as ``last`` has it."""
+        config, self._world, self._last = self.config, world, last
+        self._gave_up = (self.out / STOPPED).exists()
         if last is not None:
-            changes, skipping = last.about.get("changes", []), last.about.get("skipping")
-            if changed := check_resumed(config, last, gave_up=gave_up):
-                changes = [*changes, {"step": done, **changed}]
-        encoders = None
-        if config.needs_encoders:
-            assert config.vae is not None
-            assert config.text is not None
-            encoders = Encoders.from_pretrained(config.vae, config.text, world.device)
-        check(config, world, encoders)
-        state = State.resumed(last, config, world) if last else None
+            self._changes, self.hold = last.about.get("changes", []), last.about.get("skipping")
+            self._change(last.step, check_resumed(config, last, gave_up=self._gave_up))
+        self._coder = self.recipe.coder(config, world.device) if config.needs_encoders else None
+        check(config, world, self._coder)
+        self._state = State.resumed(last, config, world) if last else None
 
-        stopping = 0.0  # the share of processes that were told to
-        progress = tqdm(total=total, initial=done, unit="step", disable=world.rank > 0)
-        with progress, opened(out if world.rank == 0 else None, done) as log:
-            for number, (name, stage) in enumerate(config.stages.items()):
-                begin, end = ends[name] - stage.steps, ends[name]
-                if done >= end:
-                    continue
-                if done == begin:
-                    state = entered(state, stage, config, world)
-                assert state is not None
-                prepare(state, stage, config)
-                seed = draws.stage_seed(config.seed, number)
-                data, source = data_of(config, name, seed, encoders, world)
-                if last is not None and last.about["stage"] == name:
-                    changed = check_data(source, last, gave_up=gave_up)
-                    changes = [*changes, {"step": done, **changed}] if changed else changes
-                batches = batches_of(config, stage, data, seed, done - begin, encoders, world)
-                parameters = list(state.model.parameters())
+    def steps(self, done: int) -> core.Steps:
+        """Every stage that is not done, from where it is."""
+        config, world, last = self.config, self._world, self._last
+        for number, (name, stage) in enumerate(config.stages.items()):
+            begin, end = self._ends[name] - stage.steps, self._ends[name]
+            if done >= end:
+                continue
+            if done == begin:
+                self._state = entered(self._state, stage, config, world)
+            assert self._state is not None
+            state, self._stage = self._state, name
+            prepare(state, stage, config)
+            seed = draws.stage_seed(config.seed, number)
+            data, self._source = data_of(config, name, seed, self._coder, world)
+            if last is not None and last.about["stage"] == name:
+                self._change(done, check_data(self._source, last, gave_up=self._gave_up))
+            batches = batches_of(config, stage, data, seed, done - begin, self._coder, world)
+            parameters = list(state.trained.values())
 
-                for step in range(done, end):
-                    started, keys, parts = time.perf_counter(), [], []
-                    for micro in range(stage.accumulate):
-                        batch = next(batches).to(world.device)
-                        keys += batch.keys
-                        with local(state.net, last=micro == stage.accumulate - 1):
-                            part = loss_of(state.net, batch, seed, config) / stage.accumulate
-                            part.backward()
-                        parts.append(part.detach())
-                    decision = state.clipper.clip_(parameters)
-                    if decision.action == "stop":
-                        _give_up(out, step, name, decision, world.all(keys), world, skipping)
-                    if decision.action != "skip":
-                        skipping = None
-                    elif skipping is None:
-                        skipping = step
-                    rate = stage.rate(step - begin)
-                    if decision.action != "skip":
-                        for group in state.optimizer.param_groups:
-                            group["lr"] = rate
-                        state.optimizer.step()
-                        state.ema.update(state.model)
-                    state.optimizer.zero_grad()
-                    done = step + 1
+            for step in range(done, end):
+                keys, parts = [], []
+                for micro in range(stage.accumulate):
+                    batch = next(batches).to(world.device)
+                    keys += batch.keys
+                    with local(state.net, last=micro == stage.accumulate - 1):
+                        part = loss_of(state.net, batch, seed, config) / stage.accumulate
+                        part.backward()
+                    parts.append(part.detach())
+                decision = state.clipper.clip_(parameters)
+                if decision.action == "stop":
+                    self._give_up(step, decision, world.all(keys))
+                if decision.action != "skip":
+                    self.hold = None
+                elif self.hold is None:
+                    self.hold = step
+                rate = stage.rate(step - begin)
+                if decision.action != "skip":
+                    for group in state.optimizer.param_groups:
+                        group["lr"] = rate
+                    state.optimizer.step()
+                    state.ema.update(state.model)
+                state.optimizer.zero_grad()
+                row = {
+                    "stage": name,
+                    "loss": torch.stack(parts).sum(),
+                    "learning_rate": rate,
+                    "norm": decision.norm,
+                    "threshold": decision.threshold,
+                    "action": decision.action,
+                }
+                if decision.action == "skip":
+                    row["keys"] = world.all(keys)
+                yield row
+            done = end
 
-                    loss, stopping = world.mean(torch.stack(parts).sum(), float(told()))
-                    row = {
-                        "stage": name,
-                        "loss": loss,
-                        "learning_rate": rate,
-                        "norm": decision.norm,
-                        "threshold": decision.threshold,
-                        "action": decision.action,
-                        "seconds": time.perf_counter() - started,
-                    }
-                    if decision.action == "skip":
-                        row["keys"] = world.all(keys)
-                    log.write(step, row)
-                    progress.set_postfix(stage=name, loss=f"{loss:.4f}", refresh=False)
-                    progress.update()
+    def ends(self, done: int) -> bool:
+        """Whether a stage does."""
+        return done in self._ends.values()
 
-                    ending = done == total or stopping > 0
-                    if ending or done == end or done % config.save_every == 0:
-                        about = {
-                            "stage": name,
-                            "data": source,
-                            "settings": settings_of(config, name),
-                            "changes": changes,
-                            "skipping": skipping,
-                            **state.about(),
-                        }
-                        log.sync(done)
-                        written = save(
-                            checkpoints, done, state, about, config.asynchronous, at_last=ending
-                        )
-                        if written and skipping is None and world.rank == 0:
-                            (out / STOPPED).unlink(missing_ok=True)
-                    if config.samples.every and done % config.samples.every == 0:
-                        assert encoders is not None
-                        if world.rank == 0:
-                            make_samples(config, stage, done, state.ema.model, encoders)
-                        world.wait()
-                    if stopping:
-                        break
-                if stopping:
-                    break
-        found = checkpoints.latest()
-        assert found is not None
-        return found.path
+    def tensors(self) -> dict[str, Tensor]:
+        """The state's."""
+        assert self._state is not None
+        return self._state.tensors()
+
+    def about(self) -> dict[str, Any]:
+        """What trained it: stage, data and settings, and what was changed on the way."""
+        assert self._state is not None
+        return {
+            "recipe": self.config.recipe,
+            "stage": self._stage,
+            "data": self._source,
+            "settings": settings_of(self.config, self._stage),
+            "changes": self._changes,
+            "skipping": self.hold,
+            **self._state.about(),
+        }
+
+    def saved(self, done: int) -> None:
+        """Steps are taken again: nothing has stopped the run."""
+        if self.hold is None and self._world.rank == 0:
+            (self.out / STOPPED).unlink(missing_ok=True)
+
+    def after(self, done: int) -> None:
+        """Samples."""
+        config = self.config
+        if config.samples.every and done % config.samples.every == 0:
+            assert self._coder is not None
+            assert self._state is not None
+            if self._world.rank == 0:
+                stage = config.stages[self._stage]
+                pipeline = self.recipe.pipeline(self._state.ema.model, self._coder)
+                make_samples(config, stage, done, pipeline)
+            self._world.wait()
+
+    def _change(self, done: int, changed: Mapping[str, Any]) -> None:
+        if changed:
+            self._changes = [*self._changes, {"step": done, **changed}]
+
+    def _give_up(self, step: int, decision: Decision, keys: list[str]) -> None:
+        if self._world.rank == 0:
+            found = {name: str(value) for name, value in asdict(decision).items()}
+            about = {"step": step, "stage": self._stage, **found, "keys": keys}
+            write_json(self.out / STOPPED, about)
+        since = step if self.hold is None else self.hold
+        complete = complete_ones(self.out / FOLDER)
+        before = [path.name for path in complete if number_of(path) <= since]
+        back = (
+            f"; to go back to {' or '.join(before)}, first remove what is newer" if before else ""
+        )
+        raise FloatingPointError(
+            f"step {step} (stage {self._stage}) has a gradient of norm {decision.norm}, and the "
+            f"clipper gives up; {self.out / STOPPED} names the samples. Nothing was learned since "
+            f"step {since}: continue with other learning rates of the stage (learning_rate, then), "
+            f"or without those samples{back}"
+        )
 
 
 def loss_of(net: nn.Module, batch: Batch, seed: int, config: Config) -> Tensor:
     """The flow-matching loss of a micro-batch; noise and its level are each sample's own."""
+    recipe: Recipe = recipe_of(config.recipe)
     shape = batch.latents.shape[1:]
-    shift = flow.dynamic_shift(*shape[-2:])
+    shift = recipe.shift(tuple(shape))
     noise, sigmas = [], []
     for step, index, _ in batch.places:
         generator = torch_numbers(seed, step, index, Use.NOISE)
@@ -213,45 +241,35 @@ def loss_of(net: nn.Module, batch: Batch, seed: int, config: Config) -> Tensor:
     noisy = flow.add_noise(batch.latents, noises, levels)
     dtype = getattr(torch, config.dtype)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        velocity = net(
-            noisy, flow.timesteps(levels), batch.text, batch.pooled, text_mask=batch.text_mask
-        )
+        velocity = recipe.velocity(net, noisy, levels, batch)
     return flow.loss(velocity, flow.velocity(batch.latents, noises))
 
 
 def data_of(
-    config: Config, name: str, seed: int, encoders: Encoders | None, world: World
+    config: Config, name: str, seed: int, coder: Coder | None, world: World
 ) -> tuple[Cache | Clips, dict[str, str]]:
     """What a stage reads, and fingerprints of all that is in it."""
     stage, out = config.stages[name], Path(config.out)
     cache, source = config.cache_of(stage), config.source_of(stage)
     if cache is not None:
-        held = Cache(cache, encoders.fingerprints() if encoders else None)
+        held = Cache(cache, coder.fingerprints() if coder else None)
         held.buckets = without_minority(held.buckets, stage.global_batch, held.rule)
-        _tell(out, name, held.report(), world)
+        tell(out, name, held.report(), world)
         return held, {"data": held.data, "windows": "fixed", **held.fingerprints}
     assert source is not None
-    assert encoders is not None
+    assert coder is not None
     with world.first_here():  # the others find the index made
         manifest = Manifest.open(source, index=out / "data" / name, limits=config.limits)
     buckets = without_minority(assign(manifest, stage.rule, seed), stage.global_batch, stage.rule)
-    _tell(out, name, manifest.report(buckets), world)
+    tell(out, name, manifest.report(buckets), world)
     clips = Clips(
         manifest, buckets, stage.rule, seed=seed, limits=config.limits, bad=out / "bad.jsonl"
     )
     return clips, {
         "data": manifest.fingerprint,
         "windows": "random",
-        **encoders.fingerprints(),
+        **coder.fingerprints(),
     }
-
-
-def _tell(out: Path, name: str, report: Report, world: World) -> None:
-    """How many clips a stage uses, in a line and a file."""
-    if world.rank == 0:
-        tqdm.write(f"stage {name}: {report.line}")
-        (out / "data").mkdir(parents=True, exist_ok=True)
-        report.write(out / "data" / f"{name}.json")
 
 
 def batches_of(
@@ -260,7 +278,7 @@ def batches_of(
     data: Cache | Clips,
     seed: int,
     start: int,
-    encoders: Encoders | None,
+    coder: Coder | None,
     world: World,
 ) -> Iterator[Batch]:
     """The micro-batches of this process, from step ``start`` of the stage to its end."""
@@ -284,55 +302,6 @@ def batches_of(
     for read in loader:
         features = read
         if isinstance(data, Clips):
-            assert encoders is not None
-            features = [encoders.features(clip) for clip in read]
+            assert coder is not None
+            features = [coder.features(clip) for clip in read]
         yield collate(features, seed=seed, drop=config.drop, mode=config.posterior)
-
-
-def save(
-    checkpoints: Checkpoints,
-    step: int,
-    state: State,
-    about: dict[str, Any],
-    asynchronous: bool,
-    *,
-    at_last: bool,
-) -> bool:
-    """A checkpoint; if it fails, training goes on without, but not past the last one.
-
-    Returns whether it is there by now.
-    """
-    write = partial(checkpoints.save, step, state.tensors(), about, hold=about["skipping"])
-    written = True
-    for act in (checkpoints.wait, partial(write, asynchronous=asynchronous and not at_last)):
-        try:
-            act()
-        except CheckpointError as error:
-            if at_last and isinstance(act, partial):
-                raise
-            tqdm.write(f"step {step}: {error}; training goes on, and will try again")
-            written = False
-    return written and (at_last or not asynchronous)
-
-
-def _give_up(
-    out: Path,
-    step: int,
-    stage: str,
-    decision: Any,
-    keys: list[str],
-    world: World,
-    skipping: int | None,
-) -> None:
-    if world.rank == 0:
-        found = {name: str(value) for name, value in asdict(decision).items()}
-        write_json(out / STOPPED, {"step": step, "stage": stage, **found, "keys": keys})
-    since = step if skipping is None else skipping
-    before = [path.name for path in complete_ones(out / FOLDER) if number_of(path) <= since]
-    back = f"; to go back to {' or '.join(before)}, first remove what is newer" if before else ""
-    raise FloatingPointError(
-        f"step {step} (stage {stage}) has a gradient of norm {decision.norm}, and the clipper "
-        f"gives up; {out / STOPPED} names the samples. Nothing was learned since step "
-        f"{since}: continue with other learning rates of the stage (learning_rate, then), or "
-        f"without those samples{back}"
-    )

@@ -6,7 +6,7 @@ Started by ``torchrun``, each process finds its rank in the environment; without
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from skiparse.models import devices
-from skiparse.models.suv.blocks import SUVBlock
-from skiparse.models.suv.model import SUV
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,16 @@ class World:
             dist.all_reduce(numbers)
         return (numbers / self.size).tolist()
 
+    def average(self, x: Tensor) -> Tensor:
+        """``x`` averaged over all processes, element by element; gradients are averaged too."""
+        found: Tensor = _Average.apply(x) if self.size > 1 else x
+        return found
+
+    def share(self, batch: int) -> slice:
+        """Which samples of a batch of all processes are this one's."""
+        own = batch // self.size
+        return slice(self.rank * own, (self.rank + 1) * own)
+
     def all(self, mine: list[str]) -> list[str]:
         """The lists of all processes in one, in the order of their ranks."""
         if self.size == 1:
@@ -83,34 +91,52 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def spread(self, model: SUV, how: str) -> nn.Module:
+    def spread(self, model: nn.Module, how: str, blocks: Collection[str] = ()) -> nn.Module:
         """``model`` to train: itself alone, a copy in every process, or a shard in each."""
         model.to(self.device)
         if self.size == 1:
             return model
         if how == "fsdp":
-            return self.sharded(model)
+            return self.sharded(model, blocks)
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids)
 
-    def sharded(self, model: SUV) -> SUV:
-        """``model`` in shards, block by block, weights and gradients in float32."""
+    def sharded(self, model: nn.Module, blocks: Collection[str]) -> nn.Module:
+        """``model`` in shards, each module of a class in ``blocks`` by itself."""
         mesh = init_device_mesh(self.device.type, (self.size,))
         for module in model.modules():
-            if isinstance(module, SUVBlock):
+            if type(module).__name__ in blocks:
                 fully_shard(module, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model
 
 
-def bare(model: nn.Module) -> SUV:
-    """The SUV inside of what :meth:`World.spread` gave."""
+class _Average(torch.autograd.Function):
+    """A mean over all processes. What a loss that is a mean over them wants of it is the same."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        made = x.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(made)
+        return made / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        found: Tensor = _Average.apply(gradients[0])
+        return found
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside of what :meth:`World.spread` gave."""
     inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
     return inner
 
 
-def gathered(model: SUV) -> SUV:
-    """``model`` whole and by itself; if it is in shards, from all processes, on the CPU."""
+def gathered(model: nn.Module, again: Callable[[], nn.Module]) -> nn.Module:
+    """``model`` whole and by itself; if it is in shards, from all processes, on the CPU.
+
+    ``again`` makes another of its kind, for which there need be no memory.
+    """
     if not isinstance(model, FSDPModule):
         return model
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=False)
@@ -120,7 +146,7 @@ def gathered(model: SUV) -> SUV:
     held = [state]
     dist.broadcast_object_list(held)
     with torch.device("meta"):
-        whole = SUV(**{k: v for k, v in model.config.items() if not k.startswith("_")})
+        whole = again()
     whole.load_state_dict(held[0], strict=True, assign=True)
     return whole.train(model.training)
 

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from skiparse.models.data.features import Encoders
 from skiparse.models.data.writer import write_image, write_video
-from skiparse.models.pipeline import SUVPipeline
-from skiparse.models.suv.model import SUV
 from skiparse.models.train.config import Config, Stage
 
 
-def make_samples(config: Config, stage: Stage, step: int, model: SUV, encoders: Encoders) -> None:
+def make_samples(config: Config, stage: Stage, step: int, pipeline: Any) -> None:
     """A video for each prompt of the config, in ``samples/``; the same noise every time."""
-    options, text = config.samples, encoders.text
-    pipeline = SUVPipeline(
-        model,
-        encoders.vae,
-        text.tokenizer,
-        text.encoder,
-        text.tokenizer_2,
-        text.encoder_2,
-    )
+    options = config.samples
     pipeline.set_progress_bar_config(disable=True)
     folder = Path(config.out) / "samples"
     folder.mkdir(exist_ok=True)

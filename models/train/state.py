@@ -2,87 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from skiparse.models.suv.model import SUV
+from skiparse.models.data.features import digest
 from skiparse.models.train.checkpoint import Checkpoint
 from skiparse.models.train.clip import AdaptiveGradClipper
 from skiparse.models.train.config import Config, Stage
 from skiparse.models.train.ema import EMA
+from skiparse.models.train.optimizer import adamw, state_of
 from skiparse.models.train.parallel import World, bare, gathered
+from skiparse.models.train.recipe import Recipe, recipe_of
 
 
 @dataclass
 class State:
     """The model, its average, the optimiser and the clipper.
 
-    ``net`` is the model as a step calls it: itself, or inside what spreads it over processes.
+    ``net`` is the model as a step calls it: itself, or inside what spreads it over processes. What
+    takes no gradient is neither averaged nor saved: the average shares it, and a checkpoint has
+    its SHA-256, so that a run does not go on around another.
     """
 
     net: nn.Module
-    ema: EMA[SUV]
+    ema: EMA[nn.Module]
     optimizer: AdamW
     clipper: AdaptiveGradClipper
+    recipe: Recipe
+    frozen: str | None  # SHA-256 of what takes no gradient
 
     @property
-    def model(self) -> SUV:
+    def model(self) -> nn.Module:
         return bare(self.net)
 
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that take gradients, by name."""
+        return {name: x for name, x in self.model.named_parameters() if x.requires_grad}
+
     @classmethod
-    def made(cls, model: SUV, average: SUV, config: Config, world: World) -> State:
+    def made(cls, model: nn.Module, average: nn.Module, config: Config, world: World) -> State:
         """Around a model in one piece, with an optimiser and a clipper that know nothing yet."""
-        ema = EMA(average.to(world.device), decay=config.ema)
+        recipe = recipe_of(config.recipe)
+        frozen = {name: x for name, x in model.named_parameters() if not x.requires_grad}
+        for parameter in frozen.values():
+            parameter.data = parameter.data.to(getattr(torch, config.dtype))
+        held = digest(frozen) if frozen else None
+        model.to(world.device)
+        average.to(world.device)
+        for name, parameter in frozen.items():
+            average.get_parameter(name).requires_grad_(False).data = parameter.data
+        ema = EMA(average, decay=config.ema)
         ema.model.eval()
-        net = world.spread(model.train(), config.parallel)
+        net = world.spread(model.train(), config.parallel, recipe.blocks)
         if world.size > 1 and config.parallel == "fsdp":
-            world.sharded(ema.model)
+            world.sharded(ema.model, recipe.blocks)
         if config.compile:
-            bare(net).compile_repeated_blocks()
-        return cls(net, ema, _adamw(bare(net), config), config.clip.make())
+            recipe.compiled(bare(net))
+        settings = config.optimizer
+        optimizer = adamw(
+            [(name, x) for name, x in bare(net).named_parameters() if x.requires_grad],
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+        return cls(net, ema, optimizer, config.clip.make(), recipe, held)
 
     @classmethod
     def resumed(cls, last: Checkpoint, config: Config, world: World) -> State:
-        """As the checkpoint has it."""
-        model = SUV(**last.about["model"])
+        """As the checkpoint has it.
+
+        Raises:
+            ValueError: if what is not trained is not what it was.
+        """
+        model = recipe_of(config.recipe).remade(config, last.about["model"])
         state = cls.made(model, model, config, world)
+        if last.about.get("frozen") != state.frozen:
+            raise ValueError(
+                f"{last.path} was trained around other weights, which are not in it; put back what "
+                f"init={config.init} was, or choose another out"
+            )
         last.load(state.tensors())
         state.clipper.load_state_dict(last.about["clipper"])
         return state
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it that is tensors, by name: ``model.*``, ``ema.*``, ``optimizer.*``."""
-        found = {f"model.{name}": x for name, x in self.model.state_dict().items()}
-        found |= {f"ema.{name}": x for name, x in self.ema.model.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            for kind, x in self.optimizer.state[parameter].items():
-                found[f"optimizer.{name}.{kind}"] = x
-        return found
+        frozen = {name for name, x in self.model.named_parameters() if not x.requires_grad}
+        found = {}
+        for kind, model in (("model", self.model), ("ema", self.ema.model)):
+            for name, x in model.state_dict().items():
+                if name not in frozen:
+                    found[f"{kind}.{name}"] = x
+        return found | state_of(self.optimizer, self.trained.items(), "optimizer")
 
     def about(self) -> dict[str, Any]:
         """The rest of it, ready for JSON."""
-        return {"model": arguments_of(self.model), "clipper": self.clipper.state_dict()}
+        about = self.recipe.about(self.model)
+        return {"model": about, "frozen": self.frozen, "clipper": self.clipper.state_dict()}
 
 
 def entered(state: State | None, stage: Stage, config: Config, world: World) -> State:
     """What ``stage`` starts with, made from what the one before it left behind, if there was one.
 
-    The weights, their average and the optimiser stay, unless the model gets skips: then it is
-    converted, and the optimiser starts anew. The clipper forgets: norms will be others.
+    The weights, their average and the optimiser stay, unless the model has to be converted: then
+    the optimiser starts anew. The clipper forgets: norms will be others.
     """
+    recipe = recipe_of(config.recipe)
     if state is None:
-        model = initial(config, stage)
+        model = recipe.initial(config, stage)
         state = State.made(model, model, config, world)
-    elif state.model.config.skip_connection != stage.skip_connection:
-        sparsity = stage.sparsity or state.model.config.sparsity
+    elif recipe.changes(state.model, stage):
+        again = partial(recipe.remade, config, recipe.about(state.model))
         model, average = (
-            SUV.from_dense(gathered(x), sparsity=sparsity) for x in (state.model, state.ema.model)
+            recipe.converted(gathered(x, again), stage) for x in (state.model, state.ema.model)
         )
         counts = state.clipper.counts
         state = State.made(model, average, config, world)
@@ -94,81 +132,5 @@ def entered(state: State | None, stage: Stage, config: Config, world: World) -> 
 
 def prepare(state: State, stage: Stage, config: Config) -> None:
     """Set what a stage decides and no checkpoint holds."""
-    sparsity = stage.sparsity or tuple(sizes_of(config)["sparsity"])
     for model in (state.model, state.ema.model):
-        model.set_sparsity(sparsity)
-    state.model.set_checkpointing((stage.checkpointing,) * len(sparsity))
-
-
-def initial(config: Config, stage: Stage) -> SUV:
-    """The model that the first stage starts from, in float32, on the CPU.
-
-    Raises:
-        OSError, ValueError: if the weights of ``config.init`` are not there, or of another model.
-    """
-    if config.init is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            return skeleton(config, stage)
-    model: SUV = SUV.from_pretrained(_weights(config.init), torch_dtype=torch.float32)
-    if model.config.skip_connection == stage.skip_connection:
-        return model
-    return SUV.from_dense(
-        model, sparsity=model.config.sparsity, skip_connection=stage.skip_connection
-    )
-
-
-def skeleton(config: Config, stage: Stage) -> SUV:
-    """A model of that size, with new weights."""
-    return SUV(**{**sizes_of(config), "skip_connection": stage.skip_connection})
-
-
-def sizes_of(config: Config) -> dict[str, Any]:
-    """The arguments of SUV that ``config`` means.
-
-    Raises:
-        FileNotFoundError: if ``config.init`` is no folder of weights.
-    """
-    if config.init is None:
-        return SUV.presets[config.preset] | config.model
-    known = SUV.load_config(_weights(config.init))
-    return {name: value for name, value in known.items() if not name.startswith("_")}
-
-
-def arguments_of(model: SUV) -> dict[str, Any]:
-    """What ``SUV(...)`` was called with, sparsity as it is now; ready for JSON."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in model.config.items()
-        if not name.startswith("_")
-    }
-
-
-def _weights(init: str) -> Path:
-    """The folder of SUV in ``init``, which is one or holds a pipeline's."""
-    for folder in (Path(init) / "transformer", Path(init)):
-        if (folder / "config.json").is_file():
-            return folder
-    raise FileNotFoundError(
-        f"init={init} holds no SUV: neither config.json nor transformer/config.json is there; make "
-        "it of released weights by `skiparse convert suv`, or of a run by `skiparse export`"
-    )
-
-
-def _adamw(model: SUV, config: Config) -> AdamW:
-    """With a state of zeros, from which it would start: so checkpoints always hold the same."""
-    options = config.optimizer
-    optimizer = AdamW(
-        model.parameters(),
-        betas=options.betas,
-        eps=options.eps,
-        weight_decay=options.weight_decay,
-    )
-    for parameter in model.parameters():
-        state: Mapping[str, Tensor] = {
-            "step": torch.zeros(()),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-        optimizer.state[parameter] = dict(state)
-    return optimizer
+        state.recipe.prepare(model, config, stage)

@@ -21,7 +21,7 @@ Source: Li et al. 2024, "WF-VAE", section 3.4, and its released code for sums an
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -72,15 +72,23 @@ def hinge(real: Tensor, fake: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-def balance(reconstruction: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:
+def balance(
+    reconstruction: Tensor,
+    adversarial: Tensor,
+    last: Tensor,
+    average: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """By what to multiply ``adversarial`` for both to pull equally at the weight ``last``.
 
-    The ratio of the norms of their gradients, from 0 to 1e6, a constant for autograd.
+    The ratio of the norms of their gradients, from 0 to 1e6, a constant for autograd. Where
+    processes share the batch, ``average`` makes of the gradient of one that of all.
 
     Source: Esser et al. 2021, "Taming Transformers", equation 7, with the 1e-6 of its code.
     """
     (of_reconstruction,) = torch.autograd.grad(reconstruction, last, retain_graph=True)
     (of_adversarial,) = torch.autograd.grad(adversarial, last, retain_graph=True)
+    if average is not None:
+        of_reconstruction, of_adversarial = average(of_reconstruction), average(of_adversarial)
     return (of_reconstruction.norm() / (of_adversarial.norm() + 1e-6)).clamp(0, 1e6)
 
 
@@ -97,6 +105,7 @@ def objective(
     perceptual: Tensor | None = None,
     judgement: Tensor | None = None,
     last: Tensor | None = None,
+    average: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The autoencoder's loss and its terms, for one batch.
 
@@ -109,6 +118,7 @@ def objective(
         perceptual: :class:`LPIPS` of every frame, ``[B * T]``; None leaves the term out.
         judgement: the discriminator's of ``made``, any shape; None leaves the term out.
         last: weight of the decoder's last layer, which ``made`` was computed with.
+        average: over the processes that share the batch, as of :func:`balance`.
 
     Returns:
         Scalars: "loss" to differentiate; "l1" and "kl" in the chosen reduction, before their
@@ -136,7 +146,8 @@ def objective(
         loss = loss + weights.wavelet * terms["wavelet"]
     if judgement is not None and last is not None:
         terms["adversarial"] = -judgement.mean()
-        terms["balance"] = weights.adversarial * balance(reconstruction, terms["adversarial"], last)
+        ratio = balance(reconstruction, terms["adversarial"], last, average)
+        terms["balance"] = weights.adversarial * ratio
         loss = loss + terms["balance"] * terms["adversarial"]
     terms["loss"] = loss
     if reduction == "mean":

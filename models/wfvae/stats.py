@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from skiparse.models import shards
 from skiparse.models.data.atomic import write_json
-from skiparse.models.data.plain import printable
 from skiparse.models.data.video import Limits
+from skiparse.models.train.guards import interrupted_by_sigterm, undisturbed
 from skiparse.models.wfvae.model import WFVAE
-from skiparse.models.wfvae.train import SCAN, Clips, Settings, check_size
+from skiparse.models.wfvae.train import Clips, Settings, check_size
 
 CHUNK = 2  # latents coded at a time: the result does not depend on it, memory does
-REPORT = "statistics.json"
+REPORT, SCAN = "statistics.json", "scan.json"
 
 Values = tuple[float, ...]
 
@@ -80,6 +80,7 @@ def normalised(vae: WFVAE, shift: Values, scale: Values) -> WFVAE:
     return made
 
 
+@interrupted_by_sigterm()
 def run(
     model: str | os.PathLike[str],
     clips: str | os.PathLike[str],
@@ -98,8 +99,9 @@ def run(
     """Measure a saved model on the videos of a folder, and write it with its shift and scale.
 
     Args:
-        model: a folder of :class:`WFVAE`, such as a checkpoint of ``skiparse train-vae``.
-        clips: a folder with videos at any depth; those that will not do are named and left out.
+        model: a folder of :class:`WFVAE`, such as ``skiparse export`` makes of a run.
+        clips: a folder with videos at any depth, or another source of :meth:`Manifest.open`; those
+            that will not do are named in ``scan.json`` and left out.
         out: the folder to make, with ``statistics.json``, which says what was measured.
         frames, size: of the cuts; a multiple of the temporal factor plus 1, and of 8.
         every: take every so many frames of a file.
@@ -115,6 +117,7 @@ def run(
         FileNotFoundError: if ``model`` holds no model.
         ValueError: for arguments that make no sense, a folder without videos, or an ``out`` that
             exists; before any work.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM; nothing half written stays.
     """
     if cuts is not None and cuts < 1:
         raise ValueError(f"cuts must be at least 1, got {cuts}; None takes one of each file")
@@ -124,13 +127,18 @@ def run(
     settings = Settings(frames=frames, size=size, every=every, batch=1, seed=seed)
     vae = WFVAE.from_pretrained(model, local_files_only=True).eval()
     check_size(vae, settings)
-    found = Clips(clips, settings, limits)
-    for reason in found.left_out.values():
-        print(f"left out: {printable(reason)}")
+    found = Clips(clips, settings, vae, limits)
+    for reason, names in found.report.examples.items():
+        print(f"left out, {reason}: {', '.join(names)}")
     print(found.report.line)
-    count = len(found.files) if cuts is None else cuts
+    count = len(found) if cuts is None else cuts
     loader = DataLoader(
-        found, 1, sampler=range(count), num_workers=workers, generator=torch.Generator()
+        found,
+        1,
+        sampler=range(count),
+        num_workers=workers,
+        generator=torch.Generator(),
+        worker_init_fn=undisturbed,
     )
     worker = WFVAE.from_pretrained(model, torch_dtype=dtype, local_files_only=True).eval()
     worker.to(device)
@@ -144,7 +152,7 @@ def run(
         normalised(vae, shift, scale).save_pretrained(folder, max_shard_size="100GB")
         about = {
             "of": "samples of the posterior",
-            "files": len(found.files),
+            "files": len(found),
             "cuts": count,
             "frames": frames,
             "size": list(size),

@@ -1,13 +1,15 @@
-"""How a WF-VAE is trained: an autoencoder and its discriminator take turns, from clips in a folder.
+"""How a WF-VAE is trained: an autoencoder and its discriminator take turns, on clips of video.
 
-Everything random in a step follows from the seed and the number of the step, and so does the choice
-of its clips. So a run that continues from a checkpoint is the run that was never interrupted: on a
-CPU bit for bit, on a GPU as far as its kernels repeat themselves (for all of it,
-``torch.use_deterministic_algorithms(True)``).
+It is a task of :mod:`skiparse.models.train.core`, which runs it: processes, signals, checkpoints
+and the log are those of every trainer. A run is a chain of stages. Each starts from the averaged
+weights of the one before, with a new discriminator and new optimisers.
 
-A checkpoint is a folder ``step-00001000`` of safetensors and JSON. It loads as the model with
-averaged weights, ``WFVAE.from_pretrained(folder)``; to continue there are ``train.safetensors``
-(weights, discriminator, optimisers) and ``state.json`` (settings, step).
+Everything random in a step follows from the seed and the number of the step in its stage, and so
+does the choice of its clips. So a run that continues from a checkpoint is the run that was never
+interrupted: on a CPU bit for bit, on a GPU as far as its kernels repeat themselves (for all of it,
+``torch.use_deterministic_algorithms(True)``). Processes that share a batch do, up to rounding, what
+one does alone: batch norm, dropout, the samples of latents and the balance of the terms are those
+of the whole batch.
 
 Source: Li et al. 2024, "WF-VAE", section 4.1, and its released code for what the paper leaves out.
 Without its gradient scaler: bfloat16 has the range of float32.
@@ -15,54 +17,56 @@ Without its gradient scaler: bfloat16 has the range of float32.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import shutil
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from skiparse.models import shards
-from skiparse.models.data.atomic import truncated
-from skiparse.models.data.folder import walk
-from skiparse.models.data.plain import printable
-from skiparse.models.data.report import Dropped, Report
-from skiparse.models.data.video import Limits, VideoError, probe, read_video
+from skiparse.models.data import dataset
+from skiparse.models.data.buckets import Buckets, Rule, assign
+from skiparse.models.data.draws import Place, Use
+from skiparse.models.data.manifest import DataError, Manifest
+from skiparse.models.data.report import NAMED, Report
+from skiparse.models.data.video import Limits
+from skiparse.models.train import config as train_config
+from skiparse.models.train import core, loop
+from skiparse.models.train.checkpoint import FOLDER, Checkpoint, complete_ones
 from skiparse.models.train.ema import EMA
+from skiparse.models.train.export import model_of
+from skiparse.models.train.guards import undisturbed
+from skiparse.models.train.log import tell
+from skiparse.models.train.optimizer import adamw, state_of
+from skiparse.models.train.parallel import World
 from skiparse.models.wfvae import losses
 from skiparse.models.wfvae.discriminator import Discriminator
 from skiparse.models.wfvae.losses import LPIPS, Weights
 from skiparse.models.wfvae.model import WFVAE
 from skiparse.models.wfvae.stream import Stream
 
-LOG, STATE, TENSORS = "log.jsonl", "state.json", "train.safetensors"
-KEEP = 2  # checkpoints in the folder of a run
 DTYPES = (torch.float32, torch.bfloat16)
-SCAN = "scan.json"  # which files are used
-
-_BAD_SHARE, _JUDGED, _TRIES = 0.01, 100, 20  # as in skiparse.models.data.dataset
+BAD = "bad.jsonl"  # names the files that could not be read
 
 _INIT, _STEP, _ORDER, _CUT, _OTHER = range(5)  # uses of random numbers, which must not meet
+_USES = {Use.WINDOW: _CUT, Use.REPLACE: _OTHER}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """All that decides the outcome of a run besides model, clips and number of steps.
 
-    Defaults are those published for the first stage; see :data:`STAGES`.
+    Defaults are those published for the first stage; see :func:`published`.
 
     Args:
         frames, size: of a clip; a multiple of the temporal factor plus 1, and of 8.
@@ -112,150 +116,176 @@ class Settings:
             if not weight >= 0:
                 raise ValueError(f"weights.{name} must be at least 0, got {weight}")
 
+    def rule(self, vae: WFVAE) -> Rule:
+        """Which videos will do for ``vae``: all that are long and large enough."""
+        return Rule(
+            frames=self.frames,
+            every=self.every,
+            size=self.size,
+            stride=vae.spatial_factor,
+            temporal_factor=vae.temporal_factor,
+            min_aspect=2**-20,
+            max_aspect=2**20,
+            longest=2**31,
+            minority=0,
+        )
 
-# Steps and settings. Each stage starts from the averaged weights of the one before, with a new
-# discriminator and new optimisers.
-STAGES: dict[str, tuple[int, Settings]] = {
-    "I": (800_000, Settings()),
-    "II": (200_000, Settings(frames=49, every=2)),
-    "III": (200_000, Settings(frames=49, every=2, weights=Weights(lpips=0.1))),
-}
+
+@dataclass(frozen=True, kw_only=True)
+class WFVAEStage(Settings):
+    """A part of a run.
+
+    Args:
+        steps: of both networks together.
+    """
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(f"steps must be above 0, got {self.steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WFVAEConfig(train_config.Run):
+    """A training run of a WF-VAE.
+
+    Args:
+        init: folder with a trained one to start from, such as ``skiparse export`` makes of a run;
+            instead of ``preset``.
+        preset: size of the model, see ``WFVAE.presets``; from random weights, with exact wavelet
+            filters.
+        source: what to train on: a folder of videos, or annotations; captions are not looked at.
+        lpips: file with the weights of :class:`LPIPS`; None leaves the term out.
+    """
+
+    recipe: Literal["wfvae"] = "wfvae"
+    stages: dict[str, WFVAEStage]
+    preset: str = "v1.5-M"
+    source: str
+    lpips: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset not in WFVAE.presets:
+            raise ValueError(
+                f"preset must be one of {', '.join(WFVAE.presets)}, got {self.preset!r}"
+            )
+
+
+class WFVAERecipe:
+    """The recipe of the autoencoder of Open-Sora Plan v1.5."""
+
+    config = WFVAEConfig
+
+    def typed(self, config: WFVAEConfig) -> dict[str, tuple[type[Any], Mapping[str, Any]]]:
+        """Nothing: all fields have types of their own."""
+        return {}
+
+    def task(self, config: WFVAEConfig) -> Coding:
+        """The chain of stages of ``config``.
+
+        Raises:
+            ValueError: for sizes that the model cannot take.
+            FileNotFoundError: if ``lpips`` or ``init`` is not there.
+        """
+        lpips = None if config.lpips is None else LPIPS.from_file(config.lpips)
+        if lpips is None and any(stage.weights.lpips for stage in config.stages.values()):
+            print("without --lpips FILE: trained without the perceptual term")
+        vae, out = _initial(config), Path(config.out)
+
+        def source(name: str, world: World) -> tuple[Clips, str]:
+            with world.first_here():  # the others find the index made
+                clips = Clips(
+                    config.source,
+                    config.stages[name],
+                    vae,
+                    config.limits,
+                    index=out / "data" / name,
+                    bad=out / BAD,
+                )
+            tell(out, name, clips.report, world)
+            return clips, clips.fingerprint
+
+        dtype = getattr(torch, config.dtype)
+        return Coding(
+            vae, config.stages, source, out, lpips=lpips, dtype=dtype, workers=config.workers
+        )
+
+    def exported(self, last: Checkpoint, weights: str, **given: Any) -> WFVAE:
+        """The model itself, which needs no other."""
+        if given["vae"] is not None or given["text"] is not None:
+            raise ValueError(f"{last.path} is of a WFVAE, which needs no vae and text; leave them")
+        prefix = {"ema": "ema", "model": "vae"}[weights]
+        vae: WFVAE = model_of(last, WFVAE, last.about["wfvae"], prefix)
+        return vae
 
 
 class Clips(Dataset[Tensor]):
-    """Cuts of the videos under a folder, without end: each file once an epoch, at a random time.
+    """Cuts of the videos of a source, without end: each clip once an epoch, at a random time.
 
-    Cut ``i`` depends on ``i``, the seed and the files alone. In place of one that cannot be read
-    comes one of another file; once more than 1 % of those that a worker tried are bad (of 100, or
-    of all if there are fewer), it raises. A file too large to be read through at the beginning has
-    its frames counted when it is first cut.
+    Cut ``i`` depends on ``i``, the seed and the files alone. What cannot be read is replaced, and
+    too much of it raises, as in :class:`skiparse.models.data.dataset.Clips`.
 
     Args:
-        folder: everything in it and below is tried.
-        settings: size and length of the cuts, and the seed.
+        source: as of :meth:`Manifest.open`; captions are not looked at.
+        settings: size and length of the cuts, the batch and the seed.
+        vae: whose factors the sizes go by.
         limits: the largest source to decode; ``Limits()`` if None.
+        index: folder to keep the list of clips in; None: in memory.
+        bad: file that gets a line for every file that cannot be read; None: nowhere.
 
     Attributes:
-        files: path, frames per second of a cut, and frames to cut from, for each file that will do.
-        left_out: path and reason, for each that will not.
-        bad: reasons of the files that could not be read in this process, by path.
-        report: how many files will do, and why others will not.
+        report: how many clips will do, and why others will not.
+        fingerprint: of the list of clips.
 
     Raises:
-        ValueError: if there is no such folder or no file in it will do.
+        DataError: if there is no such source or nothing in it will do.
     """
 
     def __init__(
         self,
-        folder: str | os.PathLike[str],
+        source: str | os.PathLike[str],
         settings: Settings,
+        vae: WFVAE,
         limits: Limits | None = None,
+        *,
+        index: str | os.PathLike[str] | None = None,
+        bad: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.settings, self.limits = settings, limits or Limits()
-        self.files: list[tuple[Path, Fraction, int]] = []
-        self.left_out: dict[Path, str] = {}
-        self.bad: dict[Path, str] = {}
-        self._tried: set[int] = set()  # numbers of files
-        self._estimated: set[Path] = set()  # their lengths are
-        if not Path(folder).is_dir():
-            raise ValueError(f"{os.fspath(folder)} is no folder; give one with video files")
-        dropped = Dropped()
-        paths = sorted(walk(Path(folder), dropped))
-        with ThreadPoolExecutor() as pool:
-            found = pool.map(self._look, paths)
-            for path, looked in tqdm(
-                zip(paths, found, strict=True), "looking at files", len(paths), unit="file"
-            ):
-                if isinstance(looked[1], str):
-                    reason, why = looked
-                    self.left_out[path] = why
-                    dropped.add(str(reason), why)
-                else:
-                    self.files.append((path, *looked))
-        self.report = Report(os.fspath(folder), len(self.files), dropped.counts, dropped.examples)
-        if not self.files:
-            reasons = "; ".join(list(self.left_out.values())[:3]) or "there are no files"
-            raise ValueError(f"{os.fspath(folder)} has no video to train on: {reasons}")
+        manifest = Manifest.open(source, index=index, limits=limits, captions=False)
+        rule = settings.rule(vae)
+        buckets = _videos(assign(manifest, rule, settings.seed), rule)
+        self.report: Report = manifest.report(buckets)
+        self.fingerprint = manifest.fingerprint
+        self._settings, self._rows = settings, np.flatnonzero(buckets.bucket >= 0)
+        self._clips = dataset.Clips(
+            manifest,
+            buckets,
+            rule,
+            seed=settings.seed,
+            limits=limits,
+            chance=partial(_chance, settings.batch),
+            bad=bad,
+        )
 
-    def _look(self, path: Path) -> tuple[Fraction, int] | tuple[str, str]:
-        """Rate of a cut and frames to cut from; or why the file will not do, and more about it."""
-        settings, limits = self.settings, self.limits
-        try:
-            info = probe(path, limits=limits)
-            if not info.frames or not info.fps:
-                why = "does not say how many frames it has, or how many a second"
-                return "without a length", f"{str(path)!r}: {why}"
-            held = limits.why_held(info.hold)
-            if held:
-                return "with a long pause", f"{str(path)!r}: {held}"
-            rate, frames = info.fps / settings.every, (info.frames - 1) // settings.every + 1
-            if not info.exact:
-                self._estimated.add(path)
-            if frames < settings.frames:
-                return "too few frames", (
-                    f"{str(path)!r}: {info.frames} frames, too few for {settings.frames} of every "
-                    f"{settings.every}"
-                )
-            read_video(path, frames=1, fps=rate, size=settings.size, limits=limits, threads=1)
-        except VideoError as error:
-            kind = printable(path.suffix.lower()) or "no suffix"
-            return f"that cannot be read ({kind})", str(error)
-        return rate, frames
+    def __len__(self) -> int:
+        """How many clips there are."""
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Tensor:
-        """uint8 ``[frames, height, width, 3]``, RGB; ValueError if too many files are bad."""
-        settings, count = self.settings, len(self.files)
-        epoch, place = divmod(index, count)
-        order = _random(settings.seed, epoch, _ORDER).permutation(count)
-        others = iter(_random(settings.seed, index, _OTHER).permutation(count)[:_TRIES].tolist())
-        number: int | None = int(order[place])
-        while number is not None:
-            self._tried.add(number)
-            try:
-                return self._cut(number, index)
-            except VideoError as error:
-                self.bad.setdefault(self.files[number][0], str(error))
-            share = len(self.bad) / len(self._tried)
-            if share > _BAD_SHARE and len(self._tried) >= min(_JUDGED, count):
-                break
-            number = next(others, None)
-        raise ValueError(
-            f"{len(self.bad)} of the {len(self._tried)} files tried are bad: "
-            f"{'; '.join(list(self.bad.values())[:3])}. Mend or remove these files"
-        )
-
-    def _cut(self, number: int, index: int) -> Tensor:
-        """Cut ``index`` of a file; VideoError if it cannot be read."""
-        settings = self.settings
-        path, rate, frames = self.files[number]
-        if path in self._estimated:
-            info = probe(path, limits=self.limits, whole=True)
-            if (
-                not info.fps
-                or not info.frames
-                or info.frames <= settings.every * (settings.frames - 1)
-            ):
-                raise VideoError(f"{str(path)!r}: {info.frames} frames when counted, too few")
-            rate, frames = info.fps / settings.every, (info.frames - 1) // settings.every + 1
-            self.files[number] = path, rate, frames
-            self._estimated.remove(path)
-        start = int(
-            _random(settings.seed, index, _CUT).integers(frames - settings.frames, endpoint=True)
-        )
-        return read_video(
-            path,
-            frames=settings.frames,
-            fps=rate,
-            size=settings.size,
-            start=start / rate,
-            limits=self.limits,
-            threads=1,
-        )
+        """uint8 ``[frames, height, width, 3]``, RGB; DataError if too many files are bad."""
+        settings = self._settings
+        epoch, place = divmod(index, len(self))
+        order = _random(settings.seed, epoch, _ORDER).permutation(len(self))
+        step, sample = divmod(index, settings.batch)
+        return self._clips[Place(step, sample, int(self._rows[order[place]]))].frames
 
 
 @dataclass
 class Run:
-    """The networks and optimisers of a run: what a checkpoint holds."""
+    """The networks and optimisers of a stage: what a checkpoint holds."""
 
     vae: WFVAE
     ema: EMA[WFVAE]
@@ -263,64 +293,304 @@ class Run:
     optimizers: dict[str, AdamW]  # "vae" and "discriminator"
 
     @classmethod
-    def start(cls, vae: WFVAE, settings: Settings, device: str | torch.device) -> Run:
+    def start(cls, vae: WFVAE, settings: Settings, device: torch.device) -> Run:
         """Around ``vae``, with a new discriminator."""
         vae.to(device)
         torch.manual_seed(_seed(settings.seed, 0, _INIT))
         discriminator = Discriminator(settings.discriminator_width).to(device)
         optimizers = {
-            name: AdamW(
-                model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            name: adamw(
+                model.named_parameters(),
+                lr=settings.learning_rate,
+                weight_decay=settings.weight_decay,
             )
             for name, model in (("vae", vae), ("discriminator", discriminator))
         }
-        return cls(vae, EMA(vae, decay=settings.ema), discriminator, optimizers)
+        return cls(vae.train(), EMA(vae, decay=settings.ema), discriminator.train(), optimizers)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything but the average, by name: ``vae.*``, ``vae_optimizer.*`` and so on."""
+        """By name: ``vae.*``, ``ema.*``, ``vae_optimizer.*``, ``discriminator.*`` and so on."""
         found: dict[str, Tensor] = {}
-        for name, optimizer in self.optimizers.items():
-            model = getattr(self, name)
+        models: dict[str, nn.Module] = {
+            "vae": self.vae,
+            "ema": self.ema.model,
+            "discriminator": self.discriminator,
+        }
+        for name, model in models.items():
             found |= {f"{name}.{key}": tensor for key, tensor in model.state_dict().items()}
-            for key, parameter in model.named_parameters():
-                for kind, tensor in optimizer.state[parameter].items():
-                    found[f"{name}_optimizer.{key}.{kind}"] = tensor
-        return {name: tensor.detach().contiguous() for name, tensor in found.items()}
-
-    def load(self, folder: Path) -> None:
-        """Continue from the checkpoint in ``folder``; strict about names and shapes."""
-        self.ema.model.load_state_dict(shards.read_file(folder / f"{shards.STEM}.safetensors"))
-        held = shards.read_file(folder / TENSORS)
         for name, optimizer in self.optimizers.items():
-            model = getattr(self, name)
-            model.load_state_dict(_under(f"{name}.", held))
-            state = _under(f"{name}_optimizer.", held)
-            names = [key for key, _ in model.named_parameters()]
-            optimizer.load_state_dict(
-                {
-                    "state": {i: _under(f"{key}.", state) for i, key in enumerate(names) if state},
-                    "param_groups": optimizer.state_dict()["param_groups"],
-                }
+            found |= state_of(optimizer, models[name].named_parameters(), f"{name}_optimizer")
+        return found
+
+
+class Coding:
+    """The chain of stages of a WF-VAE, as a task of :mod:`skiparse.models.train.core`.
+
+    Args:
+        vae: in float32; trained in place.
+        stages: by name, in the order in which they are trained.
+        source: of a stage, by its name, gives clips and their fingerprint: ``clips[i]`` is uint8
+            ``[frames, height, width, 3]``, for every ``i`` from 0 up, and the same each time.
+        out: the folder of the run.
+        lpips: the perceptual term; left out if None.
+        dtype: to compute in: float32, or bfloat16 by autocast.
+        workers: processes that read clips ahead; 0 reads them in between.
+
+    Raises:
+        ValueError: for arguments that make no sense, or a folder of an older kind of run.
+    """
+
+    hold = None  # a step of which something is not finite ends the run
+
+    def __init__(
+        self,
+        vae: WFVAE,
+        stages: Mapping[str, WFVAEStage],
+        source: Callable[[str, World], tuple[Dataset[Tensor], str]],
+        out: Path,
+        *,
+        lpips: LPIPS | None = None,
+        dtype: torch.dtype = torch.float32,
+        workers: int = 0,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+        for stage in stages.values():
+            check_size(vae, stage)
+        _refuse_older(out)
+        self.vae, self.stages, self.source, self.out = vae, stages, source, out
+        self.lpips, self.dtype, self.workers = lpips, dtype, workers
+        ends = itertools.accumulate(stage.steps for stage in stages.values())
+        self._ends = dict(zip(stages, ends, strict=True))
+        self.total = max(self._ends.values())
+
+    def begin(self, last: Checkpoint | None, world: World) -> None:
+        """Check stages, processes and checkpoint against each other, and be as ``last`` has it."""
+        self._world, self._last = world, last
+        for name, stage in self.stages.items():
+            if stage.batch % world.size:
+                raise ValueError(
+                    f"stages.{name}.batch={stage.batch} must be a multiple of {world.size}, the "
+                    "number of processes"
+                )
+        self._stage, *_ = self.stages
+        if last is not None:
+            self._stage = last.about.get("stage", "")
+            self._refuse_other(last)
+        self._run = Run.start(self.vae, self.stages[self._stage], world.device)
+        if last is not None:
+            last.load(self._run.tensors())
+        if self.lpips is not None:
+            self.lpips.to(world.device)
+
+    def steps(self, done: int) -> core.Steps:
+        """Every stage that is not done, from where it is."""
+        for name, stage in self.stages.items():
+            begin, end = self._ends[name] - stage.steps, self._ends[name]
+            if done >= end:
+                continue
+            if name != self._stage:
+                self.vae.load_state_dict(self._run.ema.model.state_dict())
+                self._run, self._stage = Run.start(self.vae, stage, self._world.device), name
+            clips, self._data = self.source(name, self._world)
+            self._refuse_other_data()
+            networks = _Networks(self._run, self._world)
+            batches = self._batches(clips, stage, done - begin)
+            for step, pictures in enumerate(batches, done - begin):
+                yield {"stage": name, **self._step(networks, stage, step, pictures, begin)}
+            done = end
+
+    def _batches(self, clips: Dataset[Tensor], stage: WFVAEStage, start: int) -> DataLoader[Tensor]:
+        """This process's share of the clips of every step from ``start`` on, uint8."""
+        share = range(stage.batch)[self._world.share(stage.batch)]
+        return DataLoader(
+            clips,
+            batch_sampler=(
+                [step * stage.batch + i for i in share] for step in range(start, stage.steps)
+            ),
+            num_workers=self.workers,
+            pin_memory=self._world.device.type == "cuda",
+            worker_init_fn=undisturbed,
+        )
+
+    def _step(
+        self, networks: _Networks, stage: WFVAEStage, step: int, pictures: Tensor, begin: int
+    ) -> dict[str, Any]:
+        """One step of one of the networks, and its row."""
+        if pictures.shape[1:] != (stage.frames, *stage.size, 3):
+            raise ValueError(
+                f"clips must be [{stage.frames}, {stage.size[0]}, {stage.size[1]}, 3] by settings, "
+                f"got {list(pictures.shape[1:])}"
+            )
+        run, world, weights = self._run, self._world, stage.weights
+        torch.manual_seed(_seed(stage.seed, step, _STEP))
+        video = pictures.to(world.device).movedim(-1, 1) / 127.5 - 1  # [B, 3, T, H, W]
+        adversarial = weights.adversarial > 0 and step >= stage.discriminator_start
+        judging = adversarial and step % 2 == 1
+        run.discriminator.requires_grad_(judging)
+        coarse = partial(
+            torch.autocast,
+            world.device.type,
+            torch.bfloat16,
+            enabled=self.dtype == torch.bfloat16,
+        )
+        with coarse(), torch.set_grad_enabled(not judging):
+            coded = networks.vae(video)
+        if judging:
+            with coarse():
+                fake, real = networks.discriminator(coded.made, video)
+            terms = {"loss": losses.hinge(real.float(), fake.float())}
+        else:
+            with coarse():
+                perceptual = None if self.lpips is None else self.lpips(video, coded.made)
+                judgement = run.discriminator(coded.made) if adversarial else None
+            terms = losses.objective(
+                video,
+                coded.made.float(),
+                mean=coded.mean,
+                logvar=coded.logvar,
+                coefficients=[x.float() for x in coded.coefficients],
+                made_coefficients=[x.float() for x in coded.made_coefficients],
+                weights=weights,
+                reduction=stage.reduction,
+                perceptual=None if perceptual is None else perceptual.float(),
+                judgement=None if judgement is None else judgement.float(),
+                last=run.vae.decoder.conv_out.weight,
+                average=world.average,
             )
 
-    def save(self, out: Path, step: int, about: Mapping[str, Any]) -> Path:
-        """A checkpoint in ``out``, whole or not at all; then the oldest ones go."""
-        path = out / f"step-{step:08d}"
-        with shards.new_folder(path) as folder:
-            self.ema.model.save_pretrained(folder, max_shard_size="100GB")
-            save_file(self.tensors(), folder / TENSORS)
-            text = json.dumps({"step": step, **about}, indent=2)
-            (folder / STATE).write_text(text + "\n", encoding="utf-8")
-        for old in checkpoints(out)[:-KEEP]:
-            hidden = out / f".{old.name}.old"  # half removed, it must not look like one
-            old.rename(hidden)
-            shutil.rmtree(hidden)
-        return path
+        name = "discriminator" if judging else "vae"
+        optimizer = run.optimizers[name]
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        parameters = optimizer.param_groups[0]["params"]
+        terms["gradient"] = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        row = dict(zip(terms, world.mean(*(x.detach() for x in terms.values())), strict=True))
+        if not np.isfinite(list(row.values())).all():
+            last, *_ = [*reversed(complete_ones(self.out / FOLDER)), "no checkpoint"]
+            raise FloatingPointError(
+                f"step {begin + step} of the {name}: not finite, {row}; nothing of it was kept, "
+                f"{last} is the last checkpoint. Lower learning_rate, or look at the clips"
+            )
+        optimizer.step()
+        if not judging:
+            run.ema.update(run.vae)
+        return {"of": name, **row}
+
+    def ends(self, done: int) -> bool:
+        """Whether a stage does."""
+        return done in self._ends.values()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The run's."""
+        return self._run.tensors()
+
+    def about(self) -> dict[str, Any]:
+        """What made it, none of which may change when the run goes on."""
+        return {**self._settings(), "data": self._data}
+
+    def _settings(self) -> dict[str, Any]:
+        """All of that but the data, ready for JSON."""
+        begun = itertools.takewhile(lambda name: name != self._stage, self.stages)
+        stages = {name: asdict(self.stages[name]) for name in [*begun, self._stage]}
+        del stages[self._stage]["steps"]  # may grow
+        about = {
+            "recipe": "wfvae",
+            "stage": self._stage,
+            **{f"settings of {name}": settings for name, settings in stages.items()},
+            "wfvae": {k: v for k, v in self.vae.config.items() if not k.startswith("_")},
+            "lpips": self.lpips is not None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        found: dict[str, Any] = json.loads(json.dumps(about))
+        return found
+
+    def saved(self, done: int) -> None:
+        """Nothing more is to be done then."""
+
+    def after(self, done: int) -> None:
+        """Nothing more is to be done after a step."""
+
+    def _refuse_other(self, last: Checkpoint) -> None:
+        """ValueError if the checkpoint is of another kind of run, or at the end of this one."""
+        if "wfvae" not in last.about:
+            raise ValueError(f"{last.path} is of no WFVAE; choose another out")
+        if self._stage not in self.stages:
+            raise ValueError(
+                f"{last.path} is of the stage {self._stage!r}, which the run does not have; "
+                "continue with its stages, or start in another folder"
+            )
+        for name, value in self._settings().items():
+            if last.about.get(name) != value:
+                was, now = _differences(last.about.get(name), value)
+                raise ValueError(
+                    f"{last.path} is of a run with {name} {was}, not {now}; continue with those, "
+                    "or start in another folder"
+                )
+        if self.total <= last.step:
+            raise ValueError(
+                f"steps must be above {last.step}, which {self.out} has reached, got {self.total}"
+            )
+
+    def _refuse_other_data(self) -> None:
+        """ValueError if the stage was begun with other clips."""
+        last = self._last
+        if last is None or last.about["stage"] != self._stage or last.about["data"] == self._data:
+            return
+        raise ValueError(
+            f"{last.path} was trained on other clips in this stage; put them back, or begin a "
+            "stage with the new ones"
+        )
 
 
-def checkpoints(out: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoints in the folder of a run, oldest first."""
-    return sorted(Path(out).glob("step-[0-9]*"))
+@dataclass
+class _Coded:
+    """What an autoencoder made of a video."""
+
+    made: Tensor  # [B, 3, T, H, W]
+    mean: Tensor  # of the latents [B, C, t, h, w], fp32
+    logvar: Tensor
+    coefficients: list[Tensor]  # of each level, [B, 24, ...]
+    made_coefficients: list[Tensor]
+
+
+class _Autoencoder(nn.Module):
+    """There and back, by a sample of the latents, as one call: what processes share."""
+
+    def __init__(self, vae: WFVAE, world: World) -> None:
+        super().__init__()
+        self.vae, self._world = vae, world
+
+    def forward(self, video: Tensor) -> _Coded:
+        """Of ``[B, 3, T, H, W]``; samples are those of the whole batch."""
+        moments, *coefficients = self.vae.encoder(video, Stream())
+        posterior = DiagonalGaussianDistribution(moments.float())
+        mean, batch = posterior.mean, len(video) * self._world.size
+        noise = torch.randn((batch, *mean.shape[1:]), dtype=mean.dtype, device=mean.device)
+        latents = mean + posterior.std * noise[self._world.share(batch)]
+        made, *made_coefficients = self.vae.decoder(latents, Stream())
+        return _Coded(made, mean, posterior.logvar, coefficients, made_coefficients)
+
+
+class _Judge(nn.Module):
+    """Both judgements of a step of the discriminator, as one call."""
+
+    def __init__(self, discriminator: Discriminator) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, made: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Of ``[B, 3, T, H, W]`` each."""
+        return self.discriminator(made), self.discriminator(video)
+
+
+class _Networks:
+    """The networks of a run as a step calls them: themselves, or spread over the processes."""
+
+    def __init__(self, run: Run, world: World) -> None:
+        run.discriminator.shared(world).requires_grad_(True)
+        self.vae = world.spread(_Autoencoder(run.vae, world), "ddp")
+        self.discriminator = world.spread(_Judge(run.discriminator), "ddp")
 
 
 def train(
@@ -331,7 +601,6 @@ def train(
     steps: int,
     settings: Settings,
     lpips: LPIPS | None = None,
-    report: Report | None = None,
     save_every: int = 1000,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -346,11 +615,10 @@ def train(
         vae: in float32; trained in place, with weights from the checkpoint if there is one.
         clips: ``clips[i]`` is uint8 ``[frames, height, width, 3]``, for every ``i`` from 0 up, and
             the same each time.
-        out: folder for checkpoints and ``log.jsonl``, a line for every step; made if need be.
+        out: folder of the run, see :mod:`skiparse.models.train.core`; made if need be.
         steps: in all, of both networks together.
         settings: the same as those of the checkpoint.
         lpips: the perceptual term; left out if None.
-        report: of the clips, to be kept in ``out`` as ``scan.json``.
         save_every: steps from one checkpoint to the next; there is one at the end too.
         device, dtype: where, and the type to compute in: float32, or bfloat16 by autocast.
         workers: processes that read clips ahead; 0 reads them in between.
@@ -360,117 +628,23 @@ def train(
 
     Raises:
         ValueError: for arguments that make no sense or do not fit the checkpoint, before any work.
+        CheckpointError: if the checkpoint is damaged, or none can be written at the end.
         FloatingPointError: if the loss or its gradient is not finite, naming the step; what was
             saved before stays.
     """
     if save_every < 1:
         raise ValueError(f"save_every must be at least 1, got {save_every}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
-    check_size(vae, settings)
-    out, device = Path(out), torch.device(device)
-    about = json.loads(
-        json.dumps(
-            {
-                "settings": asdict(settings),
-                "model": {k: v for k, v in vae.config.items() if not k.startswith("_")},
-                "lpips": lpips is not None,
-                "dtype": str(dtype).removeprefix("torch."),
-            }
-        )
+    stage = WFVAEStage(**{**vars(settings), "steps": steps})
+    task = Coding(
+        vae,
+        {"vae": stage},
+        lambda name, world: (clips, ""),
+        Path(out),
+        lpips=lpips,
+        dtype=dtype,
+        workers=workers,
     )
-    saved = checkpoints(out)
-    begin = _continue_at(saved[-1], about) if saved else 0
-    if steps <= begin:
-        raise ValueError(f"steps must be above {begin}, which {out} has reached, got {steps}")
-    out.mkdir(parents=True, exist_ok=True)
-    if report is not None:
-        report.write(out / SCAN)
-    with (
-        torch.random.fork_rng(range(torch.cuda.device_count())),
-        tqdm(total=steps, initial=begin, unit="step") as bar,
-        truncated(out / LOG, begin) as log,
-    ):
-        run = Run.start(vae, settings, device)
-        if saved:
-            run.load(saved[-1])
-        discriminator, weights = run.discriminator.train(), settings.weights
-        vae.train()
-        if lpips is not None:
-            lpips.to(device)
-        loader = DataLoader(
-            clips,
-            settings.batch,
-            sampler=range(begin * settings.batch, steps * settings.batch),
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-        )
-        for step, pictures in enumerate(loader, begin):
-            if pictures.shape[1:] != (settings.frames, *settings.size, 3):
-                raise ValueError(
-                    f"clips must be [{settings.frames}, {settings.size[0]}, {settings.size[1]}, 3] "
-                    f"by settings, got {list(pictures.shape[1:])}"
-                )
-            torch.manual_seed(_seed(settings.seed, step, _STEP))
-            video = pictures.to(device).movedim(-1, 1) / 127.5 - 1  # [B, 3, T, H, W]
-            adversarial = weights.adversarial > 0 and step >= settings.discriminator_start
-            judging = adversarial and step % 2 == 1
-            discriminator.requires_grad_(judging)
-
-            with (
-                torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16),
-                torch.set_grad_enabled(not judging),
-            ):
-                moments, *coefficients = vae.encoder(video, Stream())
-                posterior = DiagonalGaussianDistribution(moments.float())
-                made, *made_coefficients = vae.decoder(posterior.sample(), Stream())
-
-            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                perceptual = lpips(video, made) if lpips is not None and not judging else None
-                judgement = discriminator(made) if adversarial else None
-                real = discriminator(video) if judging else None
-
-            if real is not None and judgement is not None:
-                terms = {"loss": losses.hinge(real.float(), judgement.float())}
-            else:
-                terms = losses.objective(
-                    video,
-                    made.float(),
-                    mean=posterior.mean,
-                    logvar=posterior.logvar,
-                    coefficients=[x.float() for x in coefficients],
-                    made_coefficients=[x.float() for x in made_coefficients],
-                    weights=weights,
-                    reduction=settings.reduction,
-                    perceptual=None if perceptual is None else perceptual.float(),
-                    judgement=None if judgement is None else judgement.float(),
-                    last=vae.decoder.conv_out.weight,
-                )
-
-            name = "discriminator" if judging else "vae"
-            optimizer = run.optimizers[name]
-            optimizer.zero_grad()
-            terms["loss"].backward()
-            parameters = optimizer.param_groups[0]["params"]
-            terms["gradient"] = get_total_norm([p.grad for p in parameters if p.grad is not None])
-            row = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
-            if not np.isfinite(list(row.values())).all():
-                raise FloatingPointError(
-                    f"step {step} of the {name}: not finite, {row}; nothing of it was kept, "
-                    f"{checkpoints(out)[-1] if checkpoints(out) else 'no checkpoint'} is the last "
-                    "checkpoint. Lower learning_rate, or look at the clips"
-                )
-            optimizer.step()
-            if not judging:
-                run.ema.update(vae)
-
-            log.write(json.dumps({"step": step, "of": name, **row}) + "\n")
-            bar.set_postfix_str(f"{name} {row['loss']:.4g}")
-            bar.update()
-            if (step + 1) % save_every == 0 or step + 1 == steps:
-                log.flush()
-                run.save(out, step + 1, about)
-    return checkpoints(out)[-1]
+    return core.run(task, Path(out), device=str(device), save_every=save_every, keep=2)
 
 
 def train_folder(
@@ -484,22 +658,27 @@ def train_folder(
     lpips: str | os.PathLike[str] | None = None,
     given: Mapping[str, Any],
     limits: Limits | None = None,
-    **how: Any,
+    save_every: int = 1000,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    workers: int = 0,
 ) -> Path:
-    """A published stage on the videos of a folder: what ``skiparse train-vae`` does.
+    """One published stage on the videos of a folder: what ``skiparse train-vae`` does.
+
+    It is a short way to say ``skiparse train wfvae`` with that stage alone.
 
     Args:
         folder: with videos, at any depth; those that will not do are named and left out.
         out: folder of the run, which continues if it has begun.
         model: a preset of :class:`WFVAE`, from random weights, with exact wavelet filters.
-        init: instead, a folder with a trained one, such as a checkpoint of the stage before.
-        stage: of :data:`STAGES`.
+        init: instead, a folder with a trained one, such as ``skiparse export`` makes of a run.
+        stage: of the chain ``wfvae``.
         steps: instead of those of the stage.
         lpips: file with the weights of :class:`LPIPS`; None leaves the term out.
         given: settings that differ from those of the stage, by name, weights among them as
             ``lpips_weight`` and so on.
         limits: the largest files to decode.
-        how: ``save_every``, ``device``, ``dtype``, ``workers`` of :func:`train`.
+        save_every, device, dtype, workers: as of :func:`train`.
 
     Returns:
         The folder of the last checkpoint.
@@ -508,42 +687,56 @@ def train_folder(
         ValueError: as :func:`train` and :class:`Clips`, and for unknown names.
         FileNotFoundError: if ``lpips`` or ``init`` is not there.
     """
-    for name, value, known in (("stage", stage, STAGES), ("model", model, WFVAE.presets)):
+    stages = published()
+    for name, value, known in (("stage", stage, stages), ("model", model, WFVAE.presets)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    length, settings = STAGES[stage]
-    changes, suffix = dict(given), "_weight"
+    chosen, changes, suffix = stages[stage], dict(given), "_weight"
     weights = {
         name.removesuffix(suffix): changes.pop(name) for name in given if name.endswith(suffix)
     }
-    settings = replace(settings, weights=replace(settings.weights, **weights), **changes)
-    perceptual = None if lpips is None else LPIPS.from_file(lpips)
-    if perceptual is None and settings.weights.lpips:
-        print("without --lpips FILE: trained without the perceptual term")
-    if init is None:
-        torch.manual_seed(settings.seed)
-        fresh = {"haar_gain": None, "shift": None, "scale": None}  # those of released weights
-        vae = WFVAE(**{**WFVAE.presets[model], **fresh})
-    else:
-        if not (Path(init) / "config.json").is_file():
-            raise FileNotFoundError(f"{Path(init) / 'config.json'} is not there; give a WFVAE")
-        vae = WFVAE.from_pretrained(init)
-    check_size(vae, settings)
-    clips = Clips(folder, settings, limits)
-    for reason in clips.left_out.values():
-        print(f"left out: {printable(reason)}")
-    print(f"files to train on: {len(clips.files)}")
-    print(clips.report.line)
-    return train(
-        vae,
-        clips,
-        out=out,
-        steps=length if steps is None else steps,
-        settings=settings,
-        lpips=perceptual,
-        report=clips.report,
-        **how,
+    chosen = replace(
+        chosen,
+        steps=chosen.steps if steps is None else steps,
+        weights=replace(chosen.weights, **weights),
+        **changes,
     )
+    config = WFVAEConfig(
+        out=os.fspath(out),
+        stages={stage: chosen},
+        init=None if init is None else os.fspath(init),
+        preset=model,
+        source=os.fspath(folder),
+        lpips=None if lpips is None else os.fspath(lpips),
+        limits=limits or Limits(),
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        workers=workers,
+        save_every=save_every,
+    )
+    return loop.train(config)
+
+
+def published() -> dict[str, WFVAEStage]:
+    """The stages of the chain ``wfvae``, by name."""
+    stages: dict[str, WFVAEStage] = train_config.load("wfvae", ["--out=", "--source="]).stages
+    return stages
+
+
+def _initial(config: WFVAEConfig) -> WFVAE:
+    """The model that the first stage starts from."""
+    if config.init is not None:
+        if not (Path(config.init) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{Path(config.init) / 'config.json'} is not there; give a WFVAE"
+            )
+        found: WFVAE = WFVAE.from_pretrained(config.init, local_files_only=True)
+        return found
+    first, *_ = config.stages.values()
+    fresh = {"haar_gain": None, "shift": None, "scale": None}  # those of released weights
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(first.seed)
+        return WFVAE(**{**WFVAE.presets[config.preset], **fresh})
 
 
 def check_size(vae: WFVAE, settings: Settings) -> None:
@@ -558,19 +751,6 @@ def check_size(vae: WFVAE, settings: Settings) -> None:
         raise ValueError(f"size must be multiples of {pixels}, got {settings.size}")
 
 
-def _continue_at(folder: Path, about: Mapping[str, Any]) -> int:
-    """The step at which the checkpoint was saved; ValueError if it is of another kind of run."""
-    state = json.loads((folder / STATE).read_text("utf-8"))
-    for name, value in about.items():
-        if state[name] != value:
-            was, now = _differences(state[name], value)
-            raise ValueError(
-                f"{folder} is of a run with {name} {was}, not {now}; continue with those, or "
-                "start in another folder"
-            )
-    return int(state["step"])
-
-
 def _differences(was: Any, now: Any) -> tuple[Any, Any]:
     """What differs, of two dicts only the entries that do."""
     if not isinstance(was, dict):
@@ -579,14 +759,42 @@ def _differences(was: Any, now: Any) -> tuple[Any, Any]:
     return {n: was.get(n) for n in names}, {n: now.get(n) for n in names}
 
 
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those whose name begins with ``prefix``, without it."""
-    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-
-
 def _random(seed: int, number: int, use: int) -> np.random.Generator:
     return np.random.default_rng((seed, number, use))
 
 
 def _seed(seed: int, number: int, use: int) -> int:
     return int(_random(seed, number, use).integers(2**63))
+
+
+def _chance(batch: int, seed: int, step: int, index: int, use: Use) -> np.random.Generator:
+    """Of one cut, by its number, whatever the batch."""
+    return _random(seed, step * batch + index, _USES[use])
+
+
+def _videos(buckets: Buckets, rule: Rule) -> Buckets:
+    """``buckets`` without images, which are none of as many frames."""
+    assert rule.size is not None
+    wanted = [shape == (rule.frames, *rule.size) for shape in buckets.shapes]
+    other = (buckets.bucket >= 0) & ~np.array([*wanted, False])[buckets.bucket]
+    if not other.any():
+        return buckets
+    if not any(wanted):
+        raise DataError(f"no clip is left: {other.sum()} images; give videos")
+    return replace(
+        buckets,
+        bucket=np.where(other, -1, buckets.bucket).astype(np.int16),
+        dropped={**buckets.dropped, "an image": int(other.sum())},
+        examples={**buckets.examples, "an image": np.flatnonzero(other)[:NAMED].tolist()},
+    )
+
+
+def _refuse_older(out: Path) -> None:
+    """ValueError if ``out`` has checkpoints of the trainer that there was before version 0.2."""
+    older = sorted(path.parent for path in out.glob("step-[0-9]*/state.json"))
+    if older:
+        raise ValueError(
+            f"{older[-1]} is a checkpoint of an older trainer, without checksums, and is not "
+            "continued; begin a run in another folder from its averaged weights, by --init "
+            f"{older[-1]}"
+        )

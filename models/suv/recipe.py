@@ -1,0 +1,288 @@
+"""How an SUV is trained: what the trainer has to know of it, and what it can be told besides."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from skiparse.models import flow
+from skiparse.models.data.features import Batch
+from skiparse.models.pipeline import SUVPipeline
+from skiparse.models.suv.encoders import Encoders, fingerprints
+from skiparse.models.suv.model import CHECKPOINTS, SUV
+from skiparse.models.text import TextEncoders
+from skiparse.models.train.checkpoint import Checkpoint
+from skiparse.models.train.config import HOW, Config, Stage
+from skiparse.models.train.export import model_of
+from skiparse.models.train.recipe import Recipe
+from skiparse.models.wfvae.model import WFVAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class SUVStage(Stage):
+    """A part of a run with one kind of data, one sparsity and one schedule.
+
+    Args:
+        sparsity: of each part of the U; None for that of the preset or of ``init``.
+        skip_connection: False for the dense model of the first stages. A stage with skips after
+            one without converts the model: new skips begin without effect.
+        checkpointing: what is computed again in the backward pass: none, feed_forward or block.
+    """
+
+    sparsity: tuple[int, ...] | None = None
+    skip_connection: bool = True
+    checkpointing: str = field(default="none", metadata=HOW)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.checkpointing not in CHECKPOINTS:
+            raise ValueError(
+                f"checkpointing must be one of {', '.join(CHECKPOINTS)}, got {self.checkpointing!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SUVConfig(Config):
+    """A training run of an SUV.
+
+    Args:
+        init: folder with weights to start from: a released model that was converted, an exported
+            run, or a dense one; instead of ``preset`` and ``model``.
+        preset: size of the model; see ``SUV.presets``.
+        model: arguments of SUV that differ from the preset's.
+        vae: folder of a WFVAE; not needed where all stages have a cache and nothing is sampled.
+        text: folder that holds the text encoders, as a pipeline keeps them; as ``vae``.
+    """
+
+    recipe: Literal["suv"] = field(default="suv", metadata=HOW)
+    stages: dict[str, SUVStage]
+    preset: str = "v1.5"
+    model: dict[str, Any] = field(default_factory=dict)
+    vae: str | None = field(default=None, metadata=HOW)
+    text: str | None = field(default=None, metadata=HOW)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset not in SUV.presets:
+            raise ValueError(f"preset must be one of {', '.join(SUV.presets)}, got {self.preset!r}")
+        if self.init is not None and self.model:
+            raise ValueError("model has no effect with init, which has a config; leave one out")
+        wrong = self.model.keys() - inspect.signature(SUV.__init__).parameters.keys()
+        if wrong:
+            raise ValueError(f"model has no {', '.join(sorted(wrong))}; see the arguments of SUV")
+        skips = [stage.skip_connection for stage in self.stages.values()]
+        if sorted(skips) != skips:
+            raise ValueError(
+                "stages: one without skip_connection follows one with it, which would drop the "
+                "skips; set skip_connection: true there"
+            )
+        if self.needs_encoders and (self.vae is None or self.text is None):
+            raise ValueError(
+                "vae and text are needed to encode clips and to make samples; give their folders, "
+                "or train from a cache without samples"
+            )
+
+
+class SUVRecipe(Recipe):
+    """The recipe of the denoiser of Open-Sora Plan v1.5."""
+
+    config = SUVConfig
+    blocks = ("SUVBlock",)
+
+    def typed(self, config: SUVConfig) -> Mapping[str, tuple[type[Any], Mapping[str, Any]]]:
+        """The arguments of SUV."""
+        if config.init is not None:
+            return {}
+        return {"model": (SUV, SUV.presets[config.preset] | config.model)}
+
+    def check(self, config: SUVConfig, coder: Any) -> None:
+        """Whether the model can be made, can have the stages' sparsity, and fits the encoders."""
+        first, *_ = config.stages.values()
+        try:
+            with torch.device("meta"):
+                model = skeleton(config, first)
+        except ValueError as error:
+            raise ValueError(f"model: {error}") from error
+        for name, stage in config.stages.items():
+            if stage.sparsity is not None:
+                try:
+                    model.set_sparsity(stage.sparsity)
+                except ValueError as error:
+                    raise ValueError(f"stages.{name}.sparsity: {error}") from error
+        if coder is None:
+            return
+        for key, width, what in (
+            ("in_channels", coder.vae.config.latent_channels, "autoencoder"),
+            ("text_channels", coder.null["states"].shape[1], "text encoder"),
+            ("pooled_channels", coder.null["pooled"].shape[0], "text encoder"),
+        ):
+            if model.config[key] != width:
+                raise ValueError(
+                    f"the model has {key}={model.config[key]}, but the {what} has {width}; set "
+                    f"model.{key}={width}, or give another {what}"
+                )
+        if config.samples.every:
+            frames, height, width = config.samples.shape
+            SUVPipeline(model, coder.vae).latent_shape(height, width, frames)
+
+    def initial(self, config: SUVConfig, stage: SUVStage) -> SUV:
+        """New, or as ``config.init`` has it, in float32.
+
+        Raises:
+            OSError, ValueError: if the weights of ``config.init`` are not there, or of another
+                model.
+        """
+        if config.init is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                return skeleton(config, stage)
+        model: SUV = SUV.from_pretrained(_weights(config.init), torch_dtype=torch.float32)
+        if model.config.skip_connection == stage.skip_connection:
+            return model
+        return SUV.from_dense(
+            model, sparsity=model.config.sparsity, skip_connection=stage.skip_connection
+        )
+
+    def remade(self, config: SUVConfig, about: Mapping[str, Any]) -> SUV:
+        """All of it is trained, so it has any weights."""
+        return SUV(**about)
+
+    def about(self, model: Any) -> dict[str, Any]:
+        """What ``SUV(...)`` was called with, sparsity as it is now."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in model.config.items()
+            if not name.startswith("_")
+        }
+
+    def changes(self, model: Any, stage: SUVStage) -> bool:
+        """It gets skips."""
+        changes: bool = model.config.skip_connection != stage.skip_connection
+        return changes
+
+    def converted(self, model: Any, stage: SUVStage) -> SUV:
+        """With skips that begin without effect."""
+        return SUV.from_dense(model, sparsity=stage.sparsity or model.config.sparsity)
+
+    def prepare(self, model: Any, config: SUVConfig, stage: SUVStage) -> None:
+        """Sparsity, and what is computed again in the backward pass."""
+        sparsity = stage.sparsity or tuple(sizes_of(config)["sparsity"])
+        model.set_sparsity(sparsity)
+        if model.training:  # of which the average does none
+            model.set_checkpointing((stage.checkpointing,) * len(sparsity))
+
+    def compiled(self, model: Any) -> None:
+        """Block by block."""
+        model.compile_repeated_blocks()
+
+    def coder(self, config: SUVConfig, device: torch.device) -> Encoders:
+        """WF-VAE, T5 and CLIP."""
+        assert config.vae is not None
+        assert config.text is not None
+        return Encoders.from_pretrained(config.vae, config.text, device)
+
+    def shift(self, shape: tuple[int, ...]) -> float:
+        """By height and width."""
+        return flow.dynamic_shift(*shape[-2:])
+
+    def velocity(self, net: nn.Module, noisy: Tensor, levels: Tensor, batch: Batch) -> Tensor:
+        """SUV's forward."""
+        found: Tensor = net(
+            noisy,
+            flow.timesteps(levels),
+            batch.captions["states"],
+            batch.captions["pooled"],
+            text_mask=batch.captions["states_mask"],
+        )
+        return found
+
+    def pipeline(self, model: Any, coder: Encoders) -> SUVPipeline:
+        """With the encoders it is trained with."""
+        text = coder.text
+        return SUVPipeline(
+            model, coder.vae, text.tokenizer, text.encoder, text.tokenizer_2, text.encoder_2
+        )
+
+    def exported(self, last: Checkpoint, weights: str, **given: Any) -> SUVPipeline:
+        """A pipeline with the encoders of the run."""
+        vae, text = given["vae"], given["text"]
+        if "model" not in last.about:
+            raise ValueError(f"{last.path} is of no SUV: its about.json has no model")
+        if vae is None or text is None:
+            raise ValueError(f"{last.path} is of a denoiser; give the vae and text of its run")
+        channels = WFVAE.load_config(vae).get("latent_channels")
+        if channels != last.about["model"]["in_channels"]:
+            raise ValueError(
+                f"vae={vae} has latents of {channels} channels, but the model of {last.path} takes "
+                f"{last.about['model']['in_channels']}; give the vae that it was trained with"
+            )
+        encoders = TextEncoders.from_pretrained(text)
+        decoder = WFVAE.from_pretrained(vae)
+        if not given["other_encoders"]:
+            _check_encoders(last, fingerprints(decoder, encoders), vae, text)
+        return SUVPipeline(
+            model_of(last, SUV, last.about["model"], weights),
+            decoder,
+            encoders.tokenizer,
+            encoders.encoder,
+            encoders.tokenizer_2,
+            encoders.encoder_2,
+        )
+
+
+def skeleton(config: SUVConfig, stage: SUVStage) -> SUV:
+    """A model of that size, with new weights."""
+    return SUV(**{**sizes_of(config), "skip_connection": stage.skip_connection})
+
+
+def sizes_of(config: SUVConfig) -> dict[str, Any]:
+    """The arguments of SUV that ``config`` means.
+
+    Raises:
+        FileNotFoundError: if ``config.init`` is no folder of weights.
+    """
+    if config.init is None:
+        return SUV.presets[config.preset] | config.model
+    known = SUV.load_config(_weights(config.init))
+    return {name: value for name, value in known.items() if not name.startswith("_")}
+
+
+def _weights(init: str) -> Path:
+    """The folder of SUV in ``init``, which is one or holds a pipeline's."""
+    for folder in (Path(init) / "transformer", Path(init)):
+        if (folder / "config.json").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"init={init} holds no SUV: neither config.json nor transformer/config.json is there; make "
+        "it of released weights by `skiparse convert suv`, or of a run by `skiparse export`"
+    )
+
+
+def _check_encoders(
+    checkpoint: Checkpoint,
+    found: dict[str, str],
+    vae: str | os.PathLike[str],
+    text: str | os.PathLike[str],
+) -> None:
+    """ValueError unless the encoders are those whose features the checkpoint was trained on."""
+    trained = checkpoint.about.get("data", {})
+    missing = sorted(found.keys() - trained.keys())
+    if missing:
+        raise ValueError(
+            f"{checkpoint.path} does not tell which {', '.join(missing)} it was trained with; if "
+            "you know, say so by other_encoders=True (--other-encoders)"
+        )
+    given = {"vae": vae, "t5": text, "clip": text}
+    others = [f"{name} of {given[name]}" for name in found if found[name] != trained[name]]
+    if others:
+        raise ValueError(
+            f"{', '.join(others)}: not what {checkpoint.path} was trained with; give that, or take "
+            "another knowingly by other_encoders=True (--other-encoders)"
+        )

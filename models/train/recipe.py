@@ -1,0 +1,142 @@
+"""What the trainer has to know of a model; everything else is the same for all of them.
+
+A recipe is found by its name. That of a denoiser is a :class:`Recipe`: how its model is made,
+enters a stage, is called and used, and what codes clips and captions for it. Whatever is trained
+otherwise brings a task of its own to :mod:`skiparse.models.train.core`, as the autoencoder does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:  # what is found by name knows who finds it
+    from skiparse.models.data.features import Batch, Coder
+    from skiparse.models.train.checkpoint import Checkpoint
+    from skiparse.models.train.core import Task
+
+RECIPES = {
+    "suv": "skiparse.models.suv.recipe:SUVRecipe",
+    "wfvae": "skiparse.models.wfvae.train:WFVAERecipe",
+}
+
+
+class Trainable(Protocol):
+    """What can be trained by name."""
+
+    config: type[Any]  # a dataclass, of config.Run; how it is told what to do
+
+    def task(self, config: Any) -> Task:
+        """What :func:`skiparse.models.train.core.run` runs."""
+
+    def typed(self, config: Any) -> Mapping[str, tuple[type[Any], Mapping[str, Any]]]:
+        """Fields that are arguments of a class, with it and their values, to be checked."""
+
+    def exported(self, last: Checkpoint, weights: str, **given: Any) -> Any:
+        """What a checkpoint is used as, by ``save_pretrained``; see :mod:`.export`."""
+
+
+class Recipe(ABC):
+    """A family of denoisers.
+
+    ``config`` and ``stage`` are of its own classes, which may add fields to those of
+    :mod:`skiparse.models.train.config`. What is trained of a model has ``requires_grad`` and is
+    float32; the rest is in no checkpoint and has to come from :meth:`remade` as it was.
+    """
+
+    config: type[Any]
+    blocks: tuple[str, ...]  # class names of the modules that FSDP shards by themselves
+
+    def task(self, config: Any) -> Task:
+        """The chain of stages of ``config``."""
+        from skiparse.models.train.loop import Denoising
+
+        return Denoising(config)
+
+    def typed(self, config: Any) -> Mapping[str, tuple[type[Any], Mapping[str, Any]]]:
+        """Fields that are arguments of a class, with it and their values, to be checked."""
+        return {}
+
+    @abstractmethod
+    def check(self, config: Any, coder: Coder | None) -> None:
+        """Find what cannot work before any work.
+
+        Raises:
+            ValueError: naming the setting.
+            FileNotFoundError: if ``config.init`` does not hold weights.
+        """
+
+    @abstractmethod
+    def initial(self, config: Any, stage: Any) -> nn.Module:
+        """The model that the first stage starts from, on the CPU."""
+
+    @abstractmethod
+    def remade(self, config: Any, about: Mapping[str, Any]) -> nn.Module:
+        """A model of what :meth:`about` said of one, with any weights where they are trained."""
+
+    @abstractmethod
+    def about(self, model: nn.Module) -> dict[str, Any]:
+        """What makes the model again, ready for JSON."""
+
+    def changes(self, model: nn.Module, stage: Any) -> bool:
+        """Whether ``model`` has to be converted for ``stage``."""
+        return False
+
+    def converted(self, model: nn.Module, stage: Any) -> nn.Module:
+        """Another model for ``stage``, made of ``model``, where it :meth:`changes`."""
+        raise NotImplementedError(f"{type(self).__name__} converts no models")
+
+    @abstractmethod
+    def prepare(self, model: nn.Module, config: Any, stage: Any) -> None:
+        """Set what a stage decides and no checkpoint holds, such as sparsity."""
+
+    def compiled(self, model: nn.Module) -> None:
+        """Compile what ``compile: true`` means."""
+        model.compile()
+
+    @abstractmethod
+    def coder(self, config: Any, device: torch.device) -> Coder:
+        """What codes clips and captions."""
+
+    @abstractmethod
+    def shift(self, shape: tuple[int, ...]) -> float:
+        """Of noise levels, for latents ``[C, t, h, w]``."""
+
+    @abstractmethod
+    def velocity(self, net: nn.Module, noisy: Tensor, levels: Tensor, batch: Batch) -> Tensor:
+        """The model's answer to latents ``[B, C, t, h, w]`` with noise of ``levels`` ``[B]``."""
+
+    def exported(self, last: Checkpoint, weights: str, **given: Any) -> Any:
+        """What a checkpoint is used as, by ``save_pretrained``.
+
+        Args:
+            last: of a run.
+            weights: "ema" or "model".
+            given: ``vae``, ``text`` and ``other_encoders`` of
+                :func:`~skiparse.models.train.export.export`.
+
+        Raises:
+            ValueError: if it does not fit what was given.
+        """
+        raise ValueError(f"{last.path} is of a model that `skiparse export` knows no use for")
+
+    @abstractmethod
+    def pipeline(self, model: nn.Module, coder: Any) -> Any:
+        """A diffusers pipeline around it, for samples."""
+
+
+def recipe_of(name: str) -> Any:
+    """The recipe by that name of :data:`RECIPES`: a :class:`Recipe`, or another Trainable.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+    module, _, attribute = RECIPES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)()
