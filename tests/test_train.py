@@ -26,6 +26,7 @@ from skiparse.models import flow
 from skiparse.models.data import draws
 from skiparse.models.data.buckets import Rule, assign
 from skiparse.models.data.dataset import Clips
+from skiparse.models.data.features import collate
 from skiparse.models.data.manifest import DataError, Manifest
 from skiparse.models.data.sampler import BucketBatchSampler
 from skiparse.models.data.video import Limits
@@ -179,7 +180,7 @@ def read_by_hand(config, stage, seed):
     manifest = Manifest.open(config.source)
     buckets = assign(manifest, stage.rule, seed)
     clips = Clips(manifest, buckets, stage.rule, seed=seed)
-    encoders = features_module.Encoders.from_pretrained(config.vae, config.text)
+    encoders = Encoders.from_pretrained(config.vae, config.text)
     sampler = BucketBatchSampler(
         buckets.bucket,
         stage.global_batch // stage.accumulate,
@@ -189,7 +190,7 @@ def read_by_hand(config, stage, seed):
     )
     options = {"seed": seed, "drop": config.drop, "mode": config.posterior}
     micros = [
-        features_module.collate([encoders.features(clips[place]) for place in places], **options)
+        collate([encoders.features(clips[place]) for place in places], **options)
         for places in sampler
     ]
     return [micros[i : i + stage.accumulate] for i in range(0, len(micros), stage.accumulate)]
