@@ -276,8 +276,10 @@ def test_steps_equal_steps_written_out(source, tmp_path, monkeypatch, accumulate
     batches = read_by_hand(given, stage, *seeds)
     for found, right in zip(seen, [micro for step in batches for micro in step], strict=True):
         assert (found.keys, found.places) == (right.keys, right.places)
-        for name in ("latents", "text", "text_mask", "pooled"):
-            assert torch.equal(getattr(found, name), getattr(right, name)), name
+        assert torch.equal(found.latents, right.latents)
+        assert found.captions.keys() == right.captions.keys() == {"states", "states_mask", "pooled"}
+        for name in right.captions:
+            assert torch.equal(found.captions[name], right.captions[name]), name
     weights, average, norms = by_hand(given, stage, batches, *seeds)
     if processes == 2:
         two = dataclasses.replace(given, out=str(tmp_path / "two"))
@@ -304,7 +306,7 @@ def test_each_stage_has_its_own(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "loss_of", seeing)
     monkeypatch.setattr(
-        loop, "make_samples", lambda *given: averages.append(given[3].config.sparsity)
+        loop, "make_samples", lambda *a: averages.append(a[3].transformer.config.sparsity)
     )
     sparse, own = (1, 2, 2, 2, 1), {"checkpointing": "block", "then": {1: 5e-4}, "steps": 1}
     first = dataclasses.replace(stages()["image"], steps=1)
