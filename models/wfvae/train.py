@@ -719,7 +719,8 @@ def train_folder(
 
 def published() -> dict[str, WFVAEStage]:
     """The stages of the chain ``wfvae``, by name."""
-    stages: dict[str, WFVAEStage] = train_config.load("wfvae", ["--out=", "--source="]).stages
+    unused = ["--out=unused", "--source=unused"]  # a run has both
+    stages: dict[str, WFVAEStage] = train_config.load("wfvae", unused).stages
     return stages
 
 
