@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import os
 import struct
 import subprocess
@@ -71,10 +72,10 @@ def make_apart(path: Path, frames: list[np.ndarray], codec: str, options: dict[s
     starts, for good: two of them that wait for each other then stop the machine.
     """
     code = """if True:
-        import sys, av, numpy
+        import json, sys, av, numpy
         frames, path, codec, options = sys.argv[1:]
         with av.open(path, "w") as file:
-            stream = file.add_stream(codec, rate=25, options=eval(options))
+            stream = file.add_stream(codec, rate=25, options=json.loads(options))
             frames = numpy.load(frames)
             stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
             for array in frames:
@@ -83,7 +84,7 @@ def make_apart(path: Path, frames: list[np.ndarray], codec: str, options: dict[s
     """
     rows = path.with_suffix(".npy")
     np.save(rows, np.stack(frames))
-    command = [sys.executable, "-c", code, rows, path, codec, repr(options)]
+    command = [sys.executable, "-c", code, rows, path, codec, json.dumps(options)]
     subprocess.run(command, check=True, capture_output=True)
     return path
 
