@@ -555,18 +555,21 @@ def _data_check(options: argparse.Namespace) -> None:
     from skiparse.models.data.atomic import check_writable
     from skiparse.models.data.buckets import assign, without_minority
     from skiparse.models.data.manifest import Manifest
-    from skiparse.models.train.config import load
+    from skiparse.models.train.config import Stage, stages_of
 
     if options.stage is not None and options.config is None:
         raise ValueError("--stage is of a --config; give that too")
     stage = None
     if options.config is not None:
-        needed = [f"--{name}=unused" for name in ("out", "source", "vae", "text")]
-        stages = load(options.config, needed).stages
+        stages = stages_of(options.config)
         name = options.stage or list(stages)[-1]
         if name not in stages:
             raise ValueError(f"{name} is no stage; take one of {', '.join(stages)}")
         stage = stages[name]
+        if not isinstance(stage, Stage):
+            raise ValueError(
+                f"{options.config} is of no denoiser: its stages have no rule to check"
+            )
     check_writable(options.out)
     manifest = Manifest.open(options.source, limits=_limits(options))
     buckets = None
@@ -606,17 +609,20 @@ def _cache_build(options: argparse.Namespace) -> None:
     from skiparse.models.data import cache
     from skiparse.models.data.manifest import Manifest
     from skiparse.models.train.config import load
-    from skiparse.models.train.recipe import recipe_of
+    from skiparse.models.train.recipe import Recipe, recipe_of
 
     config = load(options.config, options.settings)
+    recipe = recipe_of(config.recipe)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{options.config} is of no denoiser; a cache is of what one learns from")
     if options.stage not in config.stages:
         raise ValueError(f"{options.stage} is no stage; take one of {', '.join(config.stages)}")
     stage = config.stages[options.stage]
     source = stage.source or config.source
-    if source is None or config.vae is None or config.text is None:
-        raise ValueError("a cache needs --source, --vae and --text")
+    if source is None:
+        raise ValueError("a cache needs a source; give --source")
     device, _ = _device_and_dtype(argparse.Namespace(device=config.device, dtype=None))
-    encoders = recipe_of(config.recipe).coder(config, torch.device(device))
+    encoders = recipe.coder(config, torch.device(device))
     out = Path(options.out)
     manifest = Manifest.open(source, index=out / "manifest", limits=config.limits)
     cache.build(

@@ -154,6 +154,11 @@ class SkipPattern:
             raise ValueError(f"block(k={k}, N={N}): k must divide N; use group(k) for any N")
         return cls(k, max(N // k, 1))
 
+    @property
+    def step(self) -> int:
+        """Tokens from one row of a sub-sequence to the next, within a run."""
+        return self.sparsity if self.run == 1 else 1
+
     def can_pack(self, N: int) -> bool:
         """Whether ``N`` video tokens can be in a buffer with the text inside: :meth:`packed`."""
         return self.sparsity == 1 or self.run == 1 or N % (self.sparsity * self.run) == 0

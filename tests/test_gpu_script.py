@@ -284,6 +284,17 @@ def test_the_order_of_the_first_run():
             } <= set(names)  # fmt: skip
 
 
+def test_both_runs_together_time_every_backward():
+    names = {step.name for run in plan.RUNS.values() for step in run()}
+    for k in (8, 4, 2):
+        assert {
+            f"{library} k{k}.{kind}.fwdbwd"
+            for library in ("views.cudnn", "views.flash")
+            for kind in ("single", "group.skip")
+        } | {f"triton k{k}.{kind}.fwdbwd" for kind in ("single", "group", "group.skip")} <= names
+        assert f"sdpa k{k}.group.fwdbwd" in names or (k == plan.steps.TUNED and "tune" in names)
+
+
 # Kernels: counted, compiled beforehand, by which ptxas, and kept. In a process without interpreter.
 
 

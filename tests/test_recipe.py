@@ -13,6 +13,7 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("pyarrow")
 pytest.importorskip("tensorboard")
 
+from skiparse import cli
 from skiparse.models.data import cache
 from skiparse.models.data.buckets import Rule
 from skiparse.models.data.features import Features, fingerprint
@@ -223,3 +224,21 @@ def test_a_run_is_not_continued_by_another_recipe(source, tmp_path, monkeypatch)
 def test_a_fingerprint_is_of_weights_and_config():
     assert fingerprint(Model(1), {"a": 1}) != fingerprint(Model(2), {"a": 1})
     assert fingerprint(Model(1), {"a": 1, "_b": 1}) == fingerprint(Model(1), {"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["cache", "build", "wfvae", "I", "cache", "--out", "run", "--source", "."], "a cache is"),
+        (["data", "check", ".", "--config", "wfvae"], "is no rule to check"),
+        (
+            ["cache", "build", "mini", "image", "cache", "--out", "run", "--source", "."],
+            "vae and text are needed",
+        ),
+    ],
+)
+def test_what_is_of_no_denoiser_is_told(command, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command) == 2
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

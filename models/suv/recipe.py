@@ -184,8 +184,8 @@ class SUVRecipe(Recipe):
 
     def coder(self, config: SUVConfig, device: torch.device) -> Encoders:
         """WF-VAE, T5 and CLIP."""
-        assert config.vae is not None
-        assert config.text is not None
+        if config.vae is None or config.text is None:
+            raise ValueError("vae and text are needed to encode clips; give their folders")
         return Encoders.from_pretrained(config.vae, config.text, device)
 
     def shift(self, shape: tuple[int, ...]) -> float:

@@ -287,19 +287,7 @@ def load(path: str | os.PathLike[str] | None = None, arguments: Sequence[str] = 
     """
     from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-    given, read, file = list(arguments), {}, None
-    if path is not None:
-        file = CHAINS.get(str(path), Path(path))
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{path} is neither a file nor a chain of the library: {', '.join(sorted(CHAINS))}"
-            )
-        try:
-            read = yaml.load(file.read_text("utf-8"), _Once)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is no YAML: {error}") from error
-        if not isinstance(read, dict):
-            raise ValueError(f"{file} must hold a table of settings; see `skiparse train --help`")
+    given, (file, read) = list(arguments), _read(path)
     recipe = recipe_of(read.get("recipe", "suv"))
     if file is not None:
         wrong = list(unknown_keys(recipe.config, read))
@@ -325,6 +313,37 @@ def load(path: str | os.PathLike[str] | None = None, arguments: Sequence[str] = 
     except ArgumentError as error:
         raise ValueError(str(error)) from error
     return config
+
+
+def _read(path: str | os.PathLike[str] | None) -> tuple[Path | None, dict[str, Any]]:
+    """The file of a config, and what is in it."""
+    if path is None:
+        return None, {}
+    file = CHAINS.get(str(path), Path(path))
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{path} is neither a file nor a chain of the library: {', '.join(sorted(CHAINS))}"
+        )
+    try:
+        read = yaml.load(file.read_text("utf-8"), _Once)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no YAML: {error}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{file} must hold a table of settings; see `skiparse train --help`")
+    return file, read
+
+
+def stages_of(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """The stages of a config by name, for those who need no run: it may lack a run's places.
+
+    Raises:
+        ValueError, FileNotFoundError: as :func:`load`.
+    """
+    _, read = _read(path)
+    told = {field.name for field in fields(recipe_of(read.get("recipe", "suv")).config)}
+    places = [name for name in ("out", "source", "vae", "text") if name in told]
+    stages: Mapping[str, Any] = load(path, [f"--{name}=unused" for name in places]).stages
+    return stages
 
 
 class _Once(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is untyped

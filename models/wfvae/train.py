@@ -719,9 +719,7 @@ def train_folder(
 
 def published() -> dict[str, WFVAEStage]:
     """The stages of the chain ``wfvae``, by name."""
-    unused = ["--out=unused", "--source=unused"]  # a run has both
-    stages: dict[str, WFVAEStage] = train_config.load("wfvae", unused).stages
-    return stages
+    return dict(train_config.stages_of("wfvae"))
 
 
 def _initial(config: WFVAEConfig) -> WFVAE:

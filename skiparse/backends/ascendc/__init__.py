@@ -101,13 +101,14 @@ def _near(x: Tensor, pattern: SkipPattern) -> Tensor:
 
     Then an instruction copies one row, of 128 in a tile: the copy is one pass over memory.
     """
-    apart = pattern.sparsity if pattern.run == 1 else 1
 
     def far(step: int) -> bool:
         return step > 2 * _REACH or (step > _REACH and step % 2 == 1)
 
     packed = x.shape[2] * x.shape[3]
-    return x.contiguous() if far(x.stride(1) * apart) and not far(packed * apart) else x
+    return (
+        x.contiguous() if far(x.stride(1) * pattern.step) and not far(packed * pattern.step) else x
+    )
 
 
 def _pad(x: Tensor) -> Tensor:
