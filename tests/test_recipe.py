@@ -230,7 +230,7 @@ def test_a_fingerprint_is_of_weights_and_config():
     ("command", "told"),
     [
         (["cache", "build", "wfvae", "I", "cache", "--out", "run", "--source", "."], "a cache is"),
-        (["data", "check", ".", "--config", "wfvae"], "is no rule to check"),
+        (["data", "check", ".", "--config", "wfvae"], "have no rule to check"),
         (
             ["cache", "build", "mini", "image", "cache", "--out", "run", "--source", "."],
             "vae and text are needed",
