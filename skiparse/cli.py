@@ -379,7 +379,7 @@ def _bench(options: argparse.Namespace) -> None:
     from pathlib import Path
 
     from skiparse import registry
-    from skiparse.bench import cases, run
+    from skiparse.bench.op import cases, run
 
     if options.list:
         print("\n".join(cases.CASES))
@@ -419,14 +419,14 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _bench_block(options: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
-    from skiparse.bench import block
+    from skiparse.bench.models import block
 
     results = _rows_of("block", options)
     block.run(device=device, dtype=dtype, rounds=options.rounds, results=results)
 
 
 def _bench_vae(options: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
-    from skiparse.bench import vae
+    from skiparse.bench.models import vae
 
     results = _rows_of("vae", options)
     vae.run(device=device, dtype=dtype, rounds=options.rounds, results=results)
@@ -435,7 +435,7 @@ def _bench_vae(options: argparse.Namespace, device: str, dtype: torch.dtype) -> 
 def _bench_cache(options: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
     import torch
 
-    from skiparse.bench import cache
+    from skiparse.bench.models import cache
 
     results = _rows_of("cache", options)
     if device != "cpu" or dtype != torch.float32:
@@ -456,7 +456,7 @@ def _rows_of(name: str, options: argparse.Namespace) -> Path | None:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    from skiparse.bench import tune
+    from skiparse.bench.op import tune
 
     device, dtype = _device_and_dtype(options)
     if device == "cpu":
@@ -465,22 +465,22 @@ def _tune(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from skiparse.bench import demo, tour
+    from skiparse.bench.demo import attention, tour
 
     if options.clip is not None:
-        demo.run(options.out, options.clip)
+        attention.run(options.out, options.clip)
     else:
         tour.run(options.out)
 
 
 def _overfit(options: argparse.Namespace) -> None:
-    from skiparse.bench import overfit
+    from skiparse.bench.experiments import overfit
 
     overfit.run(options.out, steps=overfit.STEPS if options.steps is None else options.steps)
 
 
 def _experiment(options: argparse.Namespace) -> None:
-    from skiparse.bench import clipping, reconstruct, sparsity
+    from skiparse.bench.experiments import clipping, reconstruct, sparsity
 
     if options.name == "clipping":
         clipping.run(options.out)

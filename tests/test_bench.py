@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from skiparse import SkipPattern, pattern
-from skiparse.bench import baselines, cases, run, tables
+from skiparse.bench.op import baselines, cases, run, tables
 from skiparse.testing import WAYS, Answer, make_problem, oracle, within_budget
 
 TINY = cases.Case("1x288x512", 1, 2, "group", False, False, N=64, T=8, D=32)

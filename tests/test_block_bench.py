@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from skiparse.bench import block, run, tables
+from skiparse.bench.models import block
+from skiparse.bench.op import run, tables
 from skiparse.cli import main
 
 SIZE = block.Size(heads=2, head_dim=32, grid=(2, 4, 8), text=5, condition=16)

@@ -9,7 +9,7 @@ import triton
 
 import skiparse
 from skiparse import registry
-from skiparse.bench import run
+from skiparse.bench.op import run
 from skiparse.cli import main
 
 

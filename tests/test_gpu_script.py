@@ -15,8 +15,8 @@ import torch
 
 import skiparse
 from skiparse import SkipPattern, pattern
-from skiparse.bench import cases
 from skiparse.bench.gpu import driver, lab, plan, schedule, steps, table
+from skiparse.bench.op import cases
 from skiparse.testing import make_problem
 
 command = importlib.import_module("skiparse.bench.gpu.__main__")
@@ -310,7 +310,7 @@ def python(code, *arguments, **environment):
 
 COUNTING = """
 import torch
-from skiparse.bench.cases import CASES
+from skiparse.bench.op.cases import CASES
 from skiparse.bench.gpu.kernels import call_of, kernels_of
 def names(*cases, backend="triton"):
     calls = [call_of(CASES[f"121x576x1024.{name}"], backend, torch.bfloat16) for name in cases]
@@ -365,7 +365,7 @@ COMPILING = """
 import sys, torch
 from pathlib import Path
 from triton import knobs
-from skiparse.bench.cases import CASES
+from skiparse.bench.op.cases import CASES
 from skiparse.bench.gpu import kept
 from skiparse.bench.gpu.kernels import call_of, compile_kernel, kernels_of
 from skiparse.bench.gpu.lab import ptxas

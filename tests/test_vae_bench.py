@@ -9,7 +9,8 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("tqdm")
 
-from skiparse.bench import run, tables, vae
+from skiparse.bench.models import vae
+from skiparse.bench.op import run, tables
 from skiparse.cli import main
 from skiparse.models.wfvae.blocks import CausalConv
 

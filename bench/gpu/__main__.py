@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from skiparse.bench import run as bench
 from skiparse.bench.gpu import kept, model, plan, table
 from skiparse.bench.gpu.driver import Driver, Job, pool, work
 from skiparse.bench.gpu.lab import DRY_RUN, GPU, Lab, is_lost, ptxas_version
 from skiparse.bench.gpu.steps import CHECKOUT, TESTS
+from skiparse.bench.op import run as bench
 
 LOCAL = CHECKOUT / "bench" / "local"  # not in the repository; see CONTRIBUTING.md
 FILES = ("results.jsonl", "passes.jsonl", "steps.jsonl", "errors.txt", "clocks.csv")

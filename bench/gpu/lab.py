@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from skiparse.bench import baselines, run
-from skiparse.bench.baselines import Contender, Work
-from skiparse.bench.cases import BATCHES, CASES, HEADLINE, REHEARSAL, Case
-from skiparse.bench.run import Timing
+from skiparse.bench.op import baselines, run
+from skiparse.bench.op.baselines import Contender, Work
+from skiparse.bench.op.cases import BATCHES, CASES, HEADLINE, REHEARSAL, Case
+from skiparse.bench.op.run import Timing
 from skiparse.testing import Problem
 
 SAMPLE_MS = 20.0  # shorter work is repeated within a sample

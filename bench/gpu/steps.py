@@ -18,12 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import skiparse
 from skiparse.backends import sdpa
-from skiparse.bench import baselines, run, tune
-from skiparse.bench.baselines import Contender
-from skiparse.bench.cases import Case
 from skiparse.bench.gpu import kernels, schedule
 from skiparse.bench.gpu.lab import DENSE, Lab
 from skiparse.bench.gpu.schedule import Hidden, packed_pattern, text_inside
+from skiparse.bench.op import baselines, run, tune
+from skiparse.bench.op.baselines import Contender
+from skiparse.bench.op.cases import Case
 from skiparse.models.suv.rope import axis_dims
 from skiparse.pattern import ceiling, skip_order
 from skiparse.testing import Problem, budget, check_sample, oracle

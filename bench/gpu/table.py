@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from skiparse.bench.cases import CASES, SPARSITY
 from skiparse.bench.gpu import schedule
+from skiparse.bench.op.cases import CASES, SPARSITY
 from skiparse.pattern import ceiling
 
 

@@ -40,7 +40,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from skiparse.bench import run as runner
+from skiparse.bench.op import run as runner
 from skiparse.models import flow
 from skiparse.models.data import cache
 from skiparse.models.data.buckets import Rule, assign
@@ -55,7 +55,7 @@ from skiparse.models.suv.model import SUV
 from skiparse.models.text import TextEncoders
 from skiparse.models.wfvae.model import WFVAE
 
-RESULTS = Path(__file__).parent / "cache.jsonl"
+RESULTS = Path(__file__).parents[1] / "cache.jsonl"
 PARTS = ("read", "text", "vae", "load", "dit")
 AGREE = 0.03  # of a step, within which the predicted and the measured gain should be
 WAYS = ("encoders", "cache")

@@ -28,14 +28,14 @@ from tqdm import tqdm
 
 import skiparse
 from skiparse import SkipPattern
-from skiparse.bench import run as runner
+from skiparse.bench.op import run as runner
 from skiparse.models.suv.blocks import AdaptiveNorm, Norm, SUVBlock
 from skiparse.models.suv.parts import gated_residual, head_norm_rotate, modulated_norm, recomputed
 from skiparse.models.suv.rope import axis_dims, rotary_angles
 from skiparse.pattern import sub_of
 from skiparse.testing import budget
 
-RESULTS = Path(__file__).parent / "block.jsonl"
+RESULTS = Path(__file__).parents[1] / "block.jsonl"
 FORWARD, GRADIENT = 2e-5, 1e-4  # fp32, relative to the largest value: the goldens' tolerances
 SPARSITIES = (1, 8)
 PACKED = {"single": SkipPattern.single, "group": SkipPattern.group}  # and blocks: in skip order

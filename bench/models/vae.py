@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from skiparse.bench import run as runner
+from skiparse.bench.op import run as runner
 from skiparse.models.wfvae.model import WFVAE
 from skiparse.models.wfvae.stream import Stream
 
-RESULTS = Path(__file__).parent / "vae.jsonl"
+RESULTS = Path(__file__).parents[1] / "vae.jsonl"
 DIRECTIONS = ("encode", "decode")
 CHUNK = 1  # latents
 WARM = 33  # frames coded first: libraries take theirs then, for every kind of chunk

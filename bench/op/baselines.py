@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import skiparse
-from skiparse.bench.cases import Case
+from skiparse.bench.op.cases import Case
 from skiparse.pattern import sub_of
 from skiparse.testing import Problem
 

@@ -36,7 +36,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 import skiparse
-from skiparse.bench import report
+from skiparse.bench.demo import report
 from skiparse.models.data.atomic import write_json
 from skiparse.models.data.video import VideoInfo, probe, read_video
 from skiparse.pattern import SkipPattern, sub_of

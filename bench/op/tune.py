@@ -18,8 +18,8 @@ import torch
 
 from skiparse import registry
 from skiparse.backends import Inputs
-from skiparse.bench import run
-from skiparse.bench.cases import CASES, HEADLINE, SPARSITY, Case
+from skiparse.bench.op import run
+from skiparse.bench.op.cases import CASES, HEADLINE, SPARSITY, Case
 from skiparse.models.data.atomic import replacing
 
 PATTERNS = ("single", "group", "group.skip")

@@ -31,15 +31,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from skiparse import registry
-from skiparse.bench import baselines
-from skiparse.bench.baselines import Contender, Work
-from skiparse.bench.cases import Case
+from skiparse.bench.op import baselines
+from skiparse.bench.op.baselines import Contender, Work
+from skiparse.bench.op.cases import Case
 from skiparse.models.data.atomic import replacing
 from skiparse.pattern import attention_flops
 from skiparse.testing import Problem, check_sample
 
 BASELINES = ("dense", "original", "flex", "natten")
-RESULTS = Path(__file__).parent / "results.jsonl"
+RESULTS = Path(__file__).parents[1] / "results.jsonl"
 LEAST_SAMPLE = 0.05  # seconds; shorter work is repeated within a sample
 
 
@@ -70,7 +70,7 @@ def run(
     """Measure the cases, print a table each, and append the rows to ``results``.
 
     Args:
-        cases: from :mod:`skiparse.bench.cases`.
+        cases: from :mod:`skiparse.bench.op.cases`.
         rounds: interleaved repetitions; medians are over these.
         backends: of skiparse, by name; those that refuse are listed with their reason.
         others: of ``BASELINES``; ``"dense"`` always runs, it is what the rest is compared with.
@@ -352,7 +352,7 @@ def versions() -> dict[str, str | None]:
 @functools.cache
 def commit() -> str | None:
     """The checkout's commit, with ``+`` if it had changes; None outside a checkout."""
-    here = ["git", "-C", str(Path(__file__).parent)]
+    here = ["git", "-C", str(Path(__file__).parents[1])]
     head = output([*here, "rev-parse", "--short=12", "HEAD"])
     code = ("../skiparse", "../models", "*.py")
     changed = output([*here, "status", "--porcelain", "--untracked-files=no", "--", *code])

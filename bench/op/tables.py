@@ -1,6 +1,6 @@
 """Writes the README's generated tables: backends from the registry, figures from results.jsonl.
 
-``python -m skiparse.bench.tables README.md`` replaces what stands between the markers
+``python -m skiparse.bench.op.tables README.md`` replaces what stands between the markers
 ``<!-- name -->`` and ``<!-- end name -->``; a test fails when the README is behind.
 """
 
@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from skiparse.bench.cases import CASES
-from skiparse.bench.run import RESULTS
+from skiparse.bench.op.cases import CASES
+from skiparse.bench.op.run import RESULTS
 from skiparse.models.data.atomic import replacing
 from skiparse.registry import BACKENDS
 
