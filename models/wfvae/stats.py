@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from skiparse.models import shards
 from skiparse.models.data.atomic import write_json
-from skiparse.models.data.video import Limits
+from skiparse.models.data.limits import Limits
 from skiparse.models.train.guards import interrupted_by_sigterm, undisturbed
 from skiparse.models.wfvae.model import WFVAE
 from skiparse.models.wfvae.train import Clips, Settings, check_size
