@@ -123,15 +123,15 @@ def test_help_needs_no_torch_and_no_time():
 
 
 def spellings():
-    """Every ``skiparse ...`` of the books: what stands in a line of code, or between backticks."""
+    """Every ``skiparse ...`` of the books: a line of a block, or what stands between backticks."""
     found = {}
     for book in BOOKS:
         text = (ROOT / book).read_text()
-        for line in re.findall(
-            r"`([^`]+)`|^(skiparse [^`\n]+)$", text.replace("\n  ", " "), re.MULTILINE
-        ):
-            words = (line[0] or line[1]).partition("  #")[0].split()
-            if words[:1] == ["skiparse"] and words[1:2] and re.fullmatch(r"[a-z][a-z-]+", words[1]):
+        lines = "\n".join(re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)).splitlines()
+        inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        for said in (*lines, *(" ".join(each.split()) for each in inline)):
+            words = said.partition("  #")[0].split()
+            if words[:1] == ["skiparse"] and words[1:2] and re.fullmatch("[a-z-]+", words[1]):
                 found.setdefault(" ".join(words[1:]), book)
     return found
 
@@ -139,18 +139,15 @@ def spellings():
 @pytest.mark.parametrize("said", spellings())
 def test_what_the_books_say_is_understood(said):
     """A command, in words of any time, with options that it has."""
-    words = [word.strip("'") for word in said.split() if word != "..."]
-    name, rest = shell.split(cli.COMMANDS, cli.renewed(words))
+    name, rest = shell.split(cli.COMMANDS, cli.renewed(said.split()))
     if name not in cli.COMMANDS:
         assert name  # a group of commands, as it is told of
         assert not rest
         return
-    if words[-1] in ("COMMAND", "CONFIG") or "--help" in words:
-        return
-    flags = {option.flag for option in command.options(shell.command(cli.COMMANDS[name]))}
-    for word in rest:
-        if word.startswith("--") and "CONFIG" not in words and name not in ("train", "cache build"):
-            assert word in flags, f"{said}: {name} has no {word}"
+    every = list(command.options(shell.command(cli.COMMANDS[name])))
+    if not any(isinstance(option.shown, command.Rest) for option in every):
+        flags = {option.flag for option in every}
+        assert {word for word in rest if word.startswith("--")} <= flags
 
 
 OLD = {
@@ -223,3 +220,10 @@ def test_any_module_may_be_the_first(module):
         "torch.ops.skiparse.attention"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_behind_a_config_tells_of_every_setting(capsys):
+    pytest.importorskip("jsonargparse")
+    shown = help_of("train wfvae", capsys)
+    for said in ("--save_every", "--limits.max_hold", "(type: int, default: 1000)", "seconds from"):
+        assert said in shown
