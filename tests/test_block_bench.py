@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skiparse.bench.models import block
-from skiparse.bench.op import run, tables
+from skiparse.bench.op import tables
+from skiparse.bench.rows import RESULTS, read
 from skiparse.cli import main
 
 SIZE = block.Size(heads=2, head_dim=32, grid=(2, 4, 8), text=5, condition=16)
@@ -83,7 +84,7 @@ def test_a_wrong_way_is_not_timed(only, dtype, slip, monkeypatch):
     right = block.gated_residual
     monkeypatch.setattr(block, "gated_residual", lambda x, gate, y: right(x, gate * (1 + slip), y))
     only("gated_residual")
-    monkeypatch.setattr(block.runner, "_time", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(block, "time_of", lambda *_: pytest.fail("timed"))
     with pytest.raises(AssertionError, match="gated_residual, eager: tensor 0 is off by"):
         block.run(dtype=dtype, rounds=1, size=SIZE, compiler="aot_eager")
 
@@ -167,7 +168,7 @@ def test_run_prints_a_table_and_writes_rows(only, tmp_path, capsys):
         assert row["rounds"] == 3
         if way == "naive":
             assert row["speedup"] == 1
-    known = set(json.loads(run.RESULTS.read_text().splitlines()[-1]))
+    known = set(read(RESULTS)[-1])
     assert known - set(rows[0]) == {"tflops", "ceiling", "reached"}  # there is no ceiling here
     assert tables.benchmark(file) == ""  # the README's tables are of attention
 

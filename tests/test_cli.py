@@ -9,7 +9,7 @@ import triton
 
 import skiparse
 from skiparse import registry
-from skiparse.bench.op import run
+from skiparse.bench import rows
 from skiparse.cli import main
 
 
@@ -33,7 +33,7 @@ def test_versions_are_what_the_modules_say(capsys, monkeypatch):
     monkeypatch.setattr(triton, "__version__", "3.9.0+git1234567")
     assert main(["info"]) == 0
     assert "triton 3.9.0+git1234567" in capsys.readouterr().out
-    found = run.versions.__wrapped__()  # of the process it is asked once
+    found = rows.versions.__wrapped__()  # of the process it is asked once
     assert (found["triton"], found["skiparse"]) == ("3.9.0+git1234567", skiparse.__version__)
 
 
