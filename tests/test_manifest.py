@@ -24,8 +24,9 @@ Image = pytest.importorskip("PIL.Image")
 
 from skiparse.models.data import manifest  # noqa: E402  # after the checks
 from skiparse.models.data.atomic import write_json  # noqa: E402
+from skiparse.models.data.limits import Limits  # noqa: E402
 from skiparse.models.data.manifest import DataError, Manifest, Record  # noqa: E402
-from skiparse.models.data.video import Limits, read_video  # noqa: E402
+from skiparse.models.data.video import read_video  # noqa: E402
 
 VIDEO = {
     "path": "a/b.mp4",

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from skiparse.models import shards
 from skiparse.models.data.atomic import seal, write_json
 from skiparse.models.data.features import fingerprint
-from skiparse.models.data.video import Limits
+from skiparse.models.data.limits import Limits
 from skiparse.models.train.guards import alone, interrupted_by_sigterm, undisturbed
 from skiparse.models.train.parallel import World
 from skiparse.models.wfvae.model import WFVAE
