@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,6 +49,13 @@ def test_opcheck_of_the_forward_mode():
     inputs = (*problem.inputs, *problem.inputs, problem.mask, problem.text_mask)
     args = (*inputs, GROUP.sparsity, GROUP.run, 0.25)
     torch.library.opcheck(torch.ops.skiparse.attention_jvp, args)
+
+
+def test_saved_graphs_find_the_operators_as_they_were():
+    """A graph of `torch.export` calls them by these names and places; written by version 0.1.0."""
+    for schema in (Path(__file__).parent / "data/schemas.txt").read_text().splitlines():
+        name = schema.partition("(")[0].partition("::")[2]
+        assert str(getattr(torch.ops.skiparse, name).default._schema) == schema
 
 
 def both(q, k, v, text_q, text_k, text_v, mask):
