@@ -192,13 +192,12 @@ def _check(
     B, _, H, D = shape
     if D < 1:
         raise ValueError(f"q has head dimension {D}; it must be at least 1")
-    if text:
-        shape = (B, text["text_q"].shape[1], H, D)
+    expected = (B, text["text_q"].shape[1], H, D) if text else ()
     for name, x in text.items():
-        if x.shape != shape:
+        if x.shape != expected:
             raise ValueError(
-                f"{name} has shape {list(x.shape)}, expected {list(shape)}: the batch, heads and "
-                "dim of q and the length of text_q"
+                f"{name} has shape {list(x.shape)}, expected {list(expected)}: the batch, heads "
+                "and dim of q and the length of text_q"
             )
     registry.check_name(backend)
     if scale is None:

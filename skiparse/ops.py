@@ -83,7 +83,8 @@ def _inputs(args: tuple[Any, ...], settings: tuple[Any, ...]) -> Inputs:
     """The problem, from what ``_INPUTS`` and ``_SETTINGS`` name, in that order."""
     sparsity, run, scale = settings
     pattern = SkipPattern(sparsity, 1 if sparsity == 1 else run)  # runs of the only one: nothing
-    return Inputs(*map(_unit, args[:6]), args[6], args[7], pattern, scale)
+    rows: Any = map(_unit, args[:6])
+    return Inputs(*rows, args[6], args[7], pattern, scale)
 
 
 # What they return, in shapes.
