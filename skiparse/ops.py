@@ -83,8 +83,8 @@ def _inputs(args: tuple[Any, ...], settings: tuple[Any, ...]) -> Inputs:
     """The problem, from what ``_INPUTS`` and ``_SETTINGS`` name, in that order."""
     sparsity, run, scale = settings
     pattern = SkipPattern(sparsity, 1 if sparsity == 1 else run)  # runs of the only one: nothing
-    rows: Any = map(_unit, args[:6])
-    return Inputs(*rows, args[6], args[7], pattern, scale)
+    given: tuple[Any, ...] = (*map(_unit, args[:6]), *args[6:8], pattern, scale)
+    return Inputs(*given)
 
 
 # What they return, in shapes.
