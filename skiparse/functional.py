@@ -74,11 +74,8 @@ def attention_with_lse(
     Raises:
         ValueError, RuntimeError: as :func:`attention`.
     """
-    named = {"q": q, "k": k, "v": v}
-    scale = _check(named, {}, pattern, scale, backend)
-    mask = _check_mask("mask", mask, (q.shape[0], q.shape[1]), q)
-    empty = q.new_empty(q.shape[0], 0, *q.shape[2:])
-    out, _, lse, _ = _call(q, k, v, empty, empty, empty, mask, None, pattern, scale, backend)
+    video = {"q": q, "k": k, "v": v}
+    out, _, lse, _ = _attend(video, {}, pattern, mask, None, scale, backend)
     return out, lse
 
 
@@ -117,7 +114,6 @@ def joint_attention(
 
     Source: Open-Sora Plan v1.5 report, "SUV".
     """
-    named = {"q": q, "k": k, "v": v}
     if text_q is None or text_k is None or text_v is None:
         given = {"text_q": text_q, "text_k": text_k, "text_v": text_v}
         missing = [name for name, x in given.items() if x is None]
@@ -125,33 +121,33 @@ def joint_attention(
             f"{', '.join(missing)} is None; give text_q, text_k and text_v together, "
             "or call skiparse.attention for video alone"
         )
-    texts = {"text_q": text_q, "text_k": text_k, "text_v": text_v}
-    scale = _check(named, texts, pattern, scale, backend)
-    mask = _check_mask("mask", mask, (q.shape[0], q.shape[1]), q)
-    text_mask = _check_mask("text_mask", text_mask, (q.shape[0], text_q.shape[1]), q)
-    out, text_out, _, _ = _call(
-        q, k, v, text_q, text_k, text_v, mask, text_mask, pattern, scale, backend
-    )
+    video = {"q": q, "k": k, "v": v}
+    text = {"text_q": text_q, "text_k": text_k, "text_v": text_v}
+    out, text_out, _, _ = _attend(video, text, pattern, mask, text_mask, scale, backend)
     return out, text_out.mean(1)
 
 
-def _call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_q: Tensor,
-    text_k: Tensor,
-    text_v: Tensor,
+def _attend(
+    video: dict[str, Tensor],
+    text: dict[str, Tensor],
+    pattern: SkipPattern,
     mask: Tensor | None,
     text_mask: Tensor | None,
-    pattern: SkipPattern,
-    scale: float,
+    scale: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return ops.call(
-        q, k, v, text_q, text_k, text_v, mask, text_mask, pattern.sparsity, pattern.run, scale,
-        backend,
+    """What the operator returns for these, once they are checked; ``text`` may be empty."""
+    scale = _check(video, text, pattern, scale, backend)
+    q = video["q"]
+    B, N, H, D = q.shape
+    text_q, text_k, text_v = text.values() if text else (q.new_empty(B, 0, H, D),) * 3
+    mask = _check_mask("mask", mask, (B, N), q)
+    text_mask = _check_mask("text_mask", text_mask, (B, text_q.shape[1]), q)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = ops.call(
+        *video.values(), text_q, text_k, text_v,
+        mask, text_mask, pattern.sparsity, pattern.run, scale, backend,
     )  # fmt: skip
+    return found
 
 
 def _check(
@@ -162,7 +158,8 @@ def _check(
     backend: str,
 ) -> float:
     """Raise ValueError for what does not fit together; else the scale to use."""
-    for name, x in (*video.items(), *text.items()):
+    both = (*video.items(), *text.items())
+    for name, x in both:
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor [batch, tokens, heads, dim], got {x!r}")
         if x.is_nested or x.layout != torch.strided:
@@ -182,24 +179,25 @@ def _check(
     dtype = ops.autocast_dtype(q)
     if dtype not in _DTYPES:
         raise ValueError(f"q must be fp64, fp32, bf16 or fp16, got {q.dtype}; convert it")
-    for name, x in (*video.items(), *text.items()):
+    for name, x in both:
         if x.dtype != q.dtype and ops.autocast_dtype(x) != dtype:
             raise ValueError(f"{name} is {x.dtype} but q is {q.dtype}; convert one to the other")
         _check_device(name, x, q)
+    shape = q.shape
     for name, x in video.items():
-        if x.shape != q.shape:
+        if x.shape != shape:
             raise ValueError(
-                f"{name} has shape {list(x.shape)} but q has {list(q.shape)}; they must be equal"
+                f"{name} has shape {list(x.shape)} but q has {list(shape)}; they must be equal"
             )
-    B, _, H, D = q.shape
+    B, _, H, D = shape
     if D < 1:
         raise ValueError(f"q has head dimension {D}; it must be at least 1")
+    expected = (B, text["text_q"].shape[1], H, D) if text else ()
     for name, x in text.items():
-        T = text["text_q"].shape[1]
-        if x.shape != (B, T, H, D):
+        if x.shape != expected:
             raise ValueError(
-                f"{name} has shape {list(x.shape)}, expected {[B, T, H, D]}: the batch, heads and "
-                "dim of q and the length of text_q"
+                f"{name} has shape {list(x.shape)}, expected {list(expected)}: the batch, heads "
+                "and dim of q and the length of text_q"
             )
     registry.check_name(backend)
     if scale is None:

@@ -86,6 +86,27 @@ def online_softmax(scores, attend, log2_scale, top, POSITIVE: tl.constexpr):
     return p, new_top, decay
 
 
+@device_function
+def no_sums(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What is kept of the keys, before the first."""
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)  # [M], the largest score so far
+    total = tl.zeros([BLOCK_M], tl.float32)  # [M], sum of 2**(score - top)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [M, D]
+    return top, total, acc
+
+
+@device_function
+def store_results(
+    out, lse, is_video, b, s, row, h, exists, sums, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Write a block of the output and of the log-sum-exp, after the last key."""
+    top, total, acc = sums
+    total = tl.where(total == 0.0, 1.0, total)  # [M]; without a key acc is 0 and top -inf
+    store_tile(out, is_video, b, s, row, h, exists, acc / total[:, None], HEAD_DIM, BLOCK_D)
+    row_lse = (top + tl.log2(total)) / LOG2E  # [M]
+    tl.store(pair_pointers(lse, is_video, b, s, row, h), row_lse, mask=exists)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def skiparse_forward(
     q,
@@ -117,9 +138,7 @@ def skiparse_forward(
     q_tile = load_tile(q, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     log2_scale = scale * LOG2E
 
-    top = tl.full([BLOCK_M], -float("inf"), tl.float32)  # [M], the largest score so far
-    total = tl.zeros([BLOCK_M], tl.float32)  # [M], sum of 2**(score - top)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [M, D]
+    top, total, acc = no_sums(BLOCK_M, BLOCK_D)
 
     video_key_blocks = tl.cdiv(L, BLOCK_N)
     for key_block in range(video_key_blocks + tl.cdiv(T, BLOCK_N)):
@@ -134,10 +153,8 @@ def skiparse_forward(
         v_tile = load_tile(v, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
 
-    total = tl.where(total == 0.0, 1.0, total)  # [M]; without a key acc is 0 and top -inf
-    store_tile(out, is_video, b, s, row, h, exists, acc / total[:, None], HEAD_DIM, BLOCK_D)
-    row_lse = (top + tl.log2(total)) / LOG2E  # [M]
-    tl.store(pair_pointers(lse, is_video, b, s, row, h), row_lse, mask=exists)
+    sums = (top, total, acc)
+    store_results(out, lse, is_video, b, s, row, h, exists, sums, HEAD_DIM, BLOCK_D)
 
 
 @device_function
@@ -257,9 +274,7 @@ def skiparse_forward_tma(
     q_tile = load_tile(q, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     log2_scale = scale * LOG2E
 
-    top = tl.full([BLOCK_M], -float("inf"), tl.float32)  # [M], the largest score so far
-    total = tl.zeros([BLOCK_M], tl.float32)  # [M], sum of 2**(score - top)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [M, D]
+    top, total, acc = no_sums(BLOCK_M, BLOCK_D)
     place = (b, h, s, w)
     top, total, acc = attend_tiles(
         L, 0, (k, v), place, sizes, mask, q_tile, log2_scale, (top, total, acc),
@@ -270,10 +285,8 @@ def skiparse_forward_tma(
         (top, total, acc), True, POSITIVE, WHOLE_RUNS, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
 
-    total = tl.where(total == 0.0, 1.0, total)  # [M]; without a key acc is 0 and top -inf
-    store_tile(out, is_video, b, s, row, h, exists, acc / total[:, None], HEAD_DIM, BLOCK_D)
-    row_lse = (top + tl.log2(total)) / LOG2E  # [M]
-    tl.store(pair_pointers(lse, is_video, b, s, row, h), row_lse, mask=exists)
+    sums = (top, total, acc)
+    store_results(out, lse, is_video, b, s, row, h, exists, sums, HEAD_DIM, BLOCK_D)
 
 
 def positive(scale: float) -> bool:
