@@ -135,7 +135,7 @@ def spellings():
         inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
         for said in (*lines, *(" ".join(each.split()) for each in inline)):
             words = said.partition("  #")[0].split()
-            if words[:1] == ["skiparse"] and words[1:2] and re.fullmatch("[a-z-]+", words[1]):
+            if words[:1] == ["skiparse"] and words[1:2] and re.fullmatch("[a-z][a-z-]*", words[1]):
                 found.setdefault(" ".join(words[1:]), book)
     return found
 
