@@ -20,7 +20,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import html
-import io
 import json
 import os
 import shutil
@@ -44,6 +43,7 @@ from transformers import (
 
 from skiparse.bench.clip import FPS
 from skiparse.bench.demo import report
+from skiparse.bench.experiments import outcome
 from skiparse.models import shards
 from skiparse.models.data import cache
 from skiparse.models.data.manifest import Manifest
@@ -292,9 +292,7 @@ def draw(log: Sequence[dict[str, Any]]) -> bytes:
             for plot in (top, bottom):
                 plot.axvline(row["step"], color="#999", lw=0.8, ls="--")
             top.text(row["step"], max(losses), f" {stage}", fontsize=9, va="top")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return outcome.png(figure)
 
 
 def _smooth(values: Sequence[float], decay: float = 0.95) -> list[float]:

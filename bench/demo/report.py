@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from skiparse.bench.experiments import outcome
 from skiparse.models.data.atomic import replacing
 from skiparse.pattern import SkipPattern
 
@@ -275,15 +276,13 @@ def _plot(result: Result) -> str:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(length=0)
     figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
     text = "; ".join(
         f"{name_of(row.pattern)} {gain:.2f} of {row.ceiling:.2f}"
         for row, gain in zip(rows, gains, strict=True)
     )
-    return image(buffer.getvalue(), "png", f"Speed-up over dense attention and ceiling: {text}") + (
-        "<figcaption>Bars: measured. Black: the ceiling. Dashed: dense attention.</figcaption>"
-    )
+    return image(
+        outcome.png(figure), "png", f"Speed-up over dense attention and ceiling: {text}"
+    ) + ("<figcaption>Bars: measured. Black: the ceiling. Dashed: dense attention.</figcaption>")
 
 
 # Pictures.
