@@ -11,10 +11,11 @@
 from skiparse._version import __version__
 from skiparse.functional import attention, attention_with_lse, joint_attention, key_mask
 from skiparse.pack import Packed, norm_rope_pack, packing_pays, unpack
-from skiparse.pattern import SkipPattern
+from skiparse.pattern import GridPattern, SkipPattern
 from skiparse.registry import list_backends
 
 __all__ = [
+    "GridPattern",
     "Packed",
     "SkipPattern",
     "__version__",

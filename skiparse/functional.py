@@ -74,11 +74,8 @@ def attention_with_lse(
     Raises:
         ValueError, RuntimeError: as :func:`attention`.
     """
-    named = {"q": q, "k": k, "v": v}
-    scale = _check(named, {}, pattern, scale, backend)
-    mask = _check_mask("mask", mask, (q.shape[0], q.shape[1]), q)
-    empty = q.new_empty(q.shape[0], 0, *q.shape[2:])
-    out, _, lse, _ = _call(q, k, v, empty, empty, empty, mask, None, pattern, scale, backend)
+    video = {"q": q, "k": k, "v": v}
+    out, _, lse, _ = _attend(video, {}, pattern, mask, None, scale, backend)
     return out, lse
 
 
@@ -117,7 +114,6 @@ def joint_attention(
 
     Source: Open-Sora Plan v1.5 report, "SUV".
     """
-    named = {"q": q, "k": k, "v": v}
     if text_q is None or text_k is None or text_v is None:
         given = {"text_q": text_q, "text_k": text_k, "text_v": text_v}
         missing = [name for name, x in given.items() if x is None]
@@ -125,33 +121,32 @@ def joint_attention(
             f"{', '.join(missing)} is None; give text_q, text_k and text_v together, "
             "or call skiparse.attention for video alone"
         )
-    texts = {"text_q": text_q, "text_k": text_k, "text_v": text_v}
-    scale = _check(named, texts, pattern, scale, backend)
-    mask = _check_mask("mask", mask, (q.shape[0], q.shape[1]), q)
-    text_mask = _check_mask("text_mask", text_mask, (q.shape[0], text_q.shape[1]), q)
-    out, text_out, _, _ = _call(
-        q, k, v, text_q, text_k, text_v, mask, text_mask, pattern, scale, backend
-    )
+    video = {"q": q, "k": k, "v": v}
+    text = {"text_q": text_q, "text_k": text_k, "text_v": text_v}
+    out, text_out, _, _ = _attend(video, text, pattern, mask, text_mask, scale, backend)
     return out, text_out.mean(1)
 
 
-def _call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_q: Tensor,
-    text_k: Tensor,
-    text_v: Tensor,
+def _attend(
+    video: dict[str, Tensor],
+    text: dict[str, Tensor],
+    pattern: SkipPattern,
     mask: Tensor | None,
     text_mask: Tensor | None,
-    pattern: SkipPattern,
-    scale: float,
+    scale: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return ops.call(
-        q, k, v, text_q, text_k, text_v, mask, text_mask, pattern.sparsity, pattern.run, scale,
-        backend,
-    )  # fmt: skip
+    """What the operator returns for these, once they are checked; ``text`` may be empty."""
+    scale = _check(video, text, pattern, scale, backend)
+    q = video["q"]
+    B, N, H, D = q.shape
+    texts = tuple(text.values()) or (q.new_empty(B, 0, H, D),) * 3
+    mask = _check_mask("mask", mask, (B, N), q)
+    text_mask = _check_mask("text_mask", text_mask, (B, texts[0].shape[1]), q)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = ops.call(
+        *video.values(), *texts, mask, text_mask, pattern.sparsity, pattern.run, scale, backend
+    )
+    return found
 
 
 def _check(

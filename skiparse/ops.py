@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from skiparse.after_import import after_import
-from skiparse.backends import Inputs, Outputs
+from skiparse.backends import Gradients, Inputs, Outputs
 from skiparse.derivatives import (
     LIBRARY,
     below_autograd,
@@ -23,96 +23,56 @@ from skiparse.derivatives import (
     differentiate_once,
     operator,
     refuse_nested_forward_mode,
+    tensors,
 )
 from skiparse.forward_mode import tangents
 from skiparse.pattern import SkipPattern, attention_flops
 from skiparse.registry import select
 
+# The arguments that the three operators share.
+_FLOATING = Gradients._fields
+_INPUTS = f"{tensors(_FLOATING)}, Tensor? mask, Tensor? text_mask"
+_SETTINGS = "SymInt sparsity, SymInt run, float scale"
 
-@operator("attention")
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_q: Tensor,
-    text_k: Tensor,
-    text_v: Tensor,
-    mask: Tensor | None,
-    text_mask: Tensor | None,
-    sparsity: int,
-    run: int,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+
+@operator("attention", _INPUTS, _SETTINGS, "str backend", returns=4)
+def attention(*args: Any) -> tuple[Tensor, ...]:
     """``(out [B,N,H,D], text_out [B,n,T,H,D], lse [B,H,N], text_lse [B,H,n,T])``.
 
     The contract is that of ``skiparse.backends.Outputs``; arguments are checked by the caller
     (``skiparse.functional``).
     """
-    inputs = _inputs(q, k, v, text_q, text_k, text_v, mask, text_mask, sparsity, run, scale)
-    return tuple(select(backend, inputs).forward(inputs))  # type: ignore[return-value]  # a tuple of four
+    *given, backend = args
+    inputs = _inputs(*given)
+    return tuple(select(backend, inputs).forward(inputs))
 
 
-@operator("attention_backward")
-def attention_backward(
-    grad_out: Tensor,
-    grad_text_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_q: Tensor,
-    text_k: Tensor,
-    text_v: Tensor,
-    mask: Tensor | None,
-    text_mask: Tensor | None,
-    out: Tensor,
-    text_out: Tensor,
-    lse: Tensor,
-    text_lse: Tensor,
-    sparsity: int,
-    run: int,
-    scale: float,
-    backend: str,
-    grad_lse: Tensor | None = None,
-    grad_text_lse: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@operator(
+    "attention_backward",
+    "Tensor grad_out, Tensor grad_text_out",
+    _INPUTS,
+    tensors(Outputs._fields),
+    _SETTINGS,
+    "str backend",
+    "Tensor? grad_lse=None, Tensor? grad_text_lse=None",
+    returns=6,
+)
+def attention_backward(grad_out: Tensor, grad_text_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Gradients of the six floating inputs of :func:`attention`.
 
     The gradients of the two log-sum-exps are both there or both None, which is cheaper.
     """
-    inputs = _inputs(q, k, v, text_q, text_k, text_v, mask, text_mask, sparsity, run, scale)
-    outputs = Outputs(out, text_out, lse, text_lse)
-    grads = (_unit(grad_out), _unit(grad_text_out), grad_lse, grad_text_lse)
+    inputs = _inputs(*args[:8], *args[12:15])
+    backend, *grads_lse = args[15:]  # which are left out where they are None
     chosen = select(backend, inputs, backward=True)
-    return tuple(chosen.backward(inputs, outputs, *grads))  # type: ignore[return-value]  # a tuple of six
+    grads = (_unit(grad_out), _unit(grad_text_out), *grads_lse)
+    return tuple(chosen.backward(inputs, Outputs(*args[8:12]), *grads))
 
 
-@operator("attention_jvp")
-def attention_jvp(
-    tangent_q: Tensor,
-    tangent_k: Tensor,
-    tangent_v: Tensor,
-    tangent_text_q: Tensor,
-    tangent_text_k: Tensor,
-    tangent_text_v: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_q: Tensor,
-    text_k: Tensor,
-    text_v: Tensor,
-    mask: Tensor | None,
-    text_mask: Tensor | None,
-    sparsity: int,
-    run: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@operator("attention_jvp", tensors(_FLOATING, "tangent_"), _INPUTS, _SETTINGS, returns=4)
+def attention_jvp(*args: Any) -> tuple[Tensor, ...]:
     """Tangents of the four outputs of :func:`attention`; the same way for every backend."""
-    inputs = _inputs(q, k, v, text_q, text_k, text_v, mask, text_mask, sparsity, run, scale)
-    given = (
-        tangent_q, tangent_k, tangent_v, tangent_text_q, tangent_text_k, tangent_text_v,
-    )  # fmt: skip
-    return tuple(tangents(inputs, given))  # type: ignore[return-value]  # a tuple of four
+    return tuple(tangents(_inputs(*args[6:]), args[:6]))
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -120,22 +80,11 @@ def _unit(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _inputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_q: Tensor,
-    text_k: Tensor,
-    text_v: Tensor,
-    mask: Tensor | None,
-    text_mask: Tensor | None,
-    sparsity: int,
-    run: int,
-    scale: float,
-) -> Inputs:
-    q, k, v, text_q, text_k, text_v = (_unit(x) for x in (q, k, v, text_q, text_k, text_v))
+def _inputs(*args: Any) -> Inputs:
+    """The problem, from what ``_INPUTS`` and ``_SETTINGS`` name."""
+    *rows, mask, text_mask, sparsity, run, scale = args
     pattern = SkipPattern(sparsity, 1 if sparsity == 1 else run)  # runs of the only one: nothing
-    return Inputs(q, k, v, text_q, text_k, text_v, mask, text_mask, pattern, scale)
+    return Inputs(*map(_unit, rows), mask, text_mask, pattern, scale)
 
 
 # What they return, in shapes.
