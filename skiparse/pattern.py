@@ -258,13 +258,14 @@ class SkipPattern:
         """The length of every sub-sequence of ``N`` tokens."""
         return [self.length(s, N) for s in range(self.sparsity)]
 
-    def pairs(self, N: int, T: int = 0) -> int:
+    def pairs(self, N: int, T: int = 0, queries: int | None = None) -> int:
         """Query-key pairs of joint attention over ``N`` video and ``T`` text tokens.
 
         Each sub-sequence attends over itself and all the text, text queries included, so this is
         the sum of ``(length + T)**2``; ``sparsity * (N / sparsity + T)**2`` if it divides ``N``.
+        ``queries`` is how many text tokens query, ``T`` if None: ``(length + queries) * ...``.
         """
-        return _pairs(self.segments(N), T)
+        return _pairs(self.segments(N), T, queries)
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -306,8 +307,9 @@ def _segments(pattern: Pattern, N: int) -> tuple[Segment, ...]:
     return tuple(pattern._segments(N))
 
 
-def _pairs(segments: Iterable[Segment], T: int) -> int:
-    return sum(segment.number * (segment.length + T) ** 2 for segment in segments)
+def _pairs(segments: Iterable[Segment], T: int, queries: int | None) -> int:
+    Q = T if queries is None else queries
+    return sum(s.number * (s.length + Q) * (s.length + T) for s in segments)
 
 
 # Patterns of a grid.
@@ -426,9 +428,9 @@ class GridPattern:
         """The length of every sub-sequence; ``N`` is :attr:`tokens`."""
         return [self.length(s, N) for s in range(self.sparsity)]
 
-    def pairs(self, N: int, T: int = 0) -> int:
+    def pairs(self, N: int, T: int = 0, queries: int | None = None) -> int:
         """Query-key pairs, as of :meth:`SkipPattern.pairs`; ``N`` is :attr:`tokens`."""
-        return _pairs(self.segments(N), T)
+        return _pairs(self.segments(N), T, queries)
 
     def segments(self, N: int) -> list[Segment]:
         """All sub-sequences, grouped by length, the longest first; ``N`` is :attr:`tokens`."""
@@ -507,9 +509,9 @@ class BlockPattern:
         """The length of every sub-sequence."""
         return list(self.sizes)
 
-    def pairs(self, N: int, T: int = 0) -> int:
+    def pairs(self, N: int, T: int = 0, queries: int | None = None) -> int:
         """Query-key pairs, as of :meth:`SkipPattern.pairs`."""
-        return _pairs(self.segments(N), T)
+        return _pairs(self.segments(N), T, queries)
 
     def segments(self, N: int) -> list[Segment]:
         """All sub-sequences, grouped by length: a view each."""
@@ -680,14 +682,16 @@ def inverse_order(N: int, k: int) -> np.ndarray:
 
 
 def attention_flops(
-    pattern: Pattern, N: int, T: int, B: int, H: int, D: int, *, backward: bool = False
-) -> int:
+    pattern: Pattern, N: int, T: int, B: int, H: int, D: int, *, queries: int | None = None,
+    backward: bool = False,
+) -> int:  # fmt: skip
     """Floating-point operations of the matrix products, a multiply-add counting as two.
 
     Two products forward (``q k^T``, ``p v``), five backward (the scores again, ``dv``, ``dp``,
     ``dq``, ``dk``); softmax and rearrangement are not counted, as is usual for attention.
+    ``queries``: as of :meth:`SkipPattern.pairs`.
     """
-    return (5 if backward else 2) * 2 * B * H * D * pattern.pairs(N, T)
+    return (5 if backward else 2) * 2 * B * H * D * pattern.pairs(N, T, queries)
 
 
 def ceiling(num_layers: Sequence[int], sparsity: Sequence[int], N: int, T: int = 0) -> float:

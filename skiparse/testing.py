@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from skiparse.pattern import Pattern, SkipPattern
+from skiparse.pattern import GridPattern, SkipPattern
 
 INPUT_NAMES = ("q", "k", "v", "text_q", "text_k", "text_v")
 
@@ -34,7 +34,7 @@ class Problem:
     text_v: Tensor
     grad_out: Tensor  # [B, N, H, D]
     grad_text_out: Tensor  # [B, Q, H, D]
-    pattern: Pattern
+    pattern: SkipPattern | GridPattern
     mask: Tensor | None = None  # [B, N] bool, True = attend
     text_mask: Tensor | None = None  # [B, T] bool
     scale: float | None = None
@@ -73,7 +73,7 @@ class Answer(NamedTuple):
 
 
 def make_problem(
-    pattern: Pattern,
+    pattern: SkipPattern | GridPattern,
     *,
     B: int = 1,
     N: int,
@@ -141,7 +141,7 @@ def make_problem(
     )  # fmt: skip
 
 
-def _firsts(pattern: Pattern, N: int) -> slice | list[int]:
+def _firsts(pattern: SkipPattern | GridPattern, N: int) -> slice | list[int]:
     """Some tokens of every sub-sequence that has any."""
     if isinstance(pattern, SkipPattern):
         return slice(pattern.sparsity * pattern.run)
@@ -273,14 +273,19 @@ class _FromLse(torch.autograd.Function):
         return ds @ k, ds.mT @ q, p.mT @ grad, None, None
 
 
+def settings(problem: Problem, backend: str) -> tuple[Any, ...]:
+    """What the operator takes behind its six tensors."""
+    p = problem
+    scale = p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
+    sparsity, run, *grid = p.pattern.numbers
+    return p.mask, p.text_mask, sparsity, run, scale, backend, grid
+
+
 def run(problem: Problem, backend: str) -> Answer:
     """Outputs and gradients of the operator, by the named backend."""
     p = problem
     inputs = [x.detach().requires_grad_() for x in p.inputs]
-    scale = p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
-    out, text_parts, lse, text_lse = torch.ops.skiparse.attention(
-        *inputs, p.mask, p.text_mask, p.pattern.sparsity, p.pattern.run, scale, backend
-    )
+    out, text_parts, lse, text_lse = torch.ops.skiparse.attention(*inputs, *settings(p, backend))
     text_out = text_parts.mean(1)
     found, given = [out, text_out], [p.grad_out, p.grad_text_out]
     if p.grad_lse is not None and p.grad_text_lse is not None:
@@ -291,12 +296,9 @@ def run(problem: Problem, backend: str) -> Answer:
 
 def run_forward(problem: Problem, backend: str) -> dict[str, Tensor]:
     """Outputs of the operator by name, as :func:`run` gives them, without a backward."""
-    p = problem
-    scale = p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
+    given = (*problem.inputs, *settings(problem, backend))
     with torch.no_grad():
-        out, text_parts, lse, text_lse = torch.ops.skiparse.attention(
-            *p.inputs, p.mask, p.text_mask, p.pattern.sparsity, p.pattern.run, scale, backend
-        )
+        out, text_parts, lse, text_lse = torch.ops.skiparse.attention(*given)
     return {"out": out, "text_out": text_parts.mean(1), "lse": lse, "text_lse": text_lse}
 
 

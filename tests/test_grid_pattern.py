@@ -205,7 +205,7 @@ def test_average_distance():
         (((2, 8, 8), 2**16), r"ratio \* ratio must be below 2\*\*31, got ratio=65536"),
         (((2, 8, 8), 2, "token"), r"kind must be one of \('single', 'group'\), got 'token'"),
         (((2, 8, 8), 2, "single", "rows"), r"order must be one of \('natural', .*got 'rows'"),
-        (((2, 6, 8), 2, "single", "tile"), r'order="tile" needs 4 .*grid=\(2, 6, 8\) and ratio=2; keep'),
+        (((2, 6, 8), 2, "single", "tile"), r'order="tile" needs 4 .*\(2, 6, 8\) and ratio=2; keep'),
         (((2, 5, 8), 2, "group", "skip"), 'order="skip" needs 2 to divide rows and columns'),
         (((2, 8, 8), 2, "single", "group"), 'order="group" scatters .*kind="single"; for it put'),
     ],
