@@ -22,7 +22,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -344,6 +344,9 @@ class GridPattern:
     ratio: int
     kind: str = "single"
     order: str = "natural"
+    # What the operator is told of it; `pattern_of` is the way back. A field, so that all that
+    # torch.compile sees is numbers: then other grids, and the other kind, make no new graph.
+    numbers: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         grid, ratio = _checked_grid(self.grid, self.ratio)
@@ -357,6 +360,7 @@ class GridPattern:
                 f'order="{self.order}" scatters the sub-sequences of kind="{self.kind}"; for it '
                 f'put the tokens in order "{self.kind}", or keep "natural" or "skip", for both'
             )
+        object.__setattr__(self, "numbers", self._numbers())
 
     @classmethod
     def single(cls, grid: Sequence[int], ratio: int, *, order: str = "natural") -> GridPattern:
@@ -384,9 +388,7 @@ class GridPattern:
         frames, height, width = self.grid
         return frames * height * width
 
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """What the operator is told of it; :func:`pattern_of` is the way back."""
+    def _numbers(self) -> tuple[int, ...]:
         if self.order in ("tile", "skip") and self.kind == "single":
             return self.sparsity, 1
         if self.order == "tile":

@@ -121,7 +121,8 @@ def make_problem(
     text_q, text_k, text_v = triple(T)
     Q = T if text_queries else 0
     text_q = text_q[:, :Q]
-    grad_out, grad_text_out = (normal(B, rows, H, D).to(device, dtype) for rows in (N, Q))
+    grad_out, grad_text_out = (normal(B, rows, H, D).to(device, dtype) for rows in (N, T))
+    grad_text_out = grad_text_out[:, :Q]
     mask = text_mask = None
     if masked:
         mask = torch.rand(B, N, generator=generator) < 0.67
@@ -329,11 +330,11 @@ def check_sample(
     follow from the sample and are compared whole. Forward alone runs no backward. ``backend`` may
     be a function instead, which gives some of what an :class:`Answer` has, by name.
     """
-    N, T, n = problem.q.shape[1], problem.text_q.shape[1], problem.pattern.sparsity
+    N, Q, n = problem.q.shape[1], problem.text_q.shape[1], problem.pattern.sparsity
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randperm(N, generator=generator)[:rows].sort().values
-    texts = torch.randperm(T, generator=generator)[: max(rows // (4 * n), 1)].sort().values
-    copies = (N + torch.arange(n)[:, None] * T + texts).flatten()
+    texts = torch.randperm(Q, generator=generator)[: max(rows // (4 * n), 1)].sort().values
+    copies = (N + torch.arange(n)[:, None] * Q + texts).flatten()
     tokens, texts, copies = (x.to(problem.q.device) for x in (tokens, texts, copies))
 
     def only(grad: Tensor, index: Tensor) -> Tensor:
@@ -351,8 +352,8 @@ def check_sample(
         leaves = typed.with_inputs(inputs)
         with torch.set_grad_enabled(backward):
             out, lse = oracle_rows(leaves, torch.cat([tokens, copies]), way)
-            video = out[:, : len(tokens)]
-            text = out[:, len(tokens) :].unflatten(1, (n, len(texts))).mean(1)
+            video, text = out.split([len(tokens), len(copies)], 1)
+            text = text.unflatten(1, (n, len(texts))).mean(1) if Q else text
         found = {"out": video.detach(), "text_out": text.detach(), "lse": lse.detach()}
         if backward:
             seen = (typed.grad_out[:, tokens], typed.grad_text_out[:, texts])
