@@ -15,7 +15,7 @@ from skiparse import GridPattern, SkipPattern
 from skiparse.pattern import KINDS, ORDERS, grid_order, has_grid_order, inverse_grid_order
 from skiparse.testing import check, check_sample, make_problem, run, settings
 
-BACKENDS = ("reference", "sdpa")
+BACKENDS = ("reference", "sdpa", "triton")
 KERNEL = "aten::_scaled_dot_product_flash_attention_for_cpu"
 
 # Even and ragged, a period of ratio**2 or a part of it; the last have empty sub-sequences.
@@ -31,7 +31,7 @@ def patterns(grid, ratio):
             yield GridPattern(grid, ratio, kind, order)
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("grid", "ratio"), GRIDS, ids=str)
 def test_every_grid_in_every_order(grid, ratio, backend):
     for p in patterns(grid, ratio):
