@@ -33,9 +33,7 @@ from skiparse.registry import select
 _FLOATING = Gradients._fields
 _INPUTS = f"{tensors(_FLOATING)}, Tensor? mask, Tensor? text_mask"
 _SETTINGS = "SymInt sparsity, SymInt run, float scale"
-_GRID = (
-    "SymInt[] grid=[]"  # numbers of a pattern behind the first two; left out where there are none
-)
+_GRID = "SymInt[] grid=[]"  # the numbers of a pattern behind the first two, if there are any
 
 
 @operator("attention", _INPUTS, _SETTINGS, "str backend", _GRID, returns=4)
