@@ -56,7 +56,7 @@ $(NPU)/.unzipped: constraints.txt | install
 
 # The generated tables of the README: backends from the registry, figures from bench/results.jsonl.
 readme: install
-	$(BIN)/python -m skiparse.bench.tables README.md
+	$(BIN)/python -m skiparse.bench.op.tables README.md
 
 clean:
 	rm -rf .venv build dist *.egg-info demo_out

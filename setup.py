@@ -11,9 +11,19 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 FOLDER = ROOT / "build" / "ascend"
+
+
+class Fresh(build_py):
+    """The modules without what an earlier build left: files that have since moved."""
+
+    def run(self):
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 def ascend():
@@ -45,8 +55,10 @@ def ascend():
     if reason is not None:
         raise refused(f"{reason}, then pip install with --no-build-isolation")
     extension = Extension("skiparse.backends._ascendc", sources=[])
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build, "build_py": Fresh}}
 
+
+PURE = {"cmdclass": {"build_py": Fresh}}
 
 setup(
     packages=[
@@ -60,7 +72,11 @@ setup(
         "skiparse.models.train",
         "skiparse.models.wfvae",
         "skiparse.bench",
+        "skiparse.bench.demo",
+        "skiparse.bench.experiments",
         "skiparse.bench.gpu",
+        "skiparse.bench.models",
+        "skiparse.bench.op",
     ],
     package_dir={
         "skiparse": "skiparse",
@@ -68,5 +84,5 @@ setup(
         "skiparse.bench": "bench",
     },
     package_data={"skiparse": ["py.typed", "orders/*.json"], "skiparse.models.train": ["*.yaml"]},
-    **(ascend() if os.environ.get("SKIPARSE_BUILD_ASCEND") == "1" else {}),
+    **(ascend() if os.environ.get("SKIPARSE_BUILD_ASCEND") == "1" else PURE),
 )

@@ -1,4 +1,4 @@
-"""Which device a command computes on, checked before anything is put there."""
+"""Which device a command computes on and in which numbers, checked before anything is put there."""
 
 from __future__ import annotations
 
@@ -27,3 +27,15 @@ def chosen(device: str | None, *, setting: str) -> torch.device:
     if made.type == "cuda" and (made.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"{setting}{kind}: torch finds {torch.cuda.device_count()} GPUs, from 0")
     return made
+
+
+def dtype(name: str) -> torch.dtype:
+    """The type of a name that ``--dtype`` gives.
+
+    Raises:
+        ValueError: if nothing is computed in it.
+    """
+    for known in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if name == str(known).removeprefix("torch."):
+            return known
+    raise ValueError(f"--dtype {name}: give float32, bfloat16, float16 or float64")

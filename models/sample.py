@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import skiparse
 from skiparse.models import vbench
+from skiparse.models.commands import Sample
 from skiparse.models.data import writer
 from skiparse.models.data.atomic import check_writable, write_json
 from skiparse.models.pipeline import NEGATIVE_PROMPT, TEMPLATE, SUVPipeline
@@ -19,11 +20,11 @@ from skiparse.models.text import check_text
 Job = tuple[str, int, Path, Path]  # prompt, seed, video, side-car
 
 
-def run(options: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
+def run(options: Sample, device: str, dtype: torch.dtype) -> None:
     """Make every video of :func:`plan` that is not there yet, from one loading of the models.
 
     Args:
-        options: as ``skiparse sample`` parses them.
+        options: of ``skiparse sample``.
         device, dtype: of the models.
 
     Raises:
@@ -38,7 +39,7 @@ def run(options: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
     if not config.is_file():
         raise FileNotFoundError(f"--model {options.model}: {config} is not there")
     negative = NEGATIVE_PROMPT if options.negative is None else options.negative
-    settings = {
+    settings: dict[str, Any] = {
         "height": options.height,
         "width": options.width,
         "num_frames": options.frames,
@@ -97,9 +98,9 @@ def run(options: argparse.Namespace, device: str, dtype: torch.dtype) -> None:
         print(video)
 
 
-def plan(options: argparse.Namespace) -> list[Job]:
+def plan(options: Sample) -> list[Job]:
     """Prompt, seed, video and side-car of everything to make; for VBench, tells what is missing."""
-    prompts = vbench.read_prompts(options.prompts) if options.prompts else [options.prompt]
+    prompts = vbench.read_prompts(options.prompts) if options.prompts else [options.prompt or ""]
     for prompt in (*prompts, options.negative or ""):
         check_text(prompt)
     if not 0 <= options.seed < 2**63:

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from skiparse import SkipPattern, pattern
-from skiparse.bench import baselines, cases, run, tables
+from skiparse.bench.op import baselines, cases, run, tables
+from skiparse.bench.rows import RESULTS, read
+from skiparse.bench.timing import Timing, speedup
 from skiparse.testing import WAYS, Answer, make_problem, oracle, within_budget
 
 TINY = cases.Case("1x288x512", 1, 2, "group", False, False, N=64, T=8, D=32)
@@ -97,7 +99,7 @@ def test_a_wrong_backend_is_not_timed(monkeypatch):
     monkeypatch.setattr(
         sdpa, "_attend", lambda q, k, v, bias, scale: right(q, k, v, bias, scale * 1.01)
     )
-    monkeypatch.setattr(run, "_time", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(run, "time_of", lambda *_: pytest.fail("timed"))
     with pytest.raises(AssertionError, match="off by"):
         run.run([TINY], rounds=1, backends=["sdpa"], others=["dense"])
 
@@ -129,13 +131,13 @@ def test_run_prints_the_ceiling_and_writes_rows(tmp_path, capsys):
 
 
 def test_speedup_is_the_median_of_the_rounds_own_ratios():
-    dense = run.Timing("dense", (2.0, 20.0, 2.2))  # a slow moment slows both
-    fast = run.Timing("fast", (1.0, 10.0, 1.0))
-    assert run.speedup(fast, dense) == 2.0
+    dense = Timing("dense", (2.0, 20.0, 2.2))  # a slow moment slows both
+    fast = Timing("fast", (1.0, 10.0, 1.0))
+    assert speedup(fast, dense) == 2.0
 
 
 def test_recorded_results_are_of_known_cases():
-    rows = [json.loads(line) for line in run.RESULTS.read_text().splitlines()]
+    rows = read(RESULTS)
     assert rows
     for row in rows:
         assert row["case"] in cases.CASES
@@ -144,7 +146,7 @@ def test_recorded_results_are_of_known_cases():
 
 
 def test_the_tables_keep_the_latest_row_only(tmp_path):
-    rows = [json.loads(line) for line in run.RESULTS.read_text().splitlines()]
+    rows = read(RESULTS)
     row = next(r for r in rows if r["backend"] == "skiparse.sdpa")
     newer = row | {"median_ms": 123456.0}
     file = tmp_path / "results.jsonl"

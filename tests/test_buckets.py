@@ -257,6 +257,7 @@ def test_latent_frames_divide_among_the_processes_of_a_clip() -> None:
         ({"frames": 9, "min_frames": 10}, "min_frames=10 must be at most frames=9"),
         ({"fps": 0}, "fps must be above 0"),
         ({"fps": math.nan}, "fps must be above 0"),
+        ({"fps": math.inf}, "fps must be above 0 and at most 1000, got inf"),
         ({"stride": 0}, "stride must be at least 1"),
         ({"drop_short": 1.5}, r"drop_short must be in \[0, 1\], got 1.5"),
         ({"min_aspect": 2.0, "max_aspect": 1.0}, "min_aspect must be above 0 and at most"),

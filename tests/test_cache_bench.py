@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("pyarrow")
 pytest.importorskip("av")
 
-from skiparse.bench import cache
+from skiparse.bench.models import cache
 from skiparse.models.data.cache import Cache
 
 SMALL = {"width": 8, "heads": 1, "layers": (1, 1, 1), "text_width": 64, "text_layers": 1}

@@ -9,7 +9,7 @@ import triton
 
 import skiparse
 from skiparse import registry
-from skiparse.bench import run
+from skiparse.bench import rows
 from skiparse.cli import main
 
 
@@ -33,7 +33,7 @@ def test_versions_are_what_the_modules_say(capsys, monkeypatch):
     monkeypatch.setattr(triton, "__version__", "3.9.0+git1234567")
     assert main(["info"]) == 0
     assert "triton 3.9.0+git1234567" in capsys.readouterr().out
-    found = run.versions.__wrapped__()  # of the process it is asked once
+    found = rows.versions.__wrapped__()  # of the process it is asked once
     assert (found["triton"], found["skiparse"]) == ("3.9.0+git1234567", skiparse.__version__)
 
 
@@ -64,15 +64,34 @@ def test_an_interruption_is_no_error_of_the_program(capsys, monkeypatch):
     def interrupted(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("skiparse.cli._info", interrupted)
+    monkeypatch.setattr("skiparse.info.Info.run", interrupted)
     assert main(["info"]) == 130
     assert capsys.readouterr().err == "skiparse: interrupted\n"
 
 
-def test_unknown_commands_are_refused():
-    with pytest.raises(SystemExit) as caught:
-        main(["fly"])
-    assert caught.value.code == 2
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "fly is no command; give one of info, bench, "),
+        (["data", "fly"], "data fly is no command; give one of data check"),
+        (["convert"], "convert is no whole command; give one of convert suv, convert vae"),
+        ([], "nothing is no whole command; give one of info, "),
+        (["data", "check"], "data check: the following arguments are required: SOURCE; see "),
+        (["bench", "--round", "2"], "bench: unrecognized arguments: --round; see skiparse bench"),
+        (["bench", "--rounds", "two"], "bench: argument --rounds: invalid int value: 'two'"),
+        (["export", "a", "b", "--weights", "c"], "--weights: invalid choice: 'c' (choose from"),
+        (["sample", "--model", "m"], "give --prompt TEXT or --prompts FILE"),
+        (["sample", "--model", "m", "--prompt", "a", "--prompts", "b"], "one of them only"),
+        (["train-vae", "c", "--out", "o", "--model", "S", "--init", "d"], "give one of them"),
+    ],
+)
+def test_what_makes_no_sense_is_told_in_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("skiparse: ")
+    assert message in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(("command", "module"), [("bench", "tqdm"), ("demo", "av")])

@@ -14,7 +14,8 @@ pytest.importorskip("matplotlib")
 
 from PIL import Image  # comes with matplotlib
 
-from skiparse.bench import clipping, demo
+from skiparse.bench.demo import attention
+from skiparse.bench.experiments import clipping
 from skiparse.models import flow
 
 RECORDED = Path(__file__).parent / "data" / "adaptive_clip.safetensors"
@@ -25,7 +26,7 @@ STEPS = 10  # bad: 3 and 7 wrong target, 4 and 6 large, 5 NaN
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     try:
-        demo.bundled_clip()
+        attention.bundled_clip()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("clipping") / "new" / "out"
@@ -111,7 +112,7 @@ def test_the_original_rule_stops_at_a_large_batch(found):
 
 
 def test_a_stopped_run_keeps_its_weights(folder):
-    scenes = clipping.overfit.scenes_of(demo.bundled_clip(), QUICK)
+    scenes = clipping.overfit.scenes_of(attention.bundled_clip(), QUICK)
     model = clipping.overfit.models_of(scenes, QUICK)["sparse"]
     run = clipping._Run(model, clipping.WAYS["osp15"], scenes)
     sigmas, noise = torch.tensor([0.3, 0.6]), torch.ones_like(scenes.latents)

@@ -138,7 +138,7 @@ def test_peak_memory_at_the_headline_shape(k, kind):
     """
     code = (
         "import torch, skiparse\n"
-        "from skiparse.bench.run import peak_extra_bytes\n"
+        "from skiparse.bench.timing import peak_extra_bytes\n"
         f"p = skiparse.SkipPattern.{kind}({k})\n"
         "q, k, v = (torch.zeros(1, 36864, 1, 128) for _ in range(3))\n"
         "text = torch.zeros(1, 512, 1, 128)\n"

@@ -23,9 +23,10 @@ from skiparse.models.data import image, video  # noqa: E402  # after the checks
 from skiparse.models.data.buckets import Buckets, Rule, assign  # noqa: E402
 from skiparse.models.data.dataset import Clip, Clips  # noqa: E402
 from skiparse.models.data.draws import Place  # noqa: E402
+from skiparse.models.data.limits import Limits  # noqa: E402
 from skiparse.models.data.manifest import DataError, Manifest  # noqa: E402
 from skiparse.models.data.sampler import BucketBatchSampler  # noqa: E402
-from skiparse.models.data.video import Limits, VideoError  # noqa: E402
+from skiparse.models.data.video import VideoError  # noqa: E402
 
 SIZE = (48, 64)
 RULE = Rule(frames=9, fps=25, size=SIZE, longest=100)

@@ -20,10 +20,10 @@ pytest.importorskip("matplotlib")
 
 from PIL import Image  # comes with matplotlib
 
-from skiparse.bench import demo, report
+from skiparse.bench.demo import attention, report
 from skiparse.pattern import SkipPattern
 
-QUICK = demo.SIZES["quick"]
+QUICK = attention.SIZES["quick"]
 N = 4 * 9 * 16
 PATTERNS = [pattern(k) for k in (2, 4, 8) for pattern in (SkipPattern.single, SkipPattern.group)]
 
@@ -56,21 +56,21 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def tokens() -> demo.Tokens:
+def tokens() -> attention.Tokens:
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (25, 144, 256, 3), generator=generator, dtype=torch.uint8)
-    return demo.project(demo.patch_features(frames), QUICK)
+    return attention.project(attention.patch_features(frames), QUICK)
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     try:
-        demo.bundled_clip()
+        attention.bundled_clip()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("demo")
     before = torch.get_num_threads()
-    path = demo.run(folder / "new" / "out", threads=1, quick=True)
+    path = attention.run(folder / "new" / "out", threads=1, quick=True)
     assert path == folder / "new" / "out" / "report.html"
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
     assert torch.get_num_threads() == before
@@ -128,9 +128,9 @@ def test_the_report_says_what_it_is_not(page: str) -> None:
         assert words in text
 
 
-def test_the_report_escapes_what_it_is_given(tokens: demo.Tokens) -> None:
+def test_the_report_escapes_what_it_is_given(tokens: attention.Tokens) -> None:
     evil = '<script>alert(1)</script>"'
-    views = demo.look(tokens, (2, 4, 5), QUICK.grid)
+    views = attention.look(tokens, (2, 4, 5), QUICK.grid)
     result = report.Result(
         rows=[
             report.Row(SkipPattern.dense(), (2.0,), 1.0, 0.0, 1.0),
@@ -172,27 +172,27 @@ def test_a_failed_write_leaves_the_old_report(
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 
 
-def test_the_check_can_fail(tokens: demo.Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
-    error, allowed = demo.check(tokens, SkipPattern.group(4))
+def test_the_check_can_fail(tokens: attention.Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, allowed = attention.check(tokens, SkipPattern.group(4))
     assert 0 < error <= allowed < 1e-4
-    right = demo.attention_call
+    right = attention.attention_call
 
-    def wrong(tokens: demo.Tokens, pattern: SkipPattern) -> object:
+    def wrong(tokens: attention.Tokens, pattern: SkipPattern) -> object:
         return right(tokens, SkipPattern.single(pattern.sparsity))
 
-    monkeypatch.setattr(demo, "attention_call", wrong)
-    demo.check(tokens, SkipPattern.single(4))
+    monkeypatch.setattr(attention, "attention_call", wrong)
+    attention.check(tokens, SkipPattern.single(4))
     with pytest.raises(AssertionError, match="out: off by"):
-        demo.check(tokens, SkipPattern.group(4))
+        attention.check(tokens, SkipPattern.group(4))
 
 
-def test_weights_are_those_of_the_attention_that_is_timed(tokens: demo.Tokens) -> None:
+def test_weights_are_those_of_the_attention_that_is_timed(tokens: attention.Tokens) -> None:
     """The pictures' weights, applied to v, give the output of the public call."""
     query = (1, 3, 7)
     token = torch.arange(N).reshape(QUICK.grid)[query]
     flat = {"q": tokens.q * 0.1, "text_q": tokens.text_q * 0.1}  # or text would weigh nothing
     tokens = dataclasses.replace(tokens, **flat)
-    dense, single, group, pair = demo.look(tokens, query, QUICK.grid)
+    dense, single, group, pair = attention.look(tokens, query, QUICK.grid)
     x = tokens
     silent = torch.zeros_like(x.text_v)  # the views hold the weights of video tokens only
     for view, pattern in (
@@ -200,17 +200,17 @@ def test_weights_are_those_of_the_attention_that_is_timed(tokens: demo.Tokens) -
         (single, SkipPattern.single(4)),
         (group, SkipPattern.group(4)),
     ):
-        mute = demo.Tokens(x.q, x.k, x.v, x.text_q, x.text_k, silent)
-        out, _ = demo.attention_call(mute, pattern)()
+        mute = attention.Tokens(x.q, x.k, x.v, x.text_q, x.text_k, silent)
+        out, _ = attention.attention_call(mute, pattern)()
         found = view.weights.flatten() @ x.v[0, :, 0]
         torch.testing.assert_close(found, out[0, token, 0])
         assert view.attended.sum() == N // pattern.sparsity
         assert not view.weights[~view.attended].any()
 
-    first = demo.Tokens(x.q, x.k, x.v, x.text_q, x.text_k, silent)
-    values, text_values = demo.attention_call(first, SkipPattern.single(4))()
-    second = demo.Tokens(x.q, x.k, values, x.text_q, x.text_k, text_values)
-    out, _ = demo.attention_call(second, SkipPattern.group(4))()
+    first = attention.Tokens(x.q, x.k, x.v, x.text_q, x.text_k, silent)
+    values, text_values = attention.attention_call(first, SkipPattern.single(4))()
+    second = attention.Tokens(x.q, x.k, values, x.text_q, x.text_k, text_values)
+    out, _ = attention.attention_call(second, SkipPattern.group(4))()
     torch.testing.assert_close(pair.weights.flatten() @ x.v[0, :, 0], out[0, token, 0])
     assert pair.attended.all()
 
@@ -218,7 +218,7 @@ def test_weights_are_those_of_the_attention_that_is_timed(tokens: demo.Tokens) -
 def test_features_are_the_low_frequencies_of_a_patch() -> None:
     frames = torch.zeros(9, 32, 32, 3, dtype=torch.uint8)
     frames[5:, :16, :16, 0] = 200  # red comes up in the second half of the second step
-    features = demo.patch_features(frames)
+    features = attention.patch_features(frames)
     assert features.shape == (2 * 2 * 2, 63)
     lone = features[4]
     others = functional.cosine_similarity(lone[None], features[[0, 1, 2, 3, 5, 6, 7]])
@@ -231,7 +231,7 @@ def test_features_are_the_low_frequencies_of_a_patch() -> None:
 
 def test_rotary_scores_depend_on_the_distance_alone() -> None:
     x = torch.randn(128, generator=torch.Generator().manual_seed(0)).expand(4 * 9 * 16, 128)
-    turned = demo.rotated(x, (4, 9, 16)).reshape(4, 9, 16, 128)
+    turned = attention.rotated(x, (4, 9, 16)).reshape(4, 9, 16, 128)
     torch.testing.assert_close(turned[0, 0, 0], x[0])
     near = turned[1, 2, 3] @ turned[2, 4, 8]
     torch.testing.assert_close(near, turned[0, 1, 6] @ turned[1, 3, 11])
@@ -239,18 +239,18 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
 
 
 def test_the_full_size_is_the_headline_shape() -> None:
-    size = demo.SIZES["full"]
+    size = attention.SIZES["full"]
     assert (size.frames, size.height, size.width, size.text) == (121, 576, 1024, 512)
     assert size.grid == (16, 36, 64)
-    assert demo.query_of(size.grid) == (9, 18, 23)
+    assert attention.query_of(size.grid) == (9, 18, 23)
 
 
 def test_a_missing_clip_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo.importlib.metadata, "files", lambda _: None)
+    monkeypatch.setattr(attention.importlib.metadata, "files", lambda _: None)
     with pytest.raises(FileNotFoundError, match=r"skiparse\[demo\]"):
-        demo.run(tmp_path / "out", quick=True)
+        attention.run(tmp_path / "out", quick=True)
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
-        demo.run(tmp_path / "out", threads=0)
+        attention.run(tmp_path / "out", threads=0)
 
 
 def test_the_package_loads_no_plotting_and_no_decoder() -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("pyarrow")
 pytest.importorskip("tensorboard")
 
-from skiparse.bench import demo, generate
+from skiparse.bench.demo import attention, generate
 from skiparse.models.data.video import probe
 from skiparse.models.pipeline import SUVPipeline
 from skiparse.models.train import loop
@@ -23,7 +23,7 @@ from skiparse.models.wfvae.model import WFVAE
 @pytest.fixture(scope="module")
 def clip():
     try:
-        return demo.bundled_clip()
+        return attention.bundled_clip()
     except FileNotFoundError as error:
         pytest.skip(str(error))
 

@@ -15,8 +15,9 @@ import torch
 
 import skiparse
 from skiparse import SkipPattern, pattern
-from skiparse.bench import cases
 from skiparse.bench.gpu import driver, lab, plan, schedule, steps, table
+from skiparse.bench.op import cases
+from skiparse.bench.rows import VOCABULARY
 from skiparse.testing import make_problem
 
 command = importlib.import_module("skiparse.bench.gpu.__main__")
@@ -55,9 +56,12 @@ def test_dry_run(tmp_path):
         assert (f"1x128x128.dense.{end}", "dense.flash") in found
         assert (f"1x128x128.k2.group.skip.{end}", "views.cpu") in found
         assert (f"1x128x128.k8.group.{end}", "skiparse.sdpa") in found
-    passes = {row["what"] for row in lines(tmp_path / "out/passes.jsonl")}
-    assert {"copy", "32 layers, views", "32 layers, sdpa"} <= passes
-    assert "pack, backward, 1x128x128.k8.single" in passes
+    passes = {(row["case"], row["backend"]) for row in lines(tmp_path / "out/passes.jsonl")}
+    layers = {("32 layers, 1x128x128", way) for way in ("views", "skiparse.sdpa")}
+    assert {("copy", "torch"), *layers} <= passes
+    assert ("pack, backward, 1x128x128.k8.single", "eager") in passes
+    for name in ("results", "passes"):
+        assert all(row.keys() <= VOCABULARY.keys() for row in lines(tmp_path / f"out/{name}.jsonl"))
     for run in plan.RUNS:
         assert f"run {run}, MODEL of a GPU" in done.stdout
     assert "FAILED" not in done.stdout
@@ -310,7 +314,7 @@ def python(code, *arguments, **environment):
 
 COUNTING = """
 import torch
-from skiparse.bench.cases import CASES
+from skiparse.bench.op.cases import CASES
 from skiparse.bench.gpu.kernels import call_of, kernels_of
 def names(*cases, backend="triton"):
     calls = [call_of(CASES[f"121x576x1024.{name}"], backend, torch.bfloat16) for name in cases]
@@ -365,7 +369,7 @@ COMPILING = """
 import sys, torch
 from pathlib import Path
 from triton import knobs
-from skiparse.bench.cases import CASES
+from skiparse.bench.op.cases import CASES
 from skiparse.bench.gpu import kept
 from skiparse.bench.gpu.kernels import call_of, compile_kernel, kernels_of
 from skiparse.bench.gpu.lab import ptxas

@@ -12,11 +12,13 @@ ROOT = Path(__file__).parents[1]
 # Who may import whom: each layer may import those before it. "backends/x" is every single backend;
 # they never import each other.
 LAYERS = (
-    "pattern", "_version", "backends", "backends/x", "testing", "registry", "after_import",
-    "derivatives", "forward_mode", "ops", "functional", "pack", "skiparse", "models", "bench",
-    "cli",
+    "command", "shell", "pattern", "_version", "backends", "backends/x", "testing", "registry",
+    "after_import", "derivatives", "forward_mode", "ops", "functional", "pack", "skiparse", "info",
+    "models", "bench", "cli",
 )  # fmt: skip
 ONLY = {
+    "command": set(),
+    "shell": {"command"},
     "pattern": set(),
     "backends": {"pattern"},
     "backends/x": {"pattern", "backends"},
@@ -28,7 +30,7 @@ ONLY = {
     "ops": {"pattern", "backends", "registry", "after_import", "derivatives", "forward_mode"},
     "functional": {"pattern", "ops", "registry"},
     "pack": {"pattern", "backends", "registry", "derivatives", "ops", "functional"},
-    "models": {"skiparse", "pattern"},
+    "models": {"skiparse", "pattern", "command"},
 }
 
 
@@ -98,6 +100,10 @@ def test_arrows_run_one_way():
         ("skiparse/functional.py", "from skiparse.backends import sdpa"),
         ("models/__init__.py", "from skiparse import ops"),
         ("models/__init__.py", "import skiparse.testing"),
+        ("models/commands.py", "from skiparse.cli import COMMANDS"),
+        ("models/commands.py", "from skiparse import shell"),
+        ("models/train/commands.py", "from skiparse.bench.op import run"),
+        ("skiparse/command.py", "from skiparse import shell"),
     ],
 )
 def test_a_backward_arrow_is_seen(file, line):

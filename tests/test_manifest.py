@@ -24,8 +24,9 @@ Image = pytest.importorskip("PIL.Image")
 
 from skiparse.models.data import manifest  # noqa: E402  # after the checks
 from skiparse.models.data.atomic import write_json  # noqa: E402
+from skiparse.models.data.limits import Limits  # noqa: E402
 from skiparse.models.data.manifest import DataError, Manifest, Record  # noqa: E402
-from skiparse.models.data.video import Limits, read_video  # noqa: E402
+from skiparse.models.data.video import read_video  # noqa: E402
 
 VIDEO = {
     "path": "a/b.mp4",
@@ -418,6 +419,11 @@ def test_what_stands_still_is_left_out(tmp_path: Path) -> None:
         Manifest.open(tmp_path, index=tmp_path / "index")
     read = Manifest.open(tmp_path, index=tmp_path / "index", limits=Limits(max_hold=4))
     assert read.frames.tolist() == [5]
+    clip(tmp_path / "b.mkv")
+    (tmp_path / "b.txt").write_text("y")
+    for limits, names in ((None, ["b.mkv"]), (Limits(max_hold=4), ["a.mkv", "b.mkv"])):
+        read = Manifest.open(tmp_path, index=tmp_path / "index", limits=limits)
+        assert [read.record(row).path for row in range(len(read))] == names  # made anew
 
 
 def test_a_large_file_has_an_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

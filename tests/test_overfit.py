@@ -10,7 +10,8 @@ pytest.importorskip("matplotlib")
 
 from PIL import Image  # comes with matplotlib
 
-from skiparse.bench import demo, overfit
+from skiparse.bench.demo import attention
+from skiparse.bench.experiments import overfit
 from skiparse.models import flow
 
 QUICK = overfit.SIZES["quick"]
@@ -20,7 +21,7 @@ STEPS = 25
 @pytest.fixture(scope="module")
 def clip():
     try:
-        return demo.bundled_clip()
+        return attention.bundled_clip()
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
@@ -85,7 +86,7 @@ def test_the_pairs_are_those_of_the_layers(found, scenes):
 
 def test_k_squared_divides_the_tokens_of_every_size():
     for size in overfit.SIZES.values():
-        steps = 1 + (size.frames - 1) // demo.GROUP
+        steps = 1 + (size.frames - 1) // attention.GROUP
         tokens = steps * (size.height // 32) * (size.width // 32)
         assert all(tokens % k**2 == 0 for k in size.sparsity)
 
@@ -108,11 +109,11 @@ def test_latents_are_normal_and_lead_back_to_the_picture(scenes):
 
 def test_pictures_keep_what_the_basis_can_hold(clip, scenes):
     """Pixels, to latents, to pixels: the projection of each patch, right where it was."""
-    frames = overfit.read_video(clip, frames=1, fps=demo.FPS, size=(QUICK.height, QUICK.width))
+    frames = overfit.read_video(clip, frames=1, fps=attention.FPS, size=(QUICK.height, QUICK.width))
     pictures = scenes.pictures(scenes.latents)[0, 0]
-    patches = demo._patches(frames[0].float() / 255)
+    patches = attention._patches(frames[0].float() / 255)
     held = (patches @ scenes.basis @ scenes.basis.T).clamp(0, 1)
-    torch.testing.assert_close(demo._patches(pictures), held)
+    torch.testing.assert_close(attention._patches(pictures), held)
 
 
 def test_a_perfect_model_has_no_loss_and_samples_the_scenes(scenes):

@@ -36,9 +36,18 @@ def test_the_wheel_is_pure_python_and_small(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert not [n for n in names if n.endswith((".so", ".cpp", ".mp4", ".safetensors"))]
     for wanted in ("skiparse/py.typed", "skiparse/backends/triton/__init__.py",
-                   "skiparse/models/data/video.py", "skiparse/bench/cases.py"):  # fmt: skip
+                   "skiparse/models/data/video.py", "skiparse/bench/op/cases.py"):  # fmt: skip
         assert wanted in names
     assert not [n for n in names if n.startswith(("models/", "bench/", "tests/"))]
+
+
+def test_it_has_nothing_of_an_earlier_build(wheel, tmp_path):
+    """A file that has moved since would be in the wheel twice."""
+    moved = ROOT / "build" / "lib" / "skiparse" / "moved.py"
+    moved.parent.mkdir(parents=True, exist_ok=True)
+    moved.touch()
+    again = make_wheel(tmp_path)
+    assert zipfile.ZipFile(again).namelist() == zipfile.ZipFile(wheel).namelist()
 
 
 def test_it_needs_no_compiler_and_only_seconds(wheel, tmp_path):

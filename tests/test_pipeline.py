@@ -496,18 +496,19 @@ def test_sample_refuses(saved, tmp_path, capsys, monkeypatch, arguments, message
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("option", ["--prompt", "--prompts", "--negative"])
 @pytest.mark.parametrize("prompt", ["\udcff", "a \ud83d cat"])
-def test_sample_refuses_half_characters(saved, tmp_path, capsys, prompt):
-    command = [
-        "sample",
-        "--model",
-        str(saved),
-        "--prompt",
-        prompt,
-        "--out",
-        str(tmp_path / "x.mp4"),
-    ]
-    assert main(command) == 2
+def test_sample_refuses_half_characters_before_it_loads(
+    saved, tmp_path, capsys, monkeypatch, option, prompt
+):
+    def never(*arguments, **options):
+        raise AssertionError("loaded a model")
+
+    monkeypatch.setattr(SUVPipeline, "from_pretrained", never)
+    monkeypatch.setattr(vbench, "read_prompts", lambda file: [prompt])
+    given = [] if option != "--negative" else ["--prompt", "a cat"]
+    out = tmp_path / "x.mp4"
+    assert sample(saved, *given, option, prompt, "--out", out, "--frames", 9) == 2
     assert "is no character" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

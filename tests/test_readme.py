@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from skiparse.bench import cases, tables
+from skiparse.bench.op import cases, tables
 from skiparse.cli import main
 
 ROOT = Path(__file__).parents[1]

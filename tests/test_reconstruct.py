@@ -18,7 +18,8 @@ pytest.importorskip("torchmetrics")
 import av
 from PIL import Image  # comes with matplotlib
 
-from skiparse.bench import demo, reconstruct
+from skiparse.bench.demo import attention
+from skiparse.bench.experiments import reconstruct
 from skiparse.models.data.video import read_video
 from skiparse.models.wfvae import evaluate
 from skiparse.models.wfvae.model import WFVAE
@@ -30,7 +31,7 @@ STEPS = 10
 @pytest.fixture(scope="module")
 def clip():
     try:
-        return demo.bundled_clip()
+        return attention.bundled_clip()
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
@@ -77,7 +78,7 @@ def test_the_saved_model_gives_these_numbers(clip, result):
     held = json.loads((result.picture.parent / "reconstruction.json").read_text())
     assert held == result.found
     vae = WFVAE.from_pretrained(result.vae).eval()
-    frames = read_video(clip, frames=89, fps=demo.FPS, size=(32, 32), threads=1)
+    frames = read_video(clip, frames=89, fps=attention.FPS, size=(32, 32), threads=1)
     means, squares = [], []
     for start, one in zip((64, 80), held["scenes"], strict=True):
         scene = frames[start : start + 9].movedim(-1, 0)[None].float() / 127.5 - 1

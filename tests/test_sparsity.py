@@ -10,7 +10,8 @@ pytest.importorskip("matplotlib")
 
 from PIL import Image  # comes with matplotlib
 
-from skiparse.bench import demo, overfit, sparsity
+from skiparse.bench.demo import attention
+from skiparse.bench.experiments import overfit, sparsity
 
 QUICK = sparsity.SIZES["quick"]
 
@@ -18,7 +19,7 @@ QUICK = sparsity.SIZES["quick"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     try:
-        demo.bundled_clip()
+        attention.bundled_clip()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     out = tmp_path_factory.mktemp("sparsity")
@@ -59,7 +60,7 @@ def test_until_the_conversion_converted_is_dense(found):
 
 
 def test_judged_scenes_are_not_trained_on():
-    scenes = overfit.scenes_of(demo.bundled_clip(), QUICK.scenes)
+    scenes = overfit.scenes_of(attention.bundled_clip(), QUICK.scenes)
     size = QUICK.scenes
     assert size.stride >= size.frames  # so scenes do not share a frame
     assert sparsity.SIZES["full"].scenes.stride >= sparsity.SIZES["full"].scenes.frames

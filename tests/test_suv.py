@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import socket
 
 import golden as recording
 import numpy as np
@@ -15,6 +16,7 @@ from skiparse.models.suv import sparsity
 from skiparse.models.suv.blocks import SUVBlock
 from skiparse.models.suv.model import SUV
 from skiparse.models.suv.plan import NATURAL, Plan
+from skiparse.models.wfvae.model import WFVAE
 from skiparse.pattern import ceiling, skip_order
 
 FORWARD, GRADIENT = 2e-5, 1e-4  # recorded with the goldens, relative to the largest value
@@ -386,6 +388,21 @@ def test_loading_is_strict(tmp_path, kind):
     save_file(state, path, {"format": "pt"})
     with pytest.raises((ValueError, RuntimeError), match=r"proj_out\.bias|extra\.weight"):
         SUV.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [SUV, WFVAE])
+@pytest.mark.parametrize("subfolder", [None, "transformer"])
+def test_what_is_not_here_is_not_asked_of_the_network(tmp_path, monkeypatch, kind, subfolder):
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *where, **_: asked.append(where))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for name in ("somebody/a-model", "here"):
+        with pytest.raises(FileNotFoundError, match=f"{name}.*config.json is not there"):
+            kind.from_pretrained(name, subfolder=subfolder)
+        with pytest.raises(FileNotFoundError, match=f"{name}.*config.json is not there"):
+            kind.load_config(name, subfolder=subfolder)
+    assert not asked
 
 
 def test_unknown_config_keys_are_refused(tmp_path):

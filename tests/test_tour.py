@@ -10,12 +10,13 @@ pytest.importorskip("tensorboard")
 
 from test_demo import Page
 
-from skiparse.bench import demo, generate, reconstruct, report, tour
+from skiparse.bench.demo import attention, generate, report, tour
+from skiparse.bench.experiments import reconstruct
 
 
 def test_every_part_is_in_the_report(tmp_path, monkeypatch):
     try:
-        demo.bundled_clip()
+        attention.bundled_clip()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     results = []
@@ -39,10 +40,10 @@ def test_every_part_is_in_the_report(tmp_path, monkeypatch):
     def again(*_):
         pytest.fail("attention was measured although its figures are there")
 
-    monkeypatch.setattr(demo, "_timed", again)
-    monkeypatch.setattr(demo, "_checked", again)
-    kept = demo.measured(quick=True, kept=tmp_path / "out" / "attention.json")
+    monkeypatch.setattr(attention, "_timed", again)
+    monkeypatch.setattr(attention, "_checked", again)
+    kept = attention.measured(quick=True, kept=tmp_path / "out" / "attention.json")
     assert [row.median for row in kept.rows] == [row.median for row in results[0].rows]
-    monkeypatch.setattr(demo.platform, "machine", lambda: "another")
+    monkeypatch.setattr(attention.platform, "machine", lambda: "another")
     with pytest.raises(pytest.fail.Exception, match="measured although"):
-        demo.measured(quick=True, kept=tmp_path / "out" / "attention.json")
+        attention.measured(quick=True, kept=tmp_path / "out" / "attention.json")

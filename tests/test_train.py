@@ -27,9 +27,9 @@ from skiparse.models.data import draws
 from skiparse.models.data.buckets import Rule, assign
 from skiparse.models.data.dataset import Clips
 from skiparse.models.data.features import collate
+from skiparse.models.data.limits import Limits
 from skiparse.models.data.manifest import DataError, Manifest
 from skiparse.models.data.sampler import BucketBatchSampler
-from skiparse.models.data.video import Limits
 from skiparse.models.data.writer import write_video
 from skiparse.models.pipeline import SUVPipeline, SUVPipelineOutput
 from skiparse.models.suv.encoders import Encoders

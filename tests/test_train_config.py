@@ -1,6 +1,7 @@
 """One dataclass tells a run all: files and arguments fill it; what means nothing is refused."""
 
 import dataclasses
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from skiparse.models.suv.model import SUV
 from skiparse.models.suv.recipe import SUVConfig as Config
 from skiparse.models.suv.recipe import SUVStage as Stage
 from skiparse.models.train.checks import settings_of
-from skiparse.models.train.config import CHAINS, Optimizer, load
+from skiparse.models.train.config import CHAINS, Clip, Optimizer, Samples, load
 
 GIVEN = ["--out=runs/x", "--vae=vae", "--text=text", "--source=clips"]
 
@@ -155,11 +156,34 @@ def test_what_is_no_table_is_refused(tmp_path, text):
         load(file, GIVEN)
 
 
-@pytest.mark.parametrize("setting", ["stages.image.then", "optimizer", "clip.decay", "keep"])
-def test_null_arguments_are_refused(setting):
-    with pytest.raises(ValueError, match=r"null|Got value: None"):
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("stages.image.then", r"the arguments have null for stages\.image\.then"),
+        ("optimizer", 'optimizer".*null'),
+        ("clip.decay", r"clip\.decay.*\n.*Got value: None"),
+        ("keep", r"keep.*\n.*Got value: None"),
+    ],
+)
+def test_null_arguments_are_refused(setting, told):
+    with pytest.raises(ValueError, match=told):
         load("mini", [*GIVEN, f"--{setting}", "null"])
     assert load("mini", [*GIVEN, "--device", "null"]).device is None
+
+
+def config(**changes):
+    return dataclasses.replace(load("mini", GIVEN), **changes)
+
+
+@pytest.mark.parametrize("kind", [config, stage, Optimizer, Clip, Samples])
+def test_none_in_python_is_refused(kind):
+    """Of each field whose type has none."""
+    hints = get_type_hints(type(kind()))
+    names = [name for name, hint in hints.items() if type(None) not in get_args(hint)]
+    assert names
+    for name in names:
+        with pytest.raises(ValueError, match=f"^{name} is null; give a value, or leave it out"):
+            kind(**{name: None})
 
 
 @pytest.mark.parametrize(

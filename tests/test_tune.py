@@ -9,7 +9,7 @@ import torch
 import skiparse
 from skiparse import SkipPattern, registry
 from skiparse.backends import Inputs
-from skiparse.bench import tune
+from skiparse.bench.op import tune
 from skiparse.testing import make_problem
 
 PASSES = ("forward", "backward")

@@ -9,7 +9,9 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("tqdm")
 
-from skiparse.bench import run, tables, vae
+from skiparse.bench.models import vae
+from skiparse.bench.op import tables
+from skiparse.bench.rows import RESULTS, read
 from skiparse.cli import main
 from skiparse.models.wfvae.blocks import CausalConv
 
@@ -72,7 +74,7 @@ def test_run_prints_tables_and_writes_rows(here, tmp_path, capsys):
             assert row["published_tflop"] is None
             if row["backend"] == "wfvae.whole":
                 assert row["speedup"] == 1
-    known = set(json.loads(run.RESULTS.read_text().splitlines()[-1]))
+    known = set(read(RESULTS)[-1])
     timed = next(set(row) for row in rows if "time" in row["case"])
     assert known - timed == {"ceiling", "reached"}
     assert tables.benchmark(file) == ""
@@ -87,7 +89,7 @@ def test_wrong_chunks_are_not_timed(monkeypatch):
         remember(self, who, frames)
 
     monkeypatch.setattr(vae.Stream, "remember", forgetful)
-    monkeypatch.setattr(vae.runner, "_time", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(vae, "time_of", lambda *_: pytest.fail("timed"))
     with pytest.raises(AssertionError, match="encode in chunks is off by"):
         vae.run(rounds=1, size=SIZE)
 
@@ -137,7 +139,7 @@ def test_a_model_is_the_same_each_time_and_leaves_the_generator_alone():
 def test_memory_is_beyond_what_comes_out(monkeypatch):
     """An identity that makes nothing but its output needs nothing beyond it."""
     monkeypatch.setattr(vae, "call", lambda *_: lambda x: x.clone())
-    monkeypatch.setattr(vae.runner, "peak_extra_bytes", lambda work, _: work() or 10**6)
+    monkeypatch.setattr(vae, "peak_extra_bytes", lambda work, _: work() or 10**6)
     size = dataclasses.replace(SIZE, video=(9, 16, 16))
     output = 3 * 9 * 16 * 16 * 4
     found = vae._peak(size, ("encode", "wfvae.whole", size.video), "cpu", torch.float32)
@@ -157,9 +159,9 @@ def test_the_command(monkeypatch, capsys):
     monkeypatch.setattr(vae, "run", lambda **options: seen.update(options))
     assert main(["bench", "--vae", "--device", "cpu", "--rounds", "2", "--results", ""]) == 0
     assert seen == {"device": "cpu", "dtype": torch.float32, "rounds": 2, "results": None}
-    assert main(["bench", "--vae", "121x576x1024.k8.single.fwd"]) == 2
+    assert main(["bench", "vae", "121x576x1024.k8.single.fwd"]) == 2
     assert main(["bench", "--vae", "--against", "dense"]) == 2
-    assert "--vae takes no cases, --backends or --against" in capsys.readouterr().err
+    assert "bench vae: unrecognized arguments: --against dense" in capsys.readouterr().err
 
 
 def test_rounds_are_checked():

@@ -22,7 +22,8 @@ av = pytest.importorskip("av")
 
 from skiparse.models.data import video  # noqa: E402  # after the check that av is there
 from skiparse.models.data.h264 import FrameNumbers  # noqa: E402
-from skiparse.models.data.video import Limits, VideoError, probe, read_video  # noqa: E402
+from skiparse.models.data.limits import Limits  # noqa: E402
+from skiparse.models.data.video import VideoError, probe, read_video  # noqa: E402
 
 X265 = "log-level=none:pools=1:keyint=12:min-keyint=12:bframes=4:scenecut=0:b-pyramid=1"
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 pytest.importorskip("av")
@@ -195,20 +196,138 @@ def test_a_clip_that_cannot_be_read_costs_itself_only(folder, model, tmp_path, m
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("moment", ["measuring", "writing"])
-def test_a_signal_leaves_nothing_half_written(folder, model, tmp_path, monkeypatch, kind, moment):
-    def told(*arguments, **options):
+def test_what_a_signal_stops_goes_on(folder, model, tmp_path, monkeypatch, kind, moment):
+    """Nothing half written stays, the sums so far do; the end is that of a call in one piece."""
+    whole = run(model, folder, tmp_path / "whole", frames=9, size=(16, 16))
+    plus, write, measured = stats.Sums.plus, stats.write_json, []
+
+    def told():
         os.kill(os.getpid(), kind)
         os.kill(os.getpid(), kind)
         time.sleep(1)
 
+    def told_at_the_second(sums, *arguments):
+        measured.append(sums.clips)
+        return told() if sums.clips else plus(sums, *arguments)
+
+    def told_at_the_report(path, table):
+        return told() if path.name == "statistics.json" else write(path, table)
+
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    name = "statistics" if moment == "measuring" else "write_json"
-    monkeypatch.setattr(stats, name, told)
     handler = signal.getsignal(signal.SIGTERM)
-    try:
+    with monkeypatch.context() as patched:
+        if moment == "measuring":
+            patched.setattr(stats.Sums, "plus", told_at_the_second)
+        else:
+            patched.setattr(stats, "write_json", told_at_the_report)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                run(model, folder, tmp_path / "out", frames=9, size=(16, 16))
+        finally:
+            signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out.measuring"}
+
+    def counted(sums, *arguments):
+        measured.append(sums.clips)
+        return plus(sums, *arguments)
+
+    measured.clear()
+    monkeypatch.setattr(stats.Sums, "plus", counted)
+    out = run(model, folder, tmp_path / "out", frames=9, size=(16, 16))
+    assert measured == ([1] if moment == "measuring" else [])  # what was measured, is
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+    for name in ("statistics.json", "config.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_sums_are_written_on_the_way(folder, model, tmp_path, monkeypatch):
+    """What kills without a word, such as a power cut, costs the last minute."""
+    monkeypatch.setattr(stats, "SAVE_EVERY", 0.0)
+    there = []
+    plus = stats.Sums.plus
+
+    def looking(sums, *arguments):
+        file = tmp_path / "out.measuring" / "sums.json"
+        there.append(json.loads(file.read_bytes())["clips"] if file.exists() else 0)
+        return plus(sums, *arguments)
+
+    monkeypatch.setattr(stats.Sums, "plus", looking)
+    run(model, folder, tmp_path / "out", frames=9, size=(16, 16), cuts=3)
+    assert there == [0, 1, 2]
+
+
+@pytest.fixture
+def begun(folder, model, tmp_path):
+    """A call that was stopped after its first clip."""
+    plus = stats.Sums.plus
+
+    def once(sums, *arguments):
+        if sums.clips:
+            raise KeyboardInterrupt
+        return plus(sums, *arguments)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(stats.Sums, "plus", once)
         with pytest.raises(KeyboardInterrupt):
             run(model, folder, tmp_path / "out", frames=9, size=(16, 16))
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert signal.getsignal(signal.SIGTERM) is handler
-    assert list(tmp_path.iterdir()) == []
+    return tmp_path / "out.measuring" / "sums.json"
+
+
+def test_a_flipped_bit_of_the_sums_is_seen(folder, model, begun, tmp_path):
+    sound = begun.read_bytes()
+    places = range(0, len(sound), 7)
+    for place in places:
+        begun.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+        if json_or_none(begun) == json.loads(sound):
+            continue  # a space became another one
+        with pytest.raises(ValueError, match=r"sums\.json is damaged; remove .*to measure anew"):
+            stats.Sums.read(begun, {})
+    begun.write_bytes(sound[:-9])
+    with pytest.raises(ValueError, match=r"sums\.json is damaged"):
+        run(model, folder, tmp_path / "out", frames=9, size=(16, 16))
+
+
+def json_or_none(path):
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return None
+
+
+def test_sums_of_something_else_are_refused(folder, model, begun, tmp_path):
+    given = {"frames": 9, "size": (16, 16)}
+    with pytest.raises(ValueError, match="begun with seed 0, not 1; go on with that, or remove"):
+        run(model, folder, tmp_path / "out", **given, seed=1)
+    with pytest.raises(ValueError, match="begun with cuts 2, not 5"):
+        run(model, folder, tmp_path / "out", **given, cuts=5)
+    tiny(shift=(9.0,) * 4, scale=(6.0,) * 4).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="begun with model"):
+        run(tmp_path / "other", folder, tmp_path / "out", **given)
+    copy = tmp_path / "clips"
+    shutil.copytree(folder, copy)
+    (copy / "b.mp4").unlink()
+    with pytest.raises(ValueError, match="begun with cuts 2, not 1"):
+        run(model, copy, tmp_path / "out", **given)
+    with pytest.raises(ValueError, match="begun with clips"):
+        run(model, copy, tmp_path / "out", **given, cuts=2)
+
+
+def test_two_do_not_measure_for_one_folder(folder, model, begun, tmp_path):
+    before = begun.read_bytes()
+    with (
+        FileLock(begun.parent / ".lock"),
+        pytest.raises(ValueError, match="another run is at work there"),
+    ):
+        run(model, folder, tmp_path / "out", frames=9, size=(16, 16))
+    assert begun.read_bytes() == before
+
+
+def test_what_fails_at_once_leaves_nothing(folder, tmp_path):
+    vae = tiny()
+    with torch.no_grad():
+        vae.encoder.conv_out.bias[0] = float("nan")
+    vae.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ValueError, match="no finite mean and spread"):
+        run(tmp_path / "broken", folder, tmp_path / "out", frames=9, size=(16, 16))
+    assert {path.name for path in tmp_path.iterdir()} == {"broken"}

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from skiparse.bench import run as bench
+from skiparse.bench import rows
 from skiparse.bench.gpu import kept, model, plan, table
 from skiparse.bench.gpu.driver import Driver, Job, pool, work
 from skiparse.bench.gpu.lab import DRY_RUN, GPU, Lab, is_lost, ptxas_version
@@ -97,7 +97,7 @@ def rehearse(out: Path, local: Path) -> int:
 
 def end(out: Path, faults: dict[str, str]) -> int:
     """Print the table and what went wrong; the exit status."""
-    print(table.summary(table.rows(out / "results.jsonl"), table.rows(out / "passes.jsonl")))
+    print(table.summary(rows.read(out / "results.jsonl"), rows.read(out / "passes.jsonl")))
     print(*(f"FAILED {name}: {fault}" for name, fault in faults.items()), sep="\n", flush=True)
     return 1 if faults else 0
 
@@ -193,15 +193,15 @@ def count_kernels() -> Callable[[], dict[str, dict[str, int]]]:
 def about(local: Path) -> str:
     """Versions of all that the figures depend on, and the state of the GPU."""
     other = other_ptxas(local)
-    versions = bench.versions()
+    versions = rows.versions()
     used = "its own" if other is None else f"{ptxas_version(other)}, {other}"
     asked = f"--query-gpu=name,driver_version,power.limit,{CLOCKS}"
     cudnn = torch.backends.cudnn.version()
     lines = (
         f"Python {versions['python']}, torch {torch.__version__}, cuDNN {cudnn}",
         f"Triton {versions['triton']}, its own ptxas {bundled_ptxas()}; used: {used}",
-        f"commit {bench.commit()}",
-        bench.output(["nvidia-smi", asked, "--format=csv"]),
+        f"commit {rows.commit()}",
+        rows.output(["nvidia-smi", asked, "--format=csv"]),
     )
     return "\n".join(line for line in lines if line)
 

@@ -25,7 +25,7 @@ from unittest import mock
 import torch
 
 from skiparse.backends import Inputs, Outputs
-from skiparse.bench.cases import Case
+from skiparse.bench.op.cases import Case
 from skiparse.pattern import SkipPattern
 
 ARCHITECTURE = "sm_90"

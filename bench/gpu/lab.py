@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from skiparse.bench import baselines, run
-from skiparse.bench.baselines import Contender, Work
-from skiparse.bench.cases import BATCHES, CASES, HEADLINE, REHEARSAL, Case
-from skiparse.bench.run import Timing
+from skiparse.bench import rows
+from skiparse.bench.op import baselines, run
+from skiparse.bench.op.baselines import Contender
+from skiparse.bench.op.cases import BATCHES, CASES, HEADLINE, REHEARSAL, Case
+from skiparse.bench.timing import Timing, Work, peak_extra_bytes
 from skiparse.testing import Problem
 
 SAMPLE_MS = 20.0  # shorter work is repeated within a sample
@@ -132,8 +132,7 @@ class Lab:
         print(run.table(case, timings), flush=True)
         device, dtype = self.setting.device, self.setting.dtype
         dense = {"dense": timings[0].name, "dense_ms": round(timings[0].median * 1e3, 3)}
-        rows = [run.row(case, t, timings[0], device, dtype) | dense for t in timings[beside:]]
-        self.append(rows)
+        self.append([run.row(case, t, timings[0], device, dtype) | dense for t in timings[beside:]])
 
     def take_turns(self, entered: Sequence[Contender], rounds: int | None = None) -> list[Timing]:
         """Seconds of each contender, round after round, and its memory: that of a first call."""
@@ -141,7 +140,7 @@ class Lab:
         peaks = {}
         for contender in entered:
             assert contender.work is not None
-            peaks[contender.name] = run.peak_extra_bytes(contender.work, self.setting.device)
+            peaks[contender.name] = peak_extra_bytes(contender.work, self.setting.device)
         for _ in range(rounds or self.setting.rounds):
             for contender in entered:
                 assert contender.work is not None
@@ -168,33 +167,42 @@ class Lab:
         return once if once >= SAMPLE_MS else sample(round(SAMPLE_MS / once) + 1)
 
     def record(
-        self, what: str, work: Callable[[], object], **figures: Callable[[float], float]
+        self,
+        case: str,
+        work: Callable[[], object],
+        *,
+        backend: str = "torch",
+        **figures: Callable[[float], float],
     ) -> None:
         """Time something that is no attention; ``figures`` follow from its milliseconds."""
         work()
         times = [self.milliseconds(work) for _ in range(self.setting.rounds)]
-        milliseconds = statistics.median(times)
-        row = {
-            "what": what,
-            "device": run.device_name(self.setting.device),
-            "median_ms": round(milliseconds, 4),
-            "spread_ms": [round(min(times), 4), round(max(times), 4)],
-            **{name: round(of(milliseconds), 4) for name, of in figures.items()},
-            "versions": run.versions(),
-            "commit": run.commit(),
-        }
+        median = statistics.median(times)
+        self.passed(
+            case,
+            backend,
+            [each / 1e3 for each in times],
+            **{name: round(of(median), 4) for name, of in figures.items()},
+        )
+
+    def passed(self, case: str, backend: str, seconds: Sequence[float], **figures: float) -> None:
+        """Print a row of what is no single attention, and append it."""
+        device, dtype = self.setting.device, self.setting.dtype
+        row = rows.row(case, backend, device=device, dtype=dtype, seconds=seconds, **figures)
         print(row, flush=True)
         self.append([row], "passes.jsonl")
 
-    def passes(self, what: str, case: Case, work: Callable[[], Sequence[Tensor]]) -> None:
+    def passes(
+        self, what: str, case: Case, work: Callable[[], Sequence[Tensor]], backend: str = "torch"
+    ) -> None:
         """Time a pass over memory; GB/s counts what it makes twice, as read and as written."""
         moved = 2 * sum(made.nbytes for made in work())
         name = f"{what}, {case.name.rsplit('.', 1)[0]}"
-        self.record(name, work, gb_s=lambda ms: moved / ms / 1e6)
+        self.record(name, work, backend=backend, gb_s=lambda ms: moved / ms / 1e6)
 
-    def append(self, rows: Sequence[dict[str, Any]], name: str = "results.jsonl") -> None:
+    def append(self, made: Sequence[rows.Row], name: str = "results.jsonl") -> None:
         """Add rows to a file of ours, each with the program that made machine code for Triton."""
-        run.append(self.out / name, [{**row, "ptxas": ptxas()} for row in rows])
+        rows.append(self.out / name, [{**row, "ptxas": ptxas()} for row in made])
 
 
 LOST = ("CUDA error", "Triton Error [CUDA]", "CUDNN_STATUS_EXECUTION_FAILED")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from skiparse.bench.cases import CASES, HEADLINE, Case
 from skiparse.bench.gpu.driver import AGAIN
 from skiparse.bench.gpu.lab import SAMPLE_MS
+from skiparse.bench.op.cases import CASES, HEADLINE, Case
 from skiparse.pattern import SkipPattern, attention_flops
 
 START = 15.0  # seconds until the first process has torch, nothing being in memory yet

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from skiparse.bench.cases import SPARSITY
 from skiparse.bench.gpu import model, schedule, steps
 from skiparse.bench.gpu.driver import AGAIN
 from skiparse.bench.gpu.kernels import Call, call_of
 from skiparse.bench.gpu.lab import GPU
 from skiparse.bench.gpu.steps import Measurement
+from skiparse.bench.op.cases import SPARSITY
 
 LIMITS = {"1": 6 * 60.0, "2": 7 * 60.0}  # seconds
 TEST_KERNELS = 360  # that the tests compile; the rehearsal counts them and fails if there are more

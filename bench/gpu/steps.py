@@ -18,12 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import skiparse
 from skiparse.backends import sdpa
-from skiparse.bench import baselines, run, tune
-from skiparse.bench.baselines import Contender
-from skiparse.bench.cases import Case
 from skiparse.bench.gpu import kernels, schedule
 from skiparse.bench.gpu.lab import DENSE, Lab
 from skiparse.bench.gpu.schedule import Hidden, packed_pattern, text_inside
+from skiparse.bench.op import baselines, run, tune
+from skiparse.bench.op.baselines import Contender
+from skiparse.bench.op.cases import Case
+from skiparse.bench.timing import speedup
 from skiparse.models.suv.rope import axis_dims
 from skiparse.pattern import ceiling, skip_order
 from skiparse.testing import Problem, budget, check_sample, oracle
@@ -166,24 +167,23 @@ def layers(lab: Lab) -> None:
 
     kernel = lab.setting.backend("triton")
     entered = [
-        Contender(f"32 layers, {best.name}", lambda: schedule.dense(problem, attend)),
-        Contender("32 layers, views", schedule.Views(problem).attend),
-        Contender(f"32 layers, {kernel}", lambda: schedule.by_backend(problem, kernel)),
+        Contender(best.name, lambda: schedule.dense(problem, attend)),
+        Contender("views", schedule.Views(problem).attend),
+        Contender(f"skiparse.{kernel}", lambda: schedule.by_backend(problem, kernel)),
     ]
     with torch.no_grad():
         timings = lab.take_turns(entered, rounds=min(3, lab.setting.rounds))
     limit = ceiling(schedule.LAYERS, schedule.SPARSITY, case.N, case.T)
     for timing in timings:
-        gain = run.speedup(timing, timings[0])
-        spread = [round(f(timing.seconds) * 1e3, 2) for f in (min, max)]
-        row = {
-            "what": timing.name, "case": case.name, "device": run.device_name(lab.setting.device),
-            "median_ms": round(timing.median * 1e3, 2), "spread_ms": spread,
-            "rounds": len(timing.seconds), "speedup": round(gain, 4), "ceiling": round(limit, 4),
-            "reached": round(gain / limit, 4), "versions": run.versions(), "commit": run.commit(),
-        }  # fmt: skip
-        print(row, flush=True)
-        lab.append([row], "passes.jsonl")
+        gain = speedup(timing, timings[0])
+        lab.passed(
+            f"32 layers, {case.video}",
+            timing.name,
+            timing.seconds,
+            speedup=round(gain, 4),
+            ceiling=round(limit, 4),
+            reached=round(gain / limit, 4),
+        )
 
 
 def check_schedule(lab: Lab) -> None:
@@ -268,10 +268,10 @@ def packing(kind: str) -> Measurement:
             assert (x - right).abs().max() <= allowed, f"packing: tensor {i} is wrong"
         del exact, plain
         made = forward(kernel, rows)
-        lab.passes("pack", case, lambda: forward(kernel, rows))
+        lab.passes("pack", case, lambda: forward(kernel, rows), kernel)
         lab.passes(
             "pack, backward", case,
-            lambda: torch.autograd.grad(made, rows, grads, retain_graph=True),
+            lambda: torch.autograd.grad(made, rows, grads, retain_graph=True), kernel,
         )  # fmt: skip
 
     return measure

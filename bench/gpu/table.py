@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from skiparse.bench.cases import CASES, SPARSITY
 from skiparse.bench.gpu import schedule
+from skiparse.bench.op.cases import CASES, SPARSITY
+from skiparse.bench.rows import Row
 from skiparse.pattern import ceiling
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file, none if there is none."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def summary(results: Sequence[dict[str, Any]], passes: Sequence[dict[str, Any]]) -> str:
+def summary(results: Sequence[Row], passes: Sequence[Row]) -> str:
     """A line for each row; the gain over 32 layers that the layers' own ratios amount to."""
     lines = ["", f"{'case':34}{'what':18}{'ms':>9}{'TFLOP/s':>9}{'x dense':>9}{'reached':>9}"]
     for row in results:
@@ -27,7 +20,8 @@ def summary(results: Sequence[dict[str, Any]], passes: Sequence[dict[str, Any]])
         )
     for row in passes:
         more = [f"{row[key]:9.1f} {unit}" for key, unit in UNITS.items() if key in row]
-        lines.append(f"{row['what']:52}{row['median_ms']:9.2f}{''.join(more)}")
+        what = f"{row['case']}, {row['backend']}"
+        lines.append(f"{what:60}{row['median_ms']:9.2f}{''.join(more)}")
     for backend in dict.fromkeys(row["backend"] for row in results):
         for end in ("fwd", "fwdbwd"):
             gain, limit = schedule_gain(results, backend, end)
@@ -39,7 +33,7 @@ def summary(results: Sequence[dict[str, Any]], passes: Sequence[dict[str, Any]])
 UNITS = {"tflops": "TFLOP/s", "gb_s": "GB/s", "speedup": "x dense"}
 
 
-def schedule_gain(results: Sequence[dict[str, Any]], backend: str, end: str) -> tuple[float, float]:
+def schedule_gain(results: Sequence[Row], backend: str, end: str) -> tuple[float, float]:
     """How much faster than dense the released schedule of layers is, and the most there could be.
 
     From the layers' own ratios to dense attention, single-skip and group-skip in turn; 0 if a

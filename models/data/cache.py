@@ -48,10 +48,11 @@ from skiparse.models.data.content import Content
 from skiparse.models.data.dataset import Clip, Clips
 from skiparse.models.data.draws import Place
 from skiparse.models.data.features import Coder, Features, Text, digest
+from skiparse.models.data.limits import Limits
 from skiparse.models.data.manifest import DataError, Manifest
 from skiparse.models.data.plain import printable
 from skiparse.models.data.report import NAMED, Report
-from skiparse.models.data.video import Limits, VideoError, plain_file
+from skiparse.models.data.video import VideoError, plain_file
 from skiparse.models.shards import inside
 
 ABOUT, NULL, SHARDS, INDEX, BAD = "cache.json", "null.safetensors", "shards", "index", "bad.jsonl"

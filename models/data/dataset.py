@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 from skiparse.models.data.buckets import Buckets, Rule
 from skiparse.models.data.draws import Place, Use, numbers
 from skiparse.models.data.image import read_image
+from skiparse.models.data.limits import Limits
 from skiparse.models.data.manifest import DataError, Manifest, Record
-from skiparse.models.data.video import Limits, VideoError, probe, read_video
+from skiparse.models.data.video import VideoError, probe, read_video
 
 _BAD_SHARE = 0.01  # of the files tried, above which a run stops
 _JUDGED = 100  # files tried before that is asked

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from skiparse.models.data.video import Limits, VideoError, fit, plain_file
+from skiparse.models.data.limits import Limits
+from skiparse.models.data.video import VideoError, fit, plain_file
 
 IMAGES = frozenset({".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".webp"})
 

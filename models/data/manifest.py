@@ -32,9 +32,10 @@ from tqdm import tqdm
 from skiparse.models.data.atomic import replacing, seal, write_json
 from skiparse.models.data.folder import walk
 from skiparse.models.data.image import IMAGES, probe_image
+from skiparse.models.data.limits import Limits
 from skiparse.models.data.plain import MARK, encoding_of, printable, read_text
 from skiparse.models.data.report import Dropped, Report
-from skiparse.models.data.video import SCAN_BYTES, Limits, VideoError, check_name, probe
+from skiparse.models.data.video import SCAN_BYTES, VideoError, check_name, probe
 from skiparse.models.shards import sha256
 
 if TYPE_CHECKING:

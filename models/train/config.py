@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from skiparse.models.data.buckets import Rule
-from skiparse.models.data.video import Limits
+from skiparse.models.data.limits import Limits
 from skiparse.models.text import cleaned
 from skiparse.models.train.clip import AdaptiveGradClipper, Mode
 from skiparse.models.train.recipe import recipe_of

@@ -31,7 +31,8 @@ from tqdm import tqdm
 import skiparse
 from skiparse.models import shards
 from skiparse.models.data.atomic import check_writable, write_json
-from skiparse.models.data.video import Limits, probe, read_video
+from skiparse.models.data.limits import Limits
+from skiparse.models.data.video import probe, read_video
 from skiparse.models.data.writer import MAX_FPS, write_image
 from skiparse.models.wfvae.losses import LPIPS
 from skiparse.models.wfvae.model import WFVAE

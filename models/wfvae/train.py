@@ -37,9 +37,9 @@ from torch.utils.data import DataLoader, Dataset
 from skiparse.models.data import dataset
 from skiparse.models.data.buckets import Buckets, Rule, assign
 from skiparse.models.data.draws import Place, Use
+from skiparse.models.data.limits import Limits
 from skiparse.models.data.manifest import DataError, Manifest
 from skiparse.models.data.report import NAMED, Report
-from skiparse.models.data.video import Limits
 from skiparse.models.train import config as train_config
 from skiparse.models.train import core, loop
 from skiparse.models.train.checkpoint import FOLDER, Checkpoint, complete_ones

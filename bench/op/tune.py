@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ import torch
 
 from skiparse import registry
 from skiparse.backends import Inputs
-from skiparse.bench import run
-from skiparse.bench.cases import CASES, HEADLINE, SPARSITY, Case
+from skiparse.bench import rows
+from skiparse.bench.op import run
+from skiparse.bench.op.cases import CASES, HEADLINE, SPARSITY, Case
 from skiparse.models.data.atomic import replacing
 
 PATTERNS = ("single", "group", "group.skip")
@@ -65,10 +65,8 @@ def tune(
     path.parent.mkdir(exist_ok=True)
     about = {
         "device": registry.device_name(here),
-        "driver": run.driver(device),
-        "versions": run.versions(),
-        "commit": run.commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "driver": rows.driver(device),
+        **rows.made_by(),
     }
     with replacing(path) as aside:
         lines = ",\n".join(json.dumps(rule) for rule in rules)

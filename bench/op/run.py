@@ -8,53 +8,26 @@ own ratios to dense attention.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import gc
-import importlib
-import importlib.util
 import itertools
-import json
-import os
-import platform
-import statistics
-import subprocess
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from skiparse import registry
-from skiparse.bench import baselines
-from skiparse.bench.baselines import Contender, Work
-from skiparse.bench.cases import Case
-from skiparse.models.data.atomic import replacing
+from skiparse.bench import rows
+from skiparse.bench.op import baselines
+from skiparse.bench.op.baselines import Contender
+from skiparse.bench.op.cases import Case
+from skiparse.bench.timing import Timing, peak_extra_bytes, repeats_of, speedup, time_of
 from skiparse.pattern import attention_flops
 from skiparse.testing import Problem, check_sample
 
 BASELINES = ("dense", "original", "flex", "natten")
-RESULTS = Path(__file__).parent / "results.jsonl"
-LEAST_SAMPLE = 0.05  # seconds; shorter work is repeated within a sample
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What one contender took: seconds per round, peak extra bytes, or why it did not run."""
-
-    name: str
-    seconds: tuple[float, ...] = ()
-    peak_bytes: int | None = None
-    why_not: str = ""
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
 
 
 def run(
@@ -66,11 +39,11 @@ def run(
     backends: Iterable[str] = ("sdpa", "triton"),
     others: Iterable[str] = BASELINES,
     results: Path | None = None,
-) -> list[dict[str, Any]]:
+) -> list[rows.Row]:
     """Measure the cases, print a table each, and append the rows to ``results``.
 
     Args:
-        cases: from :mod:`skiparse.bench.cases`.
+        cases: from :mod:`skiparse.bench.op.cases`.
         rounds: interleaved repetitions; medians are over these.
         backends: of skiparse, by name; those that refuse are listed with their reason.
         others: of ``BASELINES``; ``"dense"`` always runs, it is what the rest is compared with.
@@ -82,7 +55,7 @@ def run(
     Raises:
         AssertionError: if a backend is wrong on a case. Nothing of that case is timed then.
     """
-    rows: list[dict[str, Any]] = []
+    found: list[rows.Row] = []
     ordered = sorted(cases, key=_shared)
     for _, group in itertools.groupby(ordered, _shared):
         for case, timings in measure(list(group), device, dtype, rounds, backends, others).items():
@@ -90,9 +63,9 @@ def run(
             ran = [timing for timing in timings if timing.seconds]
             new = [row(case, timing, timings[0], device, dtype) for timing in ran]
             if results is not None:
-                append(results, new)
-            rows += new
-    return rows
+                rows.append(results, new)
+            found += new
+    return found
 
 
 def _shared(case: Case) -> tuple[str, int, int, bool]:
@@ -142,12 +115,11 @@ def measure(
             contender.work()  # the first call compiles and fills workspaces
             start = time.perf_counter()
             peaks[key] = peak_extra_bytes(contender.work, device)
-            once = time.perf_counter() - start
-            repeats[key] = max(1, round(LEAST_SAMPLE / once))
+            repeats[key] = repeats_of(time.perf_counter() - start)
     for _ in tqdm(range(rounds), desc="rounds", unit="round", disable=None, leave=False):
         for key, contender in turns.items():
             if contender.work is not None:
-                seconds[key].append(_time(contender.work, repeats[key], device))
+                seconds[key].append(time_of(contender.work, repeats[key], device))
     return {
         case: [Timing(c.name, tuple(seconds[id(c)]), peaks.get(id(c)), c.why_not) for c in entered]
         for case, entered in contenders.items()
@@ -179,63 +151,10 @@ def _best(contenders: list[Contender], device: str) -> Contender:
         assert contender.work is not None
         try:
             contender.work()
-            timed[contender.name] = _time(contender.work, 2, device)
+            timed[contender.name] = time_of(contender.work, 2, device)
         except RuntimeError:  # this kernel does not take this dtype or shape
             continue
     return next(c for c in contenders if c.name == min(timed, key=timed.__getitem__))
-
-
-def _time(work: Work, repeats: int, device: str) -> float:
-    """Seconds of one call, averaged over ``repeats``."""
-    _synchronize(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        work()
-    _synchronize(device)
-    return (time.perf_counter() - start) / repeats
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def peak_extra_bytes(work: Work, device: str) -> int | None:
-    """Memory at its highest during ``work``, beyond what was held before; None if not known here.
-
-    On CUDA from torch's allocator. On Linux from the kernel's high-water mark of resident memory,
-    reset just before.
-    """
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    mark = Path("/proc/self/clear_refs")
-    if not os.access(mark, os.W_OK):
-        return None
-    _return_free_memory()
-    mark.write_text("5")  # resets the high-water mark, see proc(5)
-    before = _status("VmRSS")
-    work()
-    return max(0, _status("VmHWM") - before)
-
-
-def _return_free_memory() -> None:
-    """Give what the allocator keeps back to the system, or its reuse would count as nothing."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
-    if trim is not None:
-        trim(0)
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def table(case: Case, timings: Sequence[Timing]) -> str:
@@ -264,12 +183,6 @@ def table(case: Case, timings: Sequence[Timing]) -> str:
     return "\n".join(lines)
 
 
-def speedup(timing: Timing, dense: Timing) -> float:
-    """How much faster than dense: the median of the rounds' ratios."""
-    pairs = zip(dense.seconds, timing.seconds, strict=True)
-    return statistics.median(slow / fast for slow, fast in pairs)
-
-
 def _flops(case: Case, timing: Timing) -> int:
     """Floating-point operations of what was asked for (a masked-out product counts as none)."""
     pattern = type(case.pattern).dense() if timing.name.startswith("dense") else case.pattern
@@ -278,90 +191,18 @@ def _flops(case: Case, timing: Timing) -> int:
     return flops + (attention_flops(pattern, *shape, backward=True) if case.backward else 0)
 
 
-def row(
-    case: Case, timing: Timing, dense: Timing, device: str, dtype: torch.dtype
-) -> dict[str, Any]:
-    """One line of ``results.jsonl``. Times in milliseconds, memory in MiB, hardware = measured."""
+def row(case: Case, timing: Timing, dense: Timing, device: str, dtype: torch.dtype) -> rows.Row:
+    """One line of ``results.jsonl``; the speed-up is over dense attention."""
     gain = speedup(timing, dense)
-    flops = _flops(case, timing)
-    return {
-        "case": case.name,
-        "backend": timing.name,
-        "kind": "hardware",
-        "device": device_name(device),
-        "driver": driver(device),
-        "threads": torch.get_num_threads() if device == "cpu" else None,
-        "dtype": str(dtype).removeprefix("torch."),
-        "median_ms": round(timing.median * 1e3, 3),
-        "spread_ms": [round(min(timing.seconds) * 1e3, 3), round(max(timing.seconds) * 1e3, 3)],
-        "rounds": len(timing.seconds),
-        "tflops": round(flops / timing.median / 1e12, 4),
-        "peak_extra_mib": None
-        if timing.peak_bytes is None
-        else round(timing.peak_bytes / 2**20, 1),
-        "speedup": round(gain, 4),
-        "ceiling": round(case.ceiling, 4),
-        "reached": round(gain / case.ceiling, 4),
-        "versions": versions(),
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Add rows to a JSON-lines file: the whole new file is written aside, synced, and renamed."""
-    old = path.read_text() if path.exists() else ""
-    with replacing(path) as aside:
-        aside.write_text(old + "".join(json.dumps(r) + "\n" for r in rows))
-
-
-@functools.cache
-def device_name(device: str) -> str:
-    """The processor's own name for itself."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    for line in _lines(Path("/proc/cpuinfo")):
-        if line.startswith("model name"):
-            return f"{line.split(':', 1)[1].strip()}, {os.cpu_count()} cores"
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
-
-
-@functools.cache
-def driver(device: str) -> str | None:
-    """The GPU driver's version, None on a CPU."""
-    if not device.startswith("cuda"):
-        return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return output(query).splitlines()[0] if output(query) else None
-
-
-@functools.cache
-def versions() -> dict[str, str | None]:
-    """Of what the figures depend on."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("skiparse", "torch", "triton"):
-        there = importlib.util.find_spec(name) is not None
-        found[name] = importlib.import_module(name).__version__ if there else None
-    return found
-
-
-@functools.cache
-def commit() -> str | None:
-    """The checkout's commit, with ``+`` if it had changes; None outside a checkout."""
-    here = ["git", "-C", str(Path(__file__).parent)]
-    head = output([*here, "rev-parse", "--short=12", "HEAD"])
-    code = ("../skiparse", "../models", "*.py")
-    changed = output([*here, "status", "--porcelain", "--untracked-files=no", "--", *code])
-    return (head + ("+" if changed else "")) or None
-
-
-def output(command: list[str]) -> str:
-    """What a program prints, nothing if it is not there or fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    return rows.row(
+        case.name,
+        timing.name,
+        device=device,
+        dtype=dtype,
+        seconds=timing.seconds,
+        tflops=round(_flops(case, timing) / timing.median / 1e12, 4),
+        peak_extra_mib=rows.mib(timing.peak_bytes),
+        speedup=round(gain, 4),
+        ceiling=round(case.ceiling, 4),
+        reached=round(gain / case.ceiling, 4),
+    )

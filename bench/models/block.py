@@ -17,7 +17,6 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,14 @@ from tqdm import tqdm
 
 import skiparse
 from skiparse import SkipPattern
-from skiparse.bench import run as runner
+from skiparse.bench import rows
+from skiparse.bench.timing import Timing, peak_extra_bytes, repeats_of, speedup, time_of
 from skiparse.models.suv.blocks import AdaptiveNorm, Norm, SUVBlock
 from skiparse.models.suv.parts import gated_residual, head_norm_rotate, modulated_norm, recomputed
 from skiparse.models.suv.rope import axis_dims, rotary_angles
 from skiparse.pattern import sub_of
 from skiparse.testing import budget
 
-RESULTS = Path(__file__).parent / "block.jsonl"
 FORWARD, GRADIENT = 2e-5, 1e-4  # fp32, relative to the largest value: the goldens' tolerances
 SPARSITIES = (1, 8)
 PACKED = {"single": SkipPattern.single, "group": SkipPattern.group}  # and blocks: in skip order
@@ -92,7 +91,7 @@ class Figure:
 
     part: Part
     backward: bool
-    timing: runner.Timing
+    timing: Timing
     kept_bytes: int | None = None  # alive between forward and backward, the weights not counted
 
     @property
@@ -108,7 +107,7 @@ def run(
     size: Size | None = None,
     compiler: str = "inductor",
     results: Path | None = None,
-) -> list[dict[str, Any]]:
+) -> list[rows.Row]:
     """Measure every part, print the table, and append the rows to ``results``.
 
     Args:
@@ -141,10 +140,10 @@ def run(
             figures += _measure(part, right, backward, device, dtype, rounds, compiler)
     print(table(size, dtype, figures), flush=True)
     ran = [figure for figure in figures if figure.timing.seconds]
-    rows = [row(size, figure, _naive(figure, figures), device, dtype) for figure in ran]
+    found = [row(size, figure, _naive(figure, figures), device, dtype) for figure in ran]
     if results is not None:
-        runner.append(results, rows)
-    return rows
+        rows.append(results, found)
+    return found
 
 
 def parts_of(
@@ -365,7 +364,7 @@ def _measure(
     ways = ways_of(part, compiler)
     figures = []
     if reason is not None and ways.pop("compiled", None) is not None:
-        figures = [Figure(part, backward, runner.Timing("compiled", why_not=reason))]
+        figures = [Figure(part, backward, Timing("compiled", why_not=reason))]
     grads = _grads(part, device) if backward else None
     check(part, right, ways, grads)
 
@@ -373,16 +372,16 @@ def _measure(
         return lambda: answer(function, part, grads)
 
     calls = {way: work(function) for way, function in ways.items()}
-    peaks = {way: runner.peak_extra_bytes(call, device) for way, call in calls.items()}
+    peaks = {way: peak_extra_bytes(call, device) for way, call in calls.items()}
     kept = {way: kept_bytes(function, part) for way, function in ways.items()}
-    once = runner._time(calls["naive"], 1, device)
-    repeats = max(1, round(runner.LEAST_SAMPLE / once))
+    once = time_of(calls["naive"], 1, device)
+    repeats = repeats_of(once)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, call in calls.items():
-            seconds[way].append(runner._time(call, repeats, device))
+            seconds[way].append(time_of(call, repeats, device))
     return [
-        Figure(part, backward, runner.Timing(way, tuple(seconds[way]), peaks[way]), kept[way])
+        Figure(part, backward, Timing(way, tuple(seconds[way]), peaks[way]), kept[way])
         for way in ways
     ] + figures
 
@@ -425,7 +424,7 @@ def table(size: Size, dtype: torch.dtype, figures: Sequence[Figure]) -> str:
             lines.append(f"{head}  not run: {timing.why_not}")
             continue
         low, high = min(timing.seconds) * 1e3, max(timing.seconds) * 1e3
-        gain = runner.speedup(timing, _naive(figure, figures).timing)
+        gain = speedup(timing, _naive(figure, figures).timing)
         lines.append(
             f"{head}{timing.median * 1e3:10.1f}{f'{low:.1f}-{high:.1f}':>18}{gain:11.2f}x"
             f"{_mib(timing.peak_bytes):>8}{_mib(figure.kept_bytes):>8}"
@@ -433,31 +432,20 @@ def table(size: Size, dtype: torch.dtype, figures: Sequence[Figure]) -> str:
     return "\n".join(lines)
 
 
-def row(
-    size: Size, figure: Figure, naive: Figure, device: str, dtype: torch.dtype
-) -> dict[str, Any]:
+def row(size: Size, figure: Figure, naive: Figure, device: str, dtype: torch.dtype) -> rows.Row:
     """One line of the results, as in ``results.jsonl``; speed-up is over the naive way."""
     timing = figure.timing
-    peak, kept = timing.peak_bytes, figure.kept_bytes
-    return {
-        "case": figure.case,
-        "backend": timing.name,
-        "kind": "hardware",
-        "device": runner.device_name(device),
-        "driver": runner.driver(device),
-        "threads": torch.get_num_threads() if device == "cpu" else None,
-        "dtype": str(dtype).removeprefix("torch."),
-        "shape": size.name,
-        "median_ms": round(timing.median * 1e3, 3),
-        "spread_ms": [round(min(timing.seconds) * 1e3, 3), round(max(timing.seconds) * 1e3, 3)],
-        "rounds": len(timing.seconds),
-        "peak_extra_mib": None if peak is None else round(peak / 2**20, 1),
-        "kept_mib": None if kept is None else round(kept / 2**20, 1),
-        "speedup": round(runner.speedup(timing, naive.timing), 4),
-        "versions": runner.versions(),
-        "commit": runner.commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    return rows.row(
+        figure.case,
+        timing.name,
+        device=device,
+        dtype=dtype,
+        seconds=timing.seconds,
+        shape=size.name,
+        peak_extra_mib=rows.mib(timing.peak_bytes),
+        kept_mib=rows.mib(figure.kept_bytes),
+        speedup=round(speedup(timing, naive.timing), 4),
+    )
 
 
 def _naive(figure: Figure, figures: Sequence[Figure]) -> Figure:

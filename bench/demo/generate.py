@@ -1,7 +1,8 @@
 """From a clip to a generated video, by the library's own tools and no weights from outside.
 
 1. Four scenes of the real clip, each with a caption, are written as a folder of clips.
-2. The autoencoder is the one of :mod:`skiparse.bench.reconstruct`, trained on the same clip.
+2. The autoencoder is the one of :mod:`skiparse.bench.experiments.reconstruct`, trained on the
+   same clip.
 3. The text encoders are a T5 and a CLIP of the real classes with random weights, tiny, that read
    characters: enough to tell four captions apart.
 4. The features of all scenes are cached, for each stage of the chain.
@@ -41,7 +42,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from skiparse.bench import demo, report
+from skiparse.bench.demo import attention, report
 from skiparse.models import shards
 from skiparse.models.data import cache
 from skiparse.models.data.manifest import Manifest
@@ -106,9 +107,9 @@ def make_clips(folder: Path, clip: Path) -> None:
     with shards.new_folder(folder) as aside:
         for i, (start, caption) in enumerate(SCENES):
             frames = read_video(
-                clip, frames=FRAMES, fps=demo.FPS, size=(SIDE, SIDE), start=start, threads=1
+                clip, frames=FRAMES, fps=attention.FPS, size=(SIDE, SIDE), start=start, threads=1
             )
-            write_video(aside / f"{i}.mp4", frames, fps=demo.FPS, crf=10)
+            write_video(aside / f"{i}.mp4", frames, fps=attention.FPS, crf=10)
             (aside / f"{i}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
@@ -230,13 +231,13 @@ def make_videos(folder: Path, model: Path, config: SUVConfig) -> list[dict[str, 
         source = read_video(
             folder / "clips" / f"{i}.mp4",
             frames=stage.rule.frames,
-            fps=demo.FPS,
+            fps=attention.FPS,
             size=(SIDE, SIDE),
             threads=1,
         )
         paths = [folder / f"{name}-{i}.mp4" for name in ("source", "generated")]
         for path, frames in zip(paths, (source, video), strict=True):
-            write_video(path, frames, fps=demo.FPS, crf=16)
+            write_video(path, frames, fps=attention.FPS, crf=16)
         made.append({"caption": caption, "files": [path.name for path in paths]})
         videos.append(video)
         sources.append(source)

@@ -1,9 +1,10 @@
 """The whole demo: attention on a real clip, an autoencoder, a cache, a trained model, its videos.
 
-The parts are those of :mod:`~skiparse.bench.demo`, :mod:`~skiparse.bench.reconstruct` and
-:mod:`~skiparse.bench.generate`, one after the other, in one report, which is written anew after
-each. A demo that was interrupted takes over the figures of attention and the autoencoder if they
-are whole, the cached features as far as they got, and the training from its last checkpoint.
+The parts are those of :mod:`~skiparse.bench.demo.attention`,
+:mod:`~skiparse.bench.experiments.reconstruct` and :mod:`~skiparse.bench.demo.generate`, one after
+the other, in one report, which is written anew after each. A demo that was interrupted takes over
+the figures of attention and the autoencoder if they are whole, the cached features as far as they
+got, and the training from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from skiparse.bench import demo, generate, reconstruct, report
+from skiparse.bench.demo import attention, generate, report
+from skiparse.bench.experiments import reconstruct
 
 
 def run(out: str | os.PathLike[str] = "demo_out", *, quick: bool = False) -> Path:
@@ -31,7 +33,7 @@ def run(out: str | os.PathLike[str] = "demo_out", *, quick: bool = False) -> Pat
         ValueError: if ``out`` holds what a demo of other settings made.
     """
     folder = Path(out)
-    result = demo.measured(quick=quick, kept=folder / "attention.json")
+    result = attention.measured(quick=quick, kept=folder / "attention.json")
     folder.mkdir(parents=True, exist_ok=True)
     path = report.write(folder / "report.html", result)
     for section in _sections(folder, quick):
@@ -45,5 +47,5 @@ def _sections(folder: Path, quick: bool) -> Iterator[str]:
     """What comes after attention, one part at a time."""
     size, steps = reconstruct.SIZES["quick" if quick else "demo"], 5 if quick else None
     yield reconstruct.section(reconstruct.run(folder, size=size, steps=steps))
-    made = generate.run(folder, demo.bundled_clip(), steps=0.001 if quick else 1.0)
+    made = generate.run(folder, attention.bundled_clip(), steps=0.001 if quick else 1.0)
     yield generate.section(folder, made)

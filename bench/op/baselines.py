@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import skiparse
-from skiparse.bench.cases import Case
+from skiparse.bench.op.cases import Case
+from skiparse.bench.timing import Work
 from skiparse.pattern import sub_of
 from skiparse.testing import Problem
-
-Work = Callable[[], object]
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,16 @@
 """Writes the README's generated tables: backends from the registry, figures from results.jsonl.
 
-``python -m skiparse.bench.tables README.md`` replaces what stands between the markers
+``python -m skiparse.bench.op.tables README.md`` replaces what stands between the markers
 ``<!-- name -->`` and ``<!-- end name -->``; a test fails when the README is behind.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
-from skiparse.bench.cases import CASES
-from skiparse.bench.run import RESULTS
+from skiparse.bench import rows
+from skiparse.bench.op.cases import CASES
 from skiparse.models.data.atomic import replacing
 from skiparse.registry import BACKENDS
 
@@ -36,19 +34,20 @@ def backends() -> str:
     return "\n".join([head, *rows])
 
 
-def benchmark(results: Path = RESULTS) -> str:
+def benchmark(results: Path = rows.RESULTS) -> str:
     """The latest row of every case and contender on each device, speed-up beside its ceiling."""
-    latest: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for line in results.read_text().splitlines():
-        row = json.loads(line)
+    latest: dict[tuple[str, str, str], rows.Row] = {}
+    for row in rows.read(results):
         if row["case"] in CASES and row["backend"] in HOW:
             latest[row["device"], row["case"], row["backend"]] = row
     parts = []
     for device in sorted({key[0] for key in latest}):
-        rows = [row for key, row in latest.items() if key[0] == device]
-        rows.sort(key=lambda row: (list(CASES).index(row["case"]), list(HOW).index(row["backend"])))
+        found = [row for key, row in latest.items() if key[0] == device]
+        found.sort(
+            key=lambda row: (list(CASES).index(row["case"]), list(HOW).index(row["backend"]))
+        )
         parts += [
-            f"On {device}, {rows[0]['dtype']}:",
+            f"On {device}, {found[0]['dtype']}:",
             "",
             "| case | attention | median | over dense | ceiling | reached | extra memory |",
             "|---|---|---:|---:|---:|---:|---:|",
@@ -56,7 +55,7 @@ def benchmark(results: Path = RESULTS) -> str:
                 f"| `{row['case']}` | {HOW[row['backend']]} | {row['median_ms']:,.0f} ms "
                 f"| {row['speedup']:.2f}x | {row['ceiling']:.2f}x | {row['reached']:.2f} "
                 f"| {'?' if row['peak_extra_mib'] is None else round(row['peak_extra_mib'])} MiB |"
-                for row in rows
+                for row in found
             ),
             "",
         ]

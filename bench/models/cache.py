@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from skiparse.bench import run as runner
+from skiparse.bench import rows
+from skiparse.bench.timing import peak_extra_bytes
 from skiparse.models import flow
 from skiparse.models.data import cache
 from skiparse.models.data.buckets import Rule, assign
@@ -55,7 +55,6 @@ from skiparse.models.suv.model import SUV
 from skiparse.models.text import TextEncoders
 from skiparse.models.wfvae.model import WFVAE
 
-RESULTS = Path(__file__).parent / "cache.jsonl"
 PARTS = ("read", "text", "vae", "load", "dit")
 AGREE = 0.03  # of a step, within which the predicted and the measured gain should be
 WAYS = ("encoders", "cache")
@@ -120,7 +119,7 @@ def run(
     rounds: int = 5,
     settings: Sequence[Setting] = SETTINGS,
     results: Path | None = None,
-) -> list[dict[str, Any]]:
+) -> list[rows.Row]:
     """Measure on the CPU, print the tables, and append the rows to ``results``.
 
     Args:
@@ -137,17 +136,17 @@ def run(
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
-    rows: list[dict[str, Any]] = []
+    found: list[rows.Row] = []
     for setting in settings:
         with tempfile.TemporaryDirectory() as folder:
             figures = measure(setting, Path(folder), rounds)
         print(table(figures), flush=True)
         new = [row(figures, way) for way in WAYS]
         if results is not None:
-            runner.append(results, new)
-        rows += new
+            rows.append(results, new)
+        found += new
     print(published_table())
-    return rows
+    return found
 
 
 def measure(setting: Setting, folder: Path, rounds: int) -> Figures:
@@ -372,7 +371,7 @@ def _peak_here(setting: Setting, folder: Path, way: str, threads: int) -> int | 
         for step in range(MEMORY_STEPS):
             train(made(step))
 
-    return runner.peak_extra_bytes(work, "cpu")
+    return peak_extra_bytes(work, "cpu")
 
 
 # What is shown.
@@ -415,27 +414,18 @@ def published_table() -> str:
     return "\n".join(lines)
 
 
-def row(figures: Figures, way: str) -> dict[str, Any]:
+def row(figures: Figures, way: str) -> rows.Row:
     """One line of the results, as in ``results.jsonl``; speed-up is over the encoders."""
-    seconds, peak = figures.steps[way], figures.peak_bytes[way]
     parts = {part: statistics.median(figures.parts[part]) for part in PARTS}
-    return {
-        "case": f"cache.{figures.setting.name}",
-        "backend": way,
-        "kind": "hardware",
-        "device": runner.device_name("cpu"),
-        "driver": None,
-        "threads": torch.get_num_threads(),
-        "dtype": "float32",
-        "median_ms": round(statistics.median(seconds) * 1e3, 3),
-        "spread_ms": [round(min(seconds) * 1e3, 3), round(max(seconds) * 1e3, 3)],
-        "rounds": len(seconds),
-        "parts_ms": {part: round(value * 1e3, 3) for part, value in parts.items()},
-        "predicted_gain": round(figures.predicted, 4),
-        "measured_gain": round(figures.measured, 4),
-        "peak_mib": None if peak is None else round(peak / 2**20, 1),
-        "speedup": round(1 / (1 - figures.measured), 4) if way == "cache" else 1.0,
-        "versions": runner.versions(),
-        "commit": runner.commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    return rows.row(
+        f"cache.{figures.setting.name}",
+        way,
+        device="cpu",
+        dtype=torch.float32,
+        seconds=figures.steps[way],
+        parts_ms={part: round(value * 1e3, 3) for part, value in parts.items()},
+        predicted_gain=round(figures.predicted, 4),
+        measured_gain=round(figures.measured, 4),
+        peak_extra_mib=rows.mib(figures.peak_bytes[way]),
+        speedup=round(1 / (1 - figures.measured), 4) if way == "cache" else 1.0,
+    )

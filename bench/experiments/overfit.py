@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from skiparse.bench import demo
+from skiparse.bench.demo import attention
 from skiparse.models import flow
 from skiparse.models.data.atomic import replacing, write_json
 from skiparse.models.data.video import read_video
@@ -85,7 +85,7 @@ class Scenes:
         coefficients = latents * self.spread + self.mean
         patches = torch.einsum(
             "bcnthw,pn->btchwp", coefficients.unflatten(1, (3, -1)), self.basis
-        ).unflatten(-1, (demo.PATCH, demo.PATCH))  # b t c h w y x
+        ).unflatten(-1, (attention.PATCH, attention.PATCH))  # b t c h w y x
         rows = patches.permute(0, 1, 3, 5, 4, 6, 2)  # b t h y w x c
         return rows.flatten(4, 5).flatten(2, 3).clamp(0, 1)
 
@@ -109,7 +109,7 @@ def run(
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    clip, folder = demo.bundled_clip(), Path(out)
+    clip, folder = attention.bundled_clip(), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     with one_thread():
         start = time.perf_counter()
@@ -152,17 +152,17 @@ def scenes_of(clip: Path, size: Size) -> Scenes:
     frames = read_video(
         clip,
         frames=(size.scenes - 1) * size.stride + size.frames,
-        fps=demo.FPS,
+        fps=attention.FPS,
         size=(size.height, size.width),
         threads=1,
     )
-    basis, _ = demo._dct_basis(size.order)
-    grid = size.height // demo.PATCH, size.width // demo.PATCH
+    basis, _ = attention._dct_basis(size.order)
+    grid = size.height // attention.PATCH, size.width // attention.PATCH
     scenes = []
     for first in range(0, len(frames) - size.frames + 1, size.stride):
         scene = frames[first : first + size.frames].float() / 255
-        groups = (scene[:1], *scene[1:].split(demo.GROUP))
-        patches = torch.stack([demo._patches(group.mean(0)) @ basis for group in groups])
+        groups = (scene[:1], *scene[1:].split(attention.GROUP))
+        patches = torch.stack([attention._patches(group.mean(0)) @ basis for group in groups])
         scenes.append(patches.flatten(2).unflatten(1, grid).permute(3, 0, 1, 2))  # c t h w
     raw = torch.stack(scenes)
     dims = (0, 2, 3, 4)
@@ -276,7 +276,7 @@ def result(
     counted = {name: pairs(model, tokens, size.text) for name, model in models.items()}
     return {
         "method": __doc__,
-        "credit": demo.CREDIT,
+        "credit": attention.CREDIT,
         "size": asdict(size),
         "latents": list(scenes.latents.shape),
         "tokens": tokens,
@@ -339,7 +339,7 @@ def draw(found: dict[str, Any], scenes: Scenes, samples: dict[str, Tensor]) -> b
             if row == len(rows) - 1:
                 scene, step = divmod(column, per_scene)
                 axes.set_xlabel(f"scene {scene + 1}, step {step}", fontsize=8)
-    figure.text(0.985, 0.006, demo.CREDIT, ha="right", fontsize=7, color="#666")
+    figure.text(0.985, 0.006, attention.CREDIT, ha="right", fontsize=7, color="#666")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -36,7 +36,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 import skiparse
-from skiparse.bench import report
+from skiparse.bench.demo import report
+from skiparse.bench.rows import processor
 from skiparse.models.data.atomic import write_json
 from skiparse.models.data.video import VideoInfo, probe, read_video
 from skiparse.pattern import SkipPattern, sub_of
@@ -497,17 +498,8 @@ def _facts(source: Path, info: VideoInfo, size: Size) -> dict[str, str]:
     return {
         "Clip": f"{source.name}: {info.width} x {info.height}{rate}{length}",
         "Used": f"{size.frames} frames of {size.width} x {size.height} at {FPS} frames/s",
-        "Processor": f"{_cpu_name()}, {cores} cores available",
+        "Processor": f"{processor()}, {cores} cores available",
         "Threads": str(torch.get_num_threads()),
         "Software": f"skiparse {skiparse.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
     }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

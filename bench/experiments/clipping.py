@@ -3,7 +3,7 @@
 1. Norms with log-normal noise of a tenth, in five sequences: single spikes, a level that jumps to
    2, 4 or 10 times, one that sinks to a tenth. Each mode of ``AdaptiveGradClipper`` is asked about
    each norm. Where "osp15" stops, its run would end; it is asked on.
-2. A tiny sparse SUV learns latents of the real clip, as in ``skiparse.bench.overfit``, once with
+2. A tiny sparse SUV learns latents of the real clip, as in ``overfit`` beside this, once with
    each way of clipping: from the same weights, on the same noise in the same order, with AdamW. At
    fixed steps the batch is bad: the latents 30 times too large, the velocity to learn that of other
    noise, or NaN. NaN comes only to the ways that survive it, "report" and "safe": without clipping
@@ -36,7 +36,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from skiparse.bench import demo, overfit
+from skiparse.bench.demo import attention
+from skiparse.bench.experiments import overfit
 from skiparse.models import flow
 from skiparse.models.data.atomic import replacing, write_json
 from skiparse.models.suv.model import SUV
@@ -137,7 +138,7 @@ def run(
     asked = sequences()
     if recorded is not None:
         asked["recorded"] = load_file(recorded)["main.osp15.norm_before"].tolist()
-    clip, folder = demo.bundled_clip(), Path(out)
+    clip, folder = attention.bundled_clip(), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     with overfit.one_thread():
         scenes = overfit.scenes_of(clip, size)
@@ -145,7 +146,7 @@ def run(
         runs = train(model, scenes, steps)
     found = {
         "method": __doc__,
-        "credit": demo.CREDIT,
+        "credit": attention.CREDIT,
         "size": asdict(size),
         "latents": list(scenes.latents.shape),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from skiparse.bench import baselines, cases
+from skiparse.bench.op import baselines, cases
 from skiparse.testing import check_sample, make_problem
 
 SMALL = cases.select("57x288x512-1h.k4.*") + cases.select("57x288x512-1h.dense.*")

@@ -20,7 +20,6 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from skiparse.bench import run as runner
+from skiparse.bench import rows
+from skiparse.bench.timing import peak_extra_bytes, time_of
 from skiparse.models.wfvae.model import WFVAE
 from skiparse.models.wfvae.stream import Stream
 
-RESULTS = Path(__file__).parent / "vae.jsonl"
 DIRECTIONS = ("encode", "decode")
 CHUNK = 1  # latents
 WARM = 33  # frames coded first: libraries take theirs then, for every kind of chunk
@@ -106,7 +105,7 @@ def run(
     rounds: int = 5,
     size: Size | None = None,
     results: Path | None = None,
-) -> list[dict[str, Any]]:
+) -> list[rows.Row]:
     """Measure, print the tables, and append the rows to ``results``.
 
     Args:
@@ -140,10 +139,10 @@ def run(
     kept = [Figure(*key, peaks[key]) for key in todo]
     print(time_table(size, dtype, timed), flush=True)
     print(memory_table(size, kept), flush=True)
-    rows = [row(figure, timed, device, dtype) for figure in timed + kept]
+    found = [row(figure, timed, device, dtype) for figure in timed + kept]
     if results is not None:
-        runner.append(results, rows)
-    return rows
+        rows.append(results, found)
+    return found
 
 
 def build(name: str, size: Size, device: str, dtype: torch.dtype) -> nn.Module:
@@ -245,7 +244,7 @@ def _timed(
             work()
         for _ in tqdm(range(rounds), desc=direction, unit="round", disable=None, leave=False):
             for name, work in works.items():
-                took = runner._time(work, 1, device)
+                took = time_of(work, 1, device)
                 seconds.setdefault((direction, name, size.video), []).append(took)
     return {key: tuple(took) for key, took in seconds.items()}
 
@@ -289,7 +288,7 @@ def _peak(size: Size, key: Key, device: str, dtype: torch.dtype) -> int | None:
     code(inputs(name, size, small)[direction].to(device, dtype))
     x = inputs(name, size, video)[direction].to(device, dtype)
     made: list[int] = []
-    peak = runner.peak_extra_bytes(lambda: made.append(code(x).nbytes), device)
+    peak = peak_extra_bytes(lambda: made.append(code(x).nbytes), device)
     return None if peak is None else max(0, peak - made[0])
 
 
@@ -337,38 +336,26 @@ def memory_table(size: Size, figures: Sequence[Figure]) -> str:
     return "\n".join(lines)
 
 
-def row(
-    figure: Figure, figures: Sequence[Figure], device: str, dtype: torch.dtype
-) -> dict[str, Any]:
+def row(figure: Figure, figures: Sequence[Figure], device: str, dtype: torch.dtype) -> rows.Row:
     """One line of the results, as in ``results.jsonl``; speed-up is over the whole video."""
-    extra, seconds = figure.extra_bytes, figure.seconds
-    found: dict[str, Any] = {
-        "case": figure.case,
-        "backend": figure.name,
-        "kind": "hardware",
-        "device": runner.device_name(device),
-        "driver": runner.driver(device),
-        "threads": torch.get_num_threads() if device == "cpu" else None,
-        "dtype": str(dtype).removeprefix("torch."),
-        "peak_extra_mib": None if extra is None else round(extra / 2**20, 1),
-    }
-    if seconds:
-        gain, median = _speedup(figure, figures), statistics.median(seconds)
-        found |= {
+    figures_of: dict[str, Any] = {"peak_extra_mib": rows.mib(figure.extra_bytes)}
+    if figure.seconds:
+        gain, median = _speedup(figure, figures), statistics.median(figure.seconds)
+        figures_of |= {
             "parameters": figure.parameters,
-            "median_ms": round(median * 1e3, 3),
-            "spread_ms": [round(min(seconds) * 1e3, 3), round(max(seconds) * 1e3, 3)],
-            "rounds": len(seconds),
             "tflop": round(figure.flop / 1e12, 4),
             "published_tflop": PUBLISHED[figure.direction] if figure.video == RELEASED else None,
             "tflops": round(figure.flop / median / 1e12, 4),
             "speedup": None if gain is None else round(gain, 4),
         }
-    return found | {
-        "versions": runner.versions(),
-        "commit": runner.commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+    return rows.row(
+        figure.case,
+        figure.name,
+        device=device,
+        dtype=dtype,
+        seconds=figure.seconds,
+        **figures_of,
+    )
 
 
 def _speedup(figure: Figure, figures: Sequence[Figure]) -> float | None:

@@ -1,6 +1,6 @@
 """Dense, sparse, and sparse from dense: the same steps on the same data, judged on other data.
 
-The latents are those of :mod:`skiparse.bench.overfit`, of longer scenes of the real clip: no
+The latents are those of ``overfit`` beside this, of longer scenes of the real clip: no
 learned weights before the model. Some scenes train, the others judge, and their frames do not
 overlap; but it is one clip of five seconds, so this says how fast the models learn and not how well
 they would generalise. Three models, all with the weights of one dense model to begin with:
@@ -29,8 +29,9 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from skiparse.bench import demo, overfit
-from skiparse.bench.overfit import Scenes
+from skiparse.bench.demo import attention
+from skiparse.bench.experiments import overfit
+from skiparse.bench.experiments.overfit import Scenes
 from skiparse.models import flow
 from skiparse.models.data.atomic import replacing, write_json
 from skiparse.models.suv.model import SUV
@@ -74,7 +75,7 @@ def run(
     """
     if steps < 2:
         raise ValueError(f"steps must be at least 2, got {steps}")
-    clip, folder = demo.bundled_clip(), Path(out)
+    clip, folder = attention.bundled_clip(), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     with overfit.one_thread():
         scenes = overfit.scenes_of(clip, size.scenes)
@@ -128,7 +129,7 @@ def compare(scenes: Scenes, size: Size, steps: int) -> dict[str, Any]:
     late = {name: each[steps // 2 + 1 :] or each for name, each in seconds.items()}
     return {
         "method": __doc__,
-        "credit": demo.CREDIT,
+        "credit": attention.CREDIT,
         "size": asdict(size),
         "tokens": tokens,
         "steps": steps,
