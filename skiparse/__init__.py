@@ -42,6 +42,7 @@ __all__ = [
 # Torch takes a second to import, which `skiparse --help` has no use for. So what needs it comes
 # with it: at once where torch is there, else when somebody imports it or asks for a name.
 _WHERE = {
+    "GridPattern": "pattern",
     "Packed": "pack",
     "SkipPattern": "pattern",
     "attention": "functional",
