@@ -1,6 +1,8 @@
 """The benchmark times only what is right, and says what it compared with what."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -155,6 +157,16 @@ def test_run_prints_the_ceiling_and_writes_rows(tmp_path, capsys):
     assert mine["kind"] == "hardware"
     assert {"case", "device", "driver", "versions", "commit", "dtype", "date"} <= set(mine)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_command_runs_in_a_process_of_its_own():
+    """Where nothing else has asked for the operators before."""
+    code = "from skiparse.cli import main; main(['bench', '1x128x128.k2.group.fwd', *{}])"
+    options = ["--backends", "sdpa", "--against", "dense", "--rounds", "1", "--results", ""]
+    command = [sys.executable, "-c", code.format(options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "skiparse.sdpa" in done.stdout
 
 
 def test_speedup_is_the_median_of_the_rounds_own_ratios():

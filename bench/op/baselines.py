@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import skiparse
+from skiparse import joint_attention
 from skiparse.bench.op.cases import Case
 from skiparse.bench.timing import Work
 from skiparse.testing import Problem
@@ -40,7 +40,7 @@ def skiparse_backend(case: Case, problem: Problem, backend: str) -> Contender:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *text: Tensor) -> tuple[Tensor, ...]:
         text_q, text_k, text_v = text
-        return skiparse.joint_attention(q, k, v, text_q, text_k, text_v, p.pattern, backend=backend)
+        return joint_attention(q, k, v, text_q, text_k, text_v, p.pattern, backend=backend)
 
     return Contender(name, step(case, attend, p.inputs, (p.grad_out, p.grad_text_out)))
 
