@@ -34,7 +34,7 @@ from skiparse.derivatives import (
     refuse_nested_forward_mode,
     tensors,
 )
-from skiparse.pattern import SkipPattern
+from skiparse.pattern import GridPattern, SkipPattern
 
 PACKERS = {row.name: row for row in registry.BACKENDS if row.pack_kernels}
 BACKENDS = ("auto", "eager", *PACKERS)
@@ -101,6 +101,11 @@ def norm_rope_pack(
     """
     video = {"q": q, "k": k, "v": v}
     text = {"text_q": text_q, "text_k": text_k, "text_v": text_v}
+    if isinstance(pattern, GridPattern):
+        raise ValueError(
+            f"pattern must be a SkipPattern, got {pattern!r}; a grid is not packed, call "
+            "skiparse.joint_attention"
+        )
     functional._check(video, text, pattern, None, "auto")
     norms = {
         "norm_q": norm_q, "norm_k": norm_k, "text_norm_q": text_norm_q, "text_norm_k": text_norm_k,
