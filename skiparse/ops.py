@@ -85,7 +85,8 @@ def _inputs(*args: Any) -> Inputs:
     """The problem, from what ``_INPUTS``, ``_SETTINGS`` and ``_GRID`` name."""
     sparsity, run, scale, *grid = args[8:]
     pattern = pattern_of((sparsity, run, *_grid(grid)))
-    return Inputs(*map(_unit, args[:6]), args[6], args[7], pattern, scale)
+    q, k, v, text_q, text_k, text_v = map(_unit, args[:6])
+    return Inputs(q, k, v, text_q, text_k, text_v, args[6], args[7], pattern, scale)
 
 
 def _grid(left: Sequence[Any]) -> Sequence[int]:
