@@ -12,7 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 
-from skiparse import SkipPattern
+from skiparse import GridPattern, SkipPattern
 from skiparse.backends import Inputs, Outputs
 from skiparse.backends import triton as backend
 from skiparse.backends.triton import backward_kernel, plans
@@ -29,6 +29,7 @@ HALVES = (torch.float16, torch.bfloat16) if HAS_GPU else (torch.float16,)
 CASES = {
     "single": (SkipPattern.single(2), {"N": 74, "T": 5}),
     "group": (SkipPattern.group(4), {"N": 96, "T": 37}),
+    "no-queries": (SkipPattern.group(4), {"N": 96, "T": 37, "text_queries": False}),
     "group-alone": (SkipPattern.group(2), {"N": 72, "T": 0}),
     "one-text": (SkipPattern.single(3), {"N": 51, "T": 1}),
     "block": (SkipPattern.block(2, 64), {"N": 64, "T": 19}),
@@ -42,6 +43,7 @@ CASES = {
 }
 REFUSED = {
     "not-divided": (SkipPattern.single(2), {"N": 77}),
+    "grid": (GridPattern.group((1, 4, 10), 2), {"N": 40, "T": 3}),
     "runs-of-3": (SkipPattern(2, 3), {"N": 60}),
     "cut-run": (SkipPattern(1, 8), {"N": 12}),
     "none": (SkipPattern.single(2), {"N": 0, "T": 5}),
