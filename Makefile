@@ -61,7 +61,7 @@ readme: install
 
 # Guides, the books and the reference, from Markdown and docstrings. What leads nowhere is an error.
 docs: install
-	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/docs
+	$(BIN)/python -m sphinx -q -W -E --keep-going -c docs . build/docs
 
 clean:
 	rm -rf .venv build dist *.egg-info demo_out

@@ -1,7 +1,7 @@
-"""How Sphinx makes the documentation: `make docs` runs it on the whole repository, into build/docs.
+"""How Sphinx makes the documentation: `make docs` runs it on the repository, into build/docs.
 
-The source folder is the repository's root, so a link between README.md, docs/ and the other books is
-the same relative path on a page, in an editor and on a code host.
+The source folder is the repository's root, so a link between README.md, docs/ and the other books
+is the same relative path on a page, in an editor and on a code host.
 """
 
 import inspect

@@ -36,7 +36,7 @@ def backends() -> str:
 
 
 def in_short(case: Case) -> bool:
-    """Is it told in the README: the headline's video at the largest k, in as many heads as it takes?
+    """Is it told in the README? The headline's video at the largest k, where that is fair.
 
     With one head, torch's dense backward has a single thread on a CPU, which flatters the others.
     """
@@ -89,7 +89,9 @@ def render(text: str) -> str:
     """
     begun = {f"<!-- {name} -->\n": name for name in TABLES if f"<!-- {name} -->\n" in text}
     if not begun:
-        raise ValueError(f"none of {', '.join(TABLES)} is marked in the text; add <!-- backends -->")
+        raise ValueError(
+            f"none of {', '.join(TABLES)} is marked in the text; add <!-- backends -->"
+        )
     for start, name in begun.items():
         end = f"<!-- end {name} -->"
         if end not in text:
