@@ -1,13 +1,14 @@
 # make install   an environment in .venv with everything, from the tested versions
 # make demo      dense and Skiparse attention on a real clip; writes demo_out/report.html
 # make test      lint, types, and the tests: what CI runs
+# make smoke     a minute of something of every part: for the inner loop
 # make test-full the long matrices as well
 # make docs      the documentation, in build/docs; begin at build/docs/docs/index.html
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-full lint types torch_npu readme docs clean
+.PHONY: install demo smoke test test-full lint types torch_npu readme docs clean
 
 install: $(STAMP)
 
@@ -22,6 +23,10 @@ demo: install
 # As many processes as cores, each with whole files of tests: what they make for themselves, they
 # share. A test computes on one thread (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+# By tests, not by files: the longest file would be half of it.
+smoke: install
+	$(BIN)/python -m pytest -m smoke -n auto --maxprocesses 8
 
 test: lint types torch_npu
 	$(PYTEST)

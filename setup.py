@@ -70,6 +70,7 @@ setup(
         "skiparse.models.data",
         "skiparse.models.suv",
         "skiparse.models.train",
+        "skiparse.models.wan",
         "skiparse.models.wfvae",
         "skiparse.bench",
         "skiparse.bench.demo",

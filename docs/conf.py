@@ -9,7 +9,7 @@ import sys
 from pydoc import locate
 
 from docutils import nodes
-from sphinx.addnodes import pending_xref
+from sphinx.addnodes import desc, desc_signature, pending_xref
 
 from skiparse._version import __version__
 
@@ -45,11 +45,24 @@ napoleon_use_ivar = True
 nitpicky = True  # a reference that leads nowhere is a warning, and `make docs` fails at warnings
 
 
+def scopes(node):
+    """Where a name may be from: the class it stands in, its module, and the file of what it is of.
+
+    `skiparse.attention` is on the page of `skiparse`, and was written in `skiparse.functional`.
+    """
+    module = node.get("py:module")
+    yield from (f"{module}.{node.get('py:class')}", module)
+    while node := node.parent:
+        if isinstance(node, desc):
+            (signature, *_) = node.findall(desc_signature)
+            of = locate(f"{signature.get('module')}.{signature.get('fullname')}")
+            yield getattr(of, "__module__", None)
+
+
 def meant(node):
-    """What a reference says: a name of the module or class it stands in, or else a full path."""
-    module, target = node.get("py:module"), node["reftarget"]
-    places = [f"{module}.{node.get('py:class')}.{target}", f"{module}.{target}", target]
-    return next((found for place in places if (found := locate(place)) is not None), None)
+    """What a reference says: a name in one of its scopes, or else a full path."""
+    paths = [*(f"{scope}.{node['reftarget']}" for scope in scopes(node)), node["reftarget"]]
+    return next((found for path in paths if (found := locate(path)) is not None), None)
 
 
 def with_full_names(app, doctree):
@@ -59,6 +72,7 @@ def with_full_names(app, doctree):
             continue
         node.attributes.pop("refspecific", None)  # no guess by the last part of a name
         found = meant(node)
+        node["exists"] = found is not None
         if inspect.ismodule(found):
             node["reftarget"] = found.__name__
         elif hasattr(found, "__qualname__") and found.__module__ in sys.modules:
@@ -70,9 +84,7 @@ def not_on_a_page(app, env, node, text):
 
     A role that somebody wrote (a literal) and that means nothing stays missing: a warning.
     """
-    if node.get("refdomain") == "py" and (
-        not isinstance(text, nodes.literal) or meant(node) is not None
-    ):
+    if node.get("refdomain") == "py" and (node["exists"] or not isinstance(text, nodes.literal)):
         return text
     return None
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what is found by name knows who finds it
 
 RECIPES = {
     "suv": "skiparse.models.suv.recipe:SUVRecipe",
+    "wan": "skiparse.models.wan.recipe:WanRecipe",
     "wfvae": "skiparse.models.wfvae.train:WFVAERecipe",
 }
 
