@@ -21,10 +21,11 @@ from skiparse.after_import import after_import
 if TYPE_CHECKING:
     from skiparse.functional import attention, attention_with_lse, joint_attention, key_mask
     from skiparse.pack import Packed, norm_rope_pack, packing_pays, unpack
-    from skiparse.pattern import SkipPattern
+    from skiparse.pattern import GridPattern, SkipPattern
     from skiparse.registry import list_backends
 
 __all__ = [
+    "GridPattern",
     "Packed",
     "SkipPattern",
     "__version__",
@@ -41,6 +42,7 @@ __all__ = [
 # Torch takes a second to import, which `skiparse --help` has no use for. So what needs it comes
 # with it: at once where torch is there, else when somebody imports it or asks for a name.
 _WHERE = {
+    "GridPattern": "pattern",
     "Packed": "pack",
     "SkipPattern": "pattern",
     "attention": "functional",

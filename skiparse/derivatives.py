@@ -11,7 +11,7 @@ with torch 2.10, 2.11 and 2.13.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -24,15 +24,27 @@ LIBRARY = torch.library.Library("skiparse", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
-def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Declare the function below as ``skiparse::name``, by its annotations; it is the operator.
+def tensors(names: Iterable[str], prefix: str = "") -> str:
+    """The part of an operator's schema that has a tensor for every name."""
+    return ", ".join(f"Tensor {prefix}{name}" for name in names)
 
-    It allocates what it returns, and writes to none of its arguments.
+
+def operator(name: str, *arguments: str, returns: int) -> Callable[[Callable[..., Any]], Any]:
+    """Declare the function below as ``skiparse::name``; it is the operator then.
+
+    It allocates what it returns, and writes to none of its arguments, which come by position. They
+    are said in the language of schemas and not as Python's, so that operators share parts of
+    theirs. Saved graphs name them: what is there keeps its name and place.
+
+    Args:
+        name: within ``skiparse``.
+        arguments: parts of the schema.
+        returns: how many tensors.
     """
+    schema = f"{name}({', '.join(arguments)}) -> ({', '.join(['Tensor'] * returns)})"
 
     def declare(implementation: Callable[..., Any]) -> Any:
-        schema = torch.library.infer_schema(implementation, mutates_args=())
-        LIBRARY.define(name + schema, tags=_TAGS)
+        LIBRARY.define(schema, tags=_TAGS)
         LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         return getattr(torch.ops.skiparse, name).default
 

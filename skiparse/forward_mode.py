@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from skiparse.backends import Inputs, Outputs
-from skiparse.pattern import length_of, token_of
 
 SCORES = 2**25  # of a block, over all heads and batch entries
 
@@ -27,20 +26,20 @@ def tangents(inputs: Inputs, given: Sequence[Tensor]) -> Outputs:
     With ``p = exp(scores - lse)`` and ``ds = scale * (dq k^T + q dk^T)``: ``dlse = rowsum(p * ds)``
     and ``do = (p * ds) v - dlse * o + p dv``. Where every key is masked they are zero.
     """
-    q, n, w = inputs.q, inputs.pattern.sparsity, inputs.pattern.run
-    (B, N, H, D), T = q.shape, inputs.text_q.shape[1]
+    q, n = inputs.q, inputs.pattern.sparsity
+    (B, N, H, D), Q = q.shape, inputs.text_q.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     found = Outputs(
         out=q.new_empty(B, N, H, D),
-        text_out=q.new_empty(B, n, T, H, D),
+        text_out=q.new_empty(B, n, Q, H, D),
         lse=q.new_empty(B, H, N, dtype=wide),
-        text_lse=q.new_empty(B, H, n, T, dtype=wide),
+        text_lse=q.new_empty(B, H, n, Q, dtype=wide),
     )
     pairs = [(inputs.q, inputs.text_q), (inputs.k, inputs.text_k), (inputs.v, inputs.text_v)]
     pairs += zip(given[:3], given[3:], strict=True)
     for s in range(n):
-        L = length_of(s, N, n, w)
-        tokens = token_of(s, torch.arange(L, device=q.device), n, w)
+        L = inputs.pattern.length(s, N)
+        tokens = inputs.pattern.token(s, torch.arange(L, device=q.device))
         rows = [torch.cat([x[:, tokens], y], 1).transpose(1, 2).to(wide) for x, y in pairs]
         attend = _attended(inputs, tokens)
         if attend is not None:  # what is hidden may be large enough to overflow
@@ -63,7 +62,7 @@ def _attended(inputs: Inputs, tokens: Tensor) -> Tensor | None:
     mask = everything if inputs.mask is None else inputs.mask
     text = inputs.text_mask
     if text is None:
-        text = inputs.q.new_ones(inputs.text_q.shape[:2], dtype=torch.bool)
+        text = inputs.q.new_ones(inputs.text_k.shape[:2], dtype=torch.bool)
     return torch.cat([mask[:, tokens], text], 1)
 
 

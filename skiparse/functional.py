@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from skiparse import ops, registry
-from skiparse.pattern import SkipPattern
+from skiparse.pattern import GridPattern, SkipPattern
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -23,7 +23,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: SkipPattern,
+    pattern: SkipPattern | GridPattern,
     *,
     mask: Tensor | None = None,
     scale: float | None = None,
@@ -33,7 +33,9 @@ def attention(
 
     Args:
         q, k, v: ``[B, N, H, D]``, fp64, fp32, bf16 or fp16, on one device. Any ``N``.
-        pattern: who attends to whom; ``SkipPattern.single(k)`` or ``.group(k)``.
+        pattern: who attends to whom; ``SkipPattern.single(k)`` or ``.group(k)`` of the tokens as
+            they come, ``GridPattern.single((frames, rows, columns), ratio)`` or ``.group(...)`` of
+            a grid, whose tokens are ``N``. A grid's tokens lie in the order that it names.
         mask: ``[B, N]`` key mask, True = attend: bool, or integers that are only 0 and 1. Masked
             tokens still query, and their values must be finite. A query whose keys are all masked
             gets 0, and passes no gradient.
@@ -47,7 +49,7 @@ def attention(
         ValueError: for arguments that do not fit together, before any work.
         RuntimeError: if the backend cannot do this, with its reason.
 
-    Source: Open-Sora Plan v1.3 report, "Skiparse attention".
+    Source: Open-Sora Plan v1.3 report, "Skiparse attention"; for grids OSP-Next, arXiv 2605.28691.
     """
     return attention_with_lse(q, k, v, pattern, mask=mask, scale=scale, backend=backend)[0]
 
@@ -56,7 +58,7 @@ def attention_with_lse(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: SkipPattern,
+    pattern: SkipPattern | GridPattern,
     *,
     mask: Tensor | None = None,
     scale: float | None = None,
@@ -74,11 +76,8 @@ def attention_with_lse(
     Raises:
         ValueError, RuntimeError: as :func:`attention`.
     """
-    named = {"q": q, "k": k, "v": v}
-    scale = _check(named, {}, pattern, scale, backend)
-    mask = _check_mask("mask", mask, (q.shape[0], q.shape[1]), q)
-    empty = q.new_empty(q.shape[0], 0, *q.shape[2:])
-    out, _, lse, _ = _call(q, k, v, empty, empty, empty, mask, None, pattern, scale, backend)
+    video = {"q": q, "k": k, "v": v}
+    out, _, lse, _ = _attend(video, {}, pattern, mask, None, scale, backend)
     return out, lse
 
 
@@ -89,7 +88,7 @@ def joint_attention(
     text_q: Tensor | None,
     text_k: Tensor | None,
     text_v: Tensor | None,
-    pattern: SkipPattern,
+    pattern: SkipPattern | GridPattern,
     *,
     mask: Tensor | None = None,
     text_mask: Tensor | None = None,
@@ -104,60 +103,66 @@ def joint_attention(
     Args:
         q, k, v: ``[B, N, H, D]``, the video; as for :func:`attention`.
         text_q, text_k, text_v: ``[B, T, H, D]``, any ``T``, 0 included; dtype and device of ``q``.
+            With ``text_q`` None the text has keys and values alone: no text rows are computed.
         pattern: as for :func:`attention`.
         mask: ``[B, N]`` key mask of the video, True = attend; as for :func:`attention`.
         text_mask: ``[B, T]`` key mask of the text, likewise.
         scale, backend: as for :func:`attention`.
 
     Returns:
-        ``out [B, N, H, D]`` and ``text_out [B, T, H, D]``.
+        ``out [B, N, H, D]`` and ``text_out [B, T, H, D]``; without queries ``[B, 0, H, D]``.
 
     Raises:
         ValueError, RuntimeError: as :func:`attention`; also if the text is given in part.
 
     Source: Open-Sora Plan v1.5 report, "SUV".
     """
-    named = {"q": q, "k": k, "v": v}
-    if text_q is None or text_k is None or text_v is None:
+    if text_k is None or text_v is None:
         given = {"text_q": text_q, "text_k": text_k, "text_v": text_v}
         missing = [name for name, x in given.items() if x is None]
         raise ValueError(
-            f"{', '.join(missing)} is None; give text_q, text_k and text_v together, "
-            "or call skiparse.attention for video alone"
+            f"{', '.join(missing)} is None; give text_q, text_k and text_v together, or text_k and "
+            "text_v for keys without queries, or call skiparse.attention for video alone"
         )
-    texts = {"text_q": text_q, "text_k": text_k, "text_v": text_v}
-    scale = _check(named, texts, pattern, scale, backend)
-    mask = _check_mask("mask", mask, (q.shape[0], q.shape[1]), q)
-    text_mask = _check_mask("text_mask", text_mask, (q.shape[0], text_q.shape[1]), q)
-    out, text_out, _, _ = _call(
-        q, k, v, text_q, text_k, text_v, mask, text_mask, pattern, scale, backend
-    )
+    video = {"q": q, "k": k, "v": v}
+    text = {"text_k": text_k, "text_v": text_v}
+    if text_q is not None:
+        text = {"text_q": text_q, **text}
+    out, text_out, _, _ = _attend(video, text, pattern, mask, text_mask, scale, backend)
     return out, text_out.mean(1)
 
 
-def _call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_q: Tensor,
-    text_k: Tensor,
-    text_v: Tensor,
+def _attend(
+    video: dict[str, Tensor],
+    text: dict[str, Tensor],
+    pattern: SkipPattern | GridPattern,
     mask: Tensor | None,
     text_mask: Tensor | None,
-    pattern: SkipPattern,
-    scale: float,
+    scale: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return ops.call(
-        q, k, v, text_q, text_k, text_v, mask, text_mask, pattern.sparsity, pattern.run, scale,
-        backend,
-    )  # fmt: skip
+    """What the operator returns for these, once they are checked.
+
+    ``text`` may be empty, or keys and values alone.
+    """
+    scale = _check(video, text, pattern, scale, backend)
+    q = video["q"]
+    B, N, H, D = q.shape
+    empty = q.new_empty(B, 0, H, D)
+    texts = [text.get(name, empty) for name in ("text_q", "text_k", "text_v")]
+    mask = _check_mask("mask", mask, (B, N), q)
+    text_mask = _check_mask("text_mask", text_mask, (B, texts[1].shape[1]), q)
+    sparsity, run, *grid = pattern.numbers
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = ops.call(
+        *video.values(), *texts, mask, text_mask, sparsity, run, scale, backend, grid
+    )
+    return found
 
 
 def _check(
     video: dict[str, Tensor],
     text: dict[str, Tensor],
-    pattern: SkipPattern,
+    pattern: SkipPattern | GridPattern,
     scale: float | None,
     backend: str,
 ) -> float:
@@ -174,9 +179,10 @@ def _check(
             raise ValueError(
                 f"{name} must have 4 dimensions [batch, tokens, heads, dim], got {list(x.shape)}"
             )
-    if not isinstance(pattern, SkipPattern):
+    if not isinstance(pattern, SkipPattern | GridPattern):
         raise ValueError(
-            f"pattern must be a SkipPattern, got {pattern!r}; try SkipPattern.single(4)"
+            "pattern must be a SkipPattern or a GridPattern, "
+            f"got {pattern!r}; try SkipPattern.single(4)"
         )
     q = video["q"]
     dtype = ops.autocast_dtype(q)
@@ -194,12 +200,15 @@ def _check(
     B, _, H, D = q.shape
     if D < 1:
         raise ValueError(f"q has head dimension {D}; it must be at least 1")
+    if isinstance(pattern, GridPattern):
+        pattern.check_tokens(q.shape[1])
+    first = next(iter(text), "")
     for name, x in text.items():
-        T = text["text_q"].shape[1]
+        T = text[first].shape[1]
         if x.shape != (B, T, H, D):
             raise ValueError(
                 f"{name} has shape {list(x.shape)}, expected {[B, T, H, D]}: the batch, heads and "
-                "dim of q and the length of text_q"
+                f"dim of q and the length of {first}"
             )
     registry.check_name(backend)
     if scale is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from skiparse.after_import import after_import
-from skiparse.backends import Inputs, Outputs
+from skiparse.backends import Gradients, Inputs, Outputs
 from skiparse.derivatives import (
     LIBRARY,
     below_autograd,
@@ -23,96 +23,59 @@ from skiparse.derivatives import (
     differentiate_once,
     operator,
     refuse_nested_forward_mode,
+    tensors,
 )
 from skiparse.forward_mode import tangents
-from skiparse.pattern import SkipPattern, attention_flops
+from skiparse.pattern import attention_flops, pattern_of
 from skiparse.registry import select
 
+# The arguments that the three operators share.
+_FLOATING = Gradients._fields
+_INPUTS = f"{tensors(_FLOATING)}, Tensor? mask, Tensor? text_mask"
+_SETTINGS = "SymInt sparsity, SymInt run, float scale"
+_GRID = (
+    "SymInt[] grid=[]"  # numbers of a pattern behind the first two; left out where there are none
+)
 
-@operator("attention")
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_q: Tensor,
-    text_k: Tensor,
-    text_v: Tensor,
-    mask: Tensor | None,
-    text_mask: Tensor | None,
-    sparsity: int,
-    run: int,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(out [B,N,H,D], text_out [B,n,T,H,D], lse [B,H,N], text_lse [B,H,n,T])``.
+
+@operator("attention", _INPUTS, _SETTINGS, "str backend", _GRID, returns=4)
+def attention(*args: Any) -> tuple[Tensor, ...]:
+    """``(out [B,N,H,D], text_out [B,n,Q,H,D], lse [B,H,N], text_lse [B,H,n,Q])``.
 
     The contract is that of ``skiparse.backends.Outputs``; arguments are checked by the caller
     (``skiparse.functional``).
     """
-    inputs = _inputs(q, k, v, text_q, text_k, text_v, mask, text_mask, sparsity, run, scale)
-    return tuple(select(backend, inputs).forward(inputs))  # type: ignore[return-value]  # a tuple of four
+    backend, *grid = args[11:]
+    inputs = _inputs(*args[:11], *grid)
+    return tuple(select(backend, inputs).forward(inputs))
 
 
-@operator("attention_backward")
-def attention_backward(
-    grad_out: Tensor,
-    grad_text_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_q: Tensor,
-    text_k: Tensor,
-    text_v: Tensor,
-    mask: Tensor | None,
-    text_mask: Tensor | None,
-    out: Tensor,
-    text_out: Tensor,
-    lse: Tensor,
-    text_lse: Tensor,
-    sparsity: int,
-    run: int,
-    scale: float,
-    backend: str,
-    grad_lse: Tensor | None = None,
-    grad_text_lse: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@operator(
+    "attention_backward",
+    "Tensor grad_out, Tensor grad_text_out",
+    _INPUTS,
+    tensors(Outputs._fields),
+    _SETTINGS,
+    "str backend",
+    "Tensor? grad_lse=None, Tensor? grad_text_lse=None",
+    _GRID,
+    returns=6,
+)
+def attention_backward(grad_out: Tensor, grad_text_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Gradients of the six floating inputs of :func:`attention`.
 
     The gradients of the two log-sum-exps are both there or both None, which is cheaper.
     """
-    inputs = _inputs(q, k, v, text_q, text_k, text_v, mask, text_mask, sparsity, run, scale)
-    outputs = Outputs(out, text_out, lse, text_lse)
-    grads = (_unit(grad_out), _unit(grad_text_out), grad_lse, grad_text_lse)
-    chosen = select(backend, inputs, backward=True)
-    return tuple(chosen.backward(inputs, outputs, *grads))  # type: ignore[return-value]  # a tuple of six
+    inputs = _inputs(*args[:8], *args[12:15], *args[18:])
+    chosen = select(args[15], inputs, backward=True)
+    grads = (_unit(grad_out), _unit(grad_text_out), *args[16:18])  # left out where they are None
+    return tuple(chosen.backward(inputs, Outputs(*args[8:12]), *grads))
 
 
-@operator("attention_jvp")
-def attention_jvp(
-    tangent_q: Tensor,
-    tangent_k: Tensor,
-    tangent_v: Tensor,
-    tangent_text_q: Tensor,
-    tangent_text_k: Tensor,
-    tangent_text_v: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_q: Tensor,
-    text_k: Tensor,
-    text_v: Tensor,
-    mask: Tensor | None,
-    text_mask: Tensor | None,
-    sparsity: int,
-    run: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@operator("attention_jvp", tensors(_FLOATING, "tangent_"), _INPUTS, _SETTINGS, _GRID, returns=4)
+def attention_jvp(*args: Any) -> tuple[Tensor, ...]:
     """Tangents of the four outputs of :func:`attention`; the same way for every backend."""
-    inputs = _inputs(q, k, v, text_q, text_k, text_v, mask, text_mask, sparsity, run, scale)
-    given = (
-        tangent_q, tangent_k, tangent_v, tangent_text_q, tangent_text_k, tangent_text_v,
-    )  # fmt: skip
-    return tuple(tangents(inputs, given))  # type: ignore[return-value]  # a tuple of four
+    return tuple(tangents(_inputs(*args[6:]), args[:6]))
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -120,22 +83,16 @@ def _unit(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _inputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_q: Tensor,
-    text_k: Tensor,
-    text_v: Tensor,
-    mask: Tensor | None,
-    text_mask: Tensor | None,
-    sparsity: int,
-    run: int,
-    scale: float,
-) -> Inputs:
-    q, k, v, text_q, text_k, text_v = (_unit(x) for x in (q, k, v, text_q, text_k, text_v))
-    pattern = SkipPattern(sparsity, 1 if sparsity == 1 else run)  # runs of the only one: nothing
-    return Inputs(q, k, v, text_q, text_k, text_v, mask, text_mask, pattern, scale)
+def _inputs(*args: Any) -> Inputs:
+    """The problem, from what ``_INPUTS``, ``_SETTINGS`` and ``_GRID`` name."""
+    *rows, mask, text_mask, sparsity, run, scale = args[:11]
+    pattern = pattern_of((sparsity, run, *_grid(args[11:])))
+    return Inputs(*map(_unit, rows), mask, text_mask, pattern, scale)
+
+
+def _grid(left: Sequence[Any]) -> Sequence[int]:
+    """``_GRID`` of what is left of the arguments."""
+    return left[0] if left else ()
 
 
 # What they return, in shapes.
@@ -143,13 +100,13 @@ def _inputs(
 
 def _like_outputs(q: Tensor, text_q: Tensor, sparsity: int) -> tuple[Tensor, ...]:
     B, N, H, D = q.shape
-    T = text_q.shape[1]
+    Q = text_q.shape[1]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return (
         q.new_empty(B, N, H, D),
-        q.new_empty(B, sparsity, T, H, D),
+        q.new_empty(B, sparsity, Q, H, D),
         q.new_empty(B, H, N, dtype=wide),
-        q.new_empty(B, H, sparsity, T, dtype=wide),
+        q.new_empty(B, H, sparsity, Q, dtype=wide),
     )
 
 
@@ -178,10 +135,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, sparsity, run, scale, backend = inputs
+        tensors, ctx.settings = inputs[:8], inputs[8:]
         ctx.save_for_backward(*tensors, *output)
         ctx.save_for_forward(*tensors)
-        ctx.settings = (sparsity, run, scale, backend)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -193,8 +149,9 @@ class _Attention(torch.autograd.Function):
             torch.zeros_like(x) if grad is None and need else grad
             for grad, x, need in zip(grads, saved[8:], needed, strict=True)
         ]
-        found = attention_backward(*given[:2], *saved, *ctx.settings, *given[2:])
-        return (*found, *(None,) * 6)
+        settings, grid = ctx.settings[:4], ctx.settings[4:]
+        found = attention_backward(*given[:2], *saved, *settings, *given[2:], *grid)
+        return (*found, None, None, *(None for _ in ctx.settings))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -204,7 +161,8 @@ class _Attention(torch.autograd.Function):
             torch.zeros_like(x) if tangent is None else tangent
             for tangent, x in zip(tangents[:6], tensors[:6], strict=True)
         ]
-        found: tuple[Tensor, ...] = attention_jvp(*given, *tensors, *ctx.settings[:3])
+        (sparsity, run, scale, _, *grid) = ctx.settings
+        found: tuple[Tensor, ...] = attention_jvp(*given, *tensors, sparsity, run, scale, *grid)
         return found
 
     @staticmethod
@@ -277,21 +235,21 @@ for _key in ("AutocastCPU", "AutocastCUDA", "AutocastPrivateUse1"):  # the last 
 # formulas are handed over when somebody imports it.
 
 
-def _forward_flops(
-    q: Sequence[int], k: Any, v: Any, text_q: Sequence[int], *args: Any, **_: Any
-) -> int:
+def _flops(inputs: Sequence[Any], settings: Sequence[Any], *, backward: bool) -> int:
+    """From the shapes of the first eight arguments, and from ``_SETTINGS``, then ``_GRID``."""
+    q, _, _, text_q, text_k, *_ = inputs
+    sparsity, run, _, *grid = settings
+    pattern = pattern_of((sparsity, run, *_grid(grid)))
     B, N, H, D = q
-    sparsity, run = args[4:6]
-    return attention_flops(SkipPattern(sparsity, run), N, text_q[1], B, H, D)
+    return attention_flops(pattern, N, text_k[1], B, H, D, queries=text_q[1], backward=backward)
 
 
-def _backward_flops(
-    grad_out: Any, grad_text_out: Any, q: Sequence[int], k: Any, v: Any, text_q: Sequence[int],
-    *args: Any, **_: Any,
-) -> int:  # fmt: skip
-    B, N, H, D = q
-    sparsity, run = args[8:10]
-    return attention_flops(SkipPattern(sparsity, run), N, text_q[1], B, H, D, backward=True)
+def _forward_flops(*args: Any, **_: Any) -> int:
+    return _flops(args[:8], (*args[8:11], *args[12:]), backward=False)
+
+
+def _backward_flops(*args: Any, **_: Any) -> int:
+    return _flops(args[2:10], (*args[14:17], *args[20:]), backward=True)
 
 
 def _register_flops(flop_counter: ModuleType) -> None:

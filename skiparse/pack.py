@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skiparse import functional, ops, registry
-from skiparse.backends import Inputs
+from skiparse.backends import Gradients, Inputs
 from skiparse.derivatives import (
     LIBRARY,
     below_autograd,
@@ -32,8 +32,9 @@ from skiparse.derivatives import (
     one_by_one,
     operator,
     refuse_nested_forward_mode,
+    tensors,
 )
-from skiparse.pattern import SkipPattern
+from skiparse.pattern import GridPattern, SkipPattern
 
 PACKERS = {row.name: row for row in registry.BACKENDS if row.pack_kernels}
 BACKENDS = ("auto", "eager", *PACKERS)
@@ -100,6 +101,11 @@ def norm_rope_pack(
     """
     video = {"q": q, "k": k, "v": v}
     text = {"text_q": text_q, "text_k": text_k, "text_v": text_v}
+    if isinstance(pattern, GridPattern):
+        raise ValueError(
+            f"pattern must be a SkipPattern, got {pattern!r}; a grid is not packed, call "
+            "skiparse.joint_attention"
+        )
     functional._check(video, text, pattern, None, "auto")
     norms = {
         "norm_q": norm_q, "norm_k": norm_k, "text_norm_q": text_norm_q, "text_norm_k": text_norm_k,
@@ -184,107 +190,55 @@ def _check(
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
 
 
-@operator("norm_rope_pack")
-def pack(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_q: Tensor,
-    text_k: Tensor,
-    text_v: Tensor,
-    norm_q: Tensor,
-    norm_k: Tensor,
-    text_norm_q: Tensor,
-    text_norm_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    axes: Sequence[int],
-    eps: float,
-    sparsity: int,
-    run: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+# The arguments that the three operators share. Gradients need no values of v.
+_NORMS = ("norm_q", "norm_k", "text_norm_q", "text_norm_k")
+_FLOATING = (*Gradients._fields, *_NORMS)
+_TABLES = "Tensor cos, Tensor sin"
+_KEPT = f"{tensors(('q', 'k', 'text_q', 'text_k', *_NORMS))}, {_TABLES}"
+_SETTINGS = "SymInt[] axes, float eps, SymInt sparsity, SymInt run"
+
+
+@operator("norm_rope_pack", tensors(_FLOATING), _TABLES, _SETTINGS, "str backend", returns=3)
+def pack(*args: Any) -> tuple[Tensor, ...]:
     """Packed q, k and v, ``[B, N + sparsity * T, H, D]``; arguments are checked by the caller."""
-    kernels = _kernels(backend, q, text_q, sparsity, run)
+    *settings, backend = args[10:]
+    kernels = _kernels(backend, args[0], args[3], *settings[-2:])
     forward = kernels.forward if kernels else _forward
-    buffers: tuple[Tensor, Tensor, Tensor] = forward(
-        (q, k, v), (text_q, text_k, text_v), (norm_q, norm_k), (text_norm_q, text_norm_k),
-        cos, sin, axes, eps, sparsity, run,
-    )  # fmt: skip
-    return buffers
+    return tuple(forward(args[:3], args[3:6], args[6:8], args[8:10], *settings))
 
 
-@operator("norm_rope_pack_backward")
-def pack_backward(
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor,
-    q: Tensor,
-    k: Tensor,
-    text_q: Tensor,
-    text_k: Tensor,
-    norm_q: Tensor,
-    norm_k: Tensor,
-    text_norm_q: Tensor,
-    text_norm_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    axes: Sequence[int],
-    eps: float,
-    sparsity: int,
-    run: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@operator(
+    "norm_rope_pack_backward",
+    "Tensor grad_q, Tensor grad_k, Tensor grad_v",
+    _KEPT,
+    _SETTINGS,
+    "str backend",
+    returns=10,
+)
+def pack_backward(*args: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, of the text, and of the four weights, from those of the buffers."""
-    kernels = _kernels(backend, q, text_q, sparsity, run)
+    *settings, backend = args[11:]
+    kernels = _kernels(backend, args[3], args[5], *settings[-2:])
     backward = kernels.backward if kernels else _backward
-    return tuple(
-        backward(
-            (grad_q, grad_k, grad_v), (q, k), (text_q, text_k), (norm_q, norm_k),
-            (text_norm_q, text_norm_k), cos, sin, axes, eps, sparsity, run,
-        )
-    )  # fmt: skip
+    return tuple(backward(args[:3], args[3:5], args[5:7], args[7:9], args[9:11], *settings))
 
 
-@operator("norm_rope_pack_jvp")
-def pack_jvp(
-    tangent_q: Tensor,
-    tangent_k: Tensor,
-    tangent_v: Tensor,
-    tangent_text_q: Tensor,
-    tangent_text_k: Tensor,
-    tangent_text_v: Tensor,
-    tangent_norm_q: Tensor,
-    tangent_norm_k: Tensor,
-    tangent_text_norm_q: Tensor,
-    tangent_text_norm_k: Tensor,
-    q: Tensor,
-    k: Tensor,
-    text_q: Tensor,
-    text_k: Tensor,
-    norm_q: Tensor,
-    norm_k: Tensor,
-    text_norm_q: Tensor,
-    text_norm_k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    axes: Sequence[int],
-    eps: float,
-    sparsity: int,
-    run: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+@operator("norm_rope_pack_jvp", tensors(_FLOATING, "tangent_"), _KEPT, _SETTINGS, returns=3)
+def pack_jvp(*args: Any) -> tuple[Tensor, ...]:
     """Tangents of the packed buffers; in plain PyTorch, whatever the backend."""
+    d_video, d_text, d_norms = args[:3], args[3:6], (args[6:8], args[8:10])
+    video, text, norms = args[10:12], args[12:14], (args[14:16], args[16:18])
+    cos, sin, axes, eps, sparsity, run = args[18:]
+    dtype = video[0].dtype
     packed = []
-    for rows, text in (
-        ((q, norm_q, tangent_q, tangent_norm_q),
-         (text_q, text_norm_q, tangent_text_q, tangent_text_norm_q)),
-        ((k, norm_k, tangent_k, tangent_norm_k),
-         (text_k, text_norm_k, tangent_text_k, tangent_text_norm_k)),
+    for x, dx, y, dy, norm, d_norm, text_norm, d_text_norm in zip(
+        video, d_video[:2], text, d_text[:2], norms[0], d_norms[0], norms[1], d_norms[1],
+        strict=True,
     ):  # fmt: skip
-        video = _rotate(_norm_jvp(*rows, eps), cos, sin, axes)
-        packed.append(_place(video, _norm_jvp(*text, eps), sparsity, run, q.dtype))
-    values = _place(tangent_v, tangent_text_v, sparsity, run, q.dtype)
-    return packed[0], packed[1], values
+        rows = _rotate(_norm_jvp(x, norm, dx, d_norm, eps), cos, sin, axes)
+        texts = _norm_jvp(y, text_norm, dy, d_text_norm, eps)
+        packed.append(_place(rows, texts, sparsity, run, dtype))
+    return *packed, _place(d_video[2], d_text[2], sparsity, run, dtype)
 
 
 def _kernels(name: str, q: Tensor, text_q: Tensor, sparsity: int, run: int) -> Any:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from skiparse.backends import Backend, Inputs
+from skiparse.pattern import GridPattern, SkipPattern
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,9 @@ def problem_like(inputs: Inputs, *, backward: bool) -> dict[str, Any]:
     boxes = [box for segment in pattern.segments(N) for box in segment.boxes]
     if pattern.sparsity == 1:
         kind = "dense"
-    elif pattern.run == 1:
+    elif isinstance(pattern, GridPattern):
+        kind = "grid"
+    elif isinstance(pattern, SkipPattern) and pattern.run == 1:
         kind = "single"
     else:
         kind = "block" if all(box.shape[1] == 1 for box in boxes) else "group"

@@ -1,7 +1,7 @@
 """What is right, and how far from it a kernel may be: the oracle, the error budget, the inputs.
 
 Shared by the tests and the benchmark. The oracle shares no code with any backend: one dense
-softmax over all keys, under a mask built token by token from ``sub_of``.
+softmax over all keys, under a mask built token by token from their owners.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from skiparse.pattern import SkipPattern, sub_of
+from skiparse.pattern import GridPattern, SkipPattern
 
 INPUT_NAMES = ("q", "k", "v", "text_q", "text_k", "text_v")
 
@@ -29,17 +29,17 @@ class Problem:
     q: Tensor  # [B, N, H, D]
     k: Tensor
     v: Tensor
-    text_q: Tensor  # [B, T, H, D]
-    text_k: Tensor
+    text_q: Tensor  # [B, Q, H, D], as many as the keys, or none
+    text_k: Tensor  # [B, T, H, D]
     text_v: Tensor
     grad_out: Tensor  # [B, N, H, D]
-    grad_text_out: Tensor  # [B, T, H, D]
-    pattern: SkipPattern
+    grad_text_out: Tensor  # [B, Q, H, D]
+    pattern: SkipPattern | GridPattern
     mask: Tensor | None = None  # [B, N] bool, True = attend
     text_mask: Tensor | None = None  # [B, T] bool
     scale: float | None = None
     grad_lse: Tensor | None = None  # [B, H, N], fp32 or fp64
-    grad_text_lse: Tensor | None = None  # [B, H, n, T]
+    grad_text_lse: Tensor | None = None  # [B, H, n, Q]
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same problem with its floating tensors in ``dtype``."""
@@ -61,9 +61,9 @@ class Answer(NamedTuple):
     """Outputs and gradients. Text is averaged over sub-sequences."""
 
     out: Tensor  # [B, N, H, D]
-    text_out: Tensor  # [B, T, H, D]
+    text_out: Tensor  # [B, Q, H, D]
     lse: Tensor  # [B, H, N]
-    text_lse: Tensor  # [B, H, n, T]
+    text_lse: Tensor  # [B, H, n, Q]
     grad_q: Tensor
     grad_k: Tensor
     grad_v: Tensor
@@ -73,11 +73,12 @@ class Answer(NamedTuple):
 
 
 def make_problem(
-    pattern: SkipPattern,
+    pattern: SkipPattern | GridPattern,
     *,
     B: int = 1,
     N: int,
     T: int = 0,
+    text_queries: bool = True,
     H: int = 2,
     D: int = 16,
     dtype: torch.dtype = torch.float32,
@@ -93,7 +94,8 @@ def make_problem(
     ``layout`` of q, k, v and the text: ``"contiguous"``; ``"packed"`` (slices of one
     ``[B, N, 3, H, D]``); ``"heads_first"`` (transposed from ``[B, H, N, D]``); ``"expanded"``
     (batch stride 0). ``masked`` hides about a third of all keys, but never a whole row's.
-    ``lse_grads``: gradients come into the log-sum-exps too.
+    ``lse_grads``: gradients come into the log-sum-exps too. Without ``text_queries`` the text has
+    keys and values alone.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -117,24 +119,34 @@ def make_problem(
 
     q, k, v = triple(N)
     text_q, text_k, text_v = triple(T)
+    Q = T if text_queries else 0
+    text_q = text_q[:, :Q]
     grad_out, grad_text_out = (normal(B, rows, H, D).to(device, dtype) for rows in (N, T))
+    grad_text_out = grad_text_out[:, :Q]
     mask = text_mask = None
     if masked:
         mask = torch.rand(B, N, generator=generator) < 0.67
         text_mask = torch.rand(B, T, generator=generator) < 0.67
         text_mask[:, :1] = True
         if T == 0:
-            mask[:, : pattern.sparsity * pattern.run] = True
+            mask[:, _firsts(pattern, N)] = True
         mask, text_mask = mask.to(device), text_mask.to(device)
     grad_lse = grad_text_lse = None
     if lse_grads:
         wide = torch.promote_types(dtype, torch.float32)
-        shapes = (B, H, N), (B, H, pattern.sparsity, T)
+        shapes = (B, H, N), (B, H, pattern.sparsity, Q)
         grad_lse, grad_text_lse = (normal(*shape).to(device, wide) for shape in shapes)
     return Problem(
         q, k, v, text_q, text_k, text_v, grad_out, grad_text_out, pattern, mask, text_mask, scale,
         grad_lse, grad_text_lse,
     )  # fmt: skip
+
+
+def _firsts(pattern: SkipPattern | GridPattern, N: int) -> slice | list[int]:
+    """Some tokens of every sub-sequence that has any."""
+    if isinstance(pattern, SkipPattern):
+        return slice(pattern.sparsity * pattern.run)
+    return [pattern.token(s, 0) for s, length in enumerate(pattern.lengths(N)) if length]
 
 
 def oracle(problem: Problem, dtype: torch.dtype = torch.float64, way: Way | None = None) -> Answer:
@@ -144,20 +156,20 @@ def oracle(problem: Problem, dtype: torch.dtype = torch.float64, way: Way | None
     yardstick of :func:`budget`. Memory grows with ``(N + n*T) * (N + T)``.
     """
     problem = problem.to(dtype)
-    N, T, n = problem.q.shape[1], problem.text_q.shape[1], problem.pattern.sparsity
+    N, Q, n = problem.q.shape[1], problem.text_q.shape[1], problem.pattern.sparsity
     inputs = [x.detach().clone().requires_grad_() for x in problem.inputs]
     leaves = problem.with_inputs(inputs)
-    rows = torch.arange(N + n * T, device=problem.q.device)
+    rows = torch.arange(N + n * Q, device=problem.q.device)
     with torch.enable_grad():
         out, lse = oracle_rows(leaves, rows, way)
-        text_out = out[:, N:].unflatten(1, (n, T)).mean(1) if T else out[:, N:]
+        text_out = out[:, N:].unflatten(1, (n, Q)).mean(1) if Q else out[:, N:]
         loss = (out[:, :N] * problem.grad_out).sum() + (text_out * problem.grad_text_out).sum()
         if problem.grad_lse is not None and problem.grad_text_lse is not None:
             weights = torch.cat([problem.grad_lse, problem.grad_text_lse.flatten(2)], 2)
             loss = loss + (lse * weights).sum()
     grads = torch.autograd.grad(loss, inputs)
     lse = lse.detach()
-    text_lse = lse[:, :, N:].unflatten(2, (n, T)) if T else lse.new_empty(*lse.shape[:2], n, 0)
+    text_lse = lse[:, :, N:].unflatten(2, (n, Q)) if Q else lse.new_empty(*lse.shape[:2], n, 0)
     return Answer(out[:, :N].detach(), text_out.detach(), lse[:, :, :N], text_lse, *grads)
 
 
@@ -183,17 +195,16 @@ WAYS = (
 def oracle_rows(problem: Problem, rows: Tensor, way: Way | None = None) -> tuple[Tensor, Tensor]:
     """Some query rows only: ``(out [B, R, H, D], lse [B, H, R])``, differentiable.
 
-    Row ``i < N`` is video token ``i``; row ``N + s*T + t`` is text token ``t`` in sub-sequence
+    Row ``i < N`` is video token ``i``; row ``N + s*Q + t`` is text token ``t`` in sub-sequence
     ``s``. So the largest problems can be checked without forming all of their scores.
     """
     q, text_q = problem.q, problem.text_q
-    (B, N, _, D), T = q.shape, text_q.shape[1]
-    n, w = problem.pattern.sparsity, problem.pattern.run
-    device = q.device
-    owner = sub_of(torch.arange(N, device=device), n, w)
-    query_sub = torch.cat([owner, torch.arange(n, device=device).repeat_interleave(T)])[rows]
+    (B, N, _, D), Q, T = q.shape, text_q.shape[1], problem.text_k.shape[1]
+    n, device = problem.pattern.sparsity, q.device
+    owner = problem.pattern.owner(torch.arange(N, device=device))
+    query_sub = torch.cat([owner, torch.arange(n, device=device).repeat_interleave(Q)])[rows]
     source = torch.cat(
-        [torch.arange(N, device=device), N + torch.arange(T, device=device).repeat(n)]
+        [torch.arange(N, device=device), N + torch.arange(Q, device=device).repeat(n)]
     )[rows]
     attend = torch.cat(
         [query_sub[:, None] == owner[None, :], query_sub.new_ones(len(rows), T).bool()], 1
@@ -263,14 +274,19 @@ class _FromLse(torch.autograd.Function):
         return ds @ k, ds.mT @ q, p.mT @ grad, None, None
 
 
+def settings(problem: Problem, backend: str) -> tuple[Any, ...]:
+    """What the operator takes behind its six tensors."""
+    p = problem
+    scale = p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
+    sparsity, run, *grid = p.pattern.numbers
+    return p.mask, p.text_mask, sparsity, run, scale, backend, grid
+
+
 def run(problem: Problem, backend: str) -> Answer:
     """Outputs and gradients of the operator, by the named backend."""
     p = problem
     inputs = [x.detach().requires_grad_() for x in p.inputs]
-    scale = p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
-    out, text_parts, lse, text_lse = torch.ops.skiparse.attention(
-        *inputs, p.mask, p.text_mask, p.pattern.sparsity, p.pattern.run, scale, backend
-    )
+    out, text_parts, lse, text_lse = torch.ops.skiparse.attention(*inputs, *settings(p, backend))
     text_out = text_parts.mean(1)
     found, given = [out, text_out], [p.grad_out, p.grad_text_out]
     if p.grad_lse is not None and p.grad_text_lse is not None:
@@ -281,12 +297,9 @@ def run(problem: Problem, backend: str) -> Answer:
 
 def run_forward(problem: Problem, backend: str) -> dict[str, Tensor]:
     """Outputs of the operator by name, as :func:`run` gives them, without a backward."""
-    p = problem
-    scale = p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
+    given = (*problem.inputs, *settings(problem, backend))
     with torch.no_grad():
-        out, text_parts, lse, text_lse = torch.ops.skiparse.attention(
-            *p.inputs, p.mask, p.text_mask, p.pattern.sparsity, p.pattern.run, scale, backend
-        )
+        out, text_parts, lse, text_lse = torch.ops.skiparse.attention(*given)
     return {"out": out, "text_out": text_parts.mean(1), "lse": lse, "text_lse": text_lse}
 
 
@@ -317,11 +330,11 @@ def check_sample(
     follow from the sample and are compared whole. Forward alone runs no backward. ``backend`` may
     be a function instead, which gives some of what an :class:`Answer` has, by name.
     """
-    N, T, n = problem.q.shape[1], problem.text_q.shape[1], problem.pattern.sparsity
+    N, Q, n = problem.q.shape[1], problem.text_q.shape[1], problem.pattern.sparsity
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randperm(N, generator=generator)[:rows].sort().values
-    texts = torch.randperm(T, generator=generator)[: max(rows // (4 * n), 1)].sort().values
-    copies = (N + torch.arange(n)[:, None] * T + texts).flatten()
+    texts = torch.randperm(Q, generator=generator)[: max(rows // (4 * n), 1)].sort().values
+    copies = (N + torch.arange(n)[:, None] * Q + texts).flatten()
     tokens, texts, copies = (x.to(problem.q.device) for x in (tokens, texts, copies))
 
     def only(grad: Tensor, index: Tensor) -> Tensor:
@@ -339,8 +352,8 @@ def check_sample(
         leaves = typed.with_inputs(inputs)
         with torch.set_grad_enabled(backward):
             out, lse = oracle_rows(leaves, torch.cat([tokens, copies]), way)
-            video = out[:, : len(tokens)]
-            text = out[:, len(tokens) :].unflatten(1, (n, len(texts))).mean(1)
+            video, text = out.split([len(tokens), len(copies)], 1)
+            text = text.unflatten(1, (n, len(texts))).mean(1) if Q else text
         found = {"out": video.detach(), "text_out": text.detach(), "lse": lse.detach()}
         if backward:
             seen = (typed.grad_out[:, tokens], typed.grad_text_out[:, texts])

@@ -22,7 +22,7 @@ ONLY = {
     "pattern": set(),
     "backends": {"pattern"},
     "backends/x": {"pattern", "backends"},
-    "registry": {"backends"},
+    "registry": {"pattern", "backends"},
     "testing": {"pattern"},
     "after_import": set(),
     "derivatives": set(),

@@ -73,7 +73,7 @@ def test_segments_and_boxes_cover_every_token_once():
         p = SkipPattern(n, w)
         segments = p.segments(N)
         assert len(segments) <= 3
-        assert [s for g in segments for s in range(g.first, g.first + g.number)] == list(range(n))
+        assert [s for g in segments for s in g.subs] == list(range(n))
         for g in segments:
             for s in range(g.number):
                 tokens = [
@@ -83,7 +83,7 @@ def test_segments_and_boxes_cover_every_token_once():
                     for r in range(box.shape[1])
                     for i in range(box.shape[2])
                 ]  # fmt: skip
-                expected = [token_of(g.first + s, j, n, w) for j in range(g.length)]
+                expected = [token_of(g.subs[s], j, n, w) for j in range(g.length)]
                 assert tokens == list(enumerate(expected)), (N, n, w, g)
             assert all(box.shape[0] == g.number for box in g.boxes)
 
@@ -217,13 +217,13 @@ def test_a_segment_splits_into_the_same_sub_sequences():
                 parts = segment.split(most)
                 assert all(part.number <= most for part in parts)
                 starts = [
-                    (part.first + s, box.first, box.start + s * box.strides[0], box.shape[1:])
+                    (part.subs[s], box.first, box.start + s * box.strides[0], box.shape[1:])
                     for part in parts
                     for s in range(part.number)
                     for box in part.boxes
                 ]
                 whole = [
-                    (segment.first + s, box.first, box.start + s * box.strides[0], box.shape[1:])
+                    (segment.subs[s], box.first, box.start + s * box.strides[0], box.shape[1:])
                     for s in range(segment.number)
                     for box in segment.boxes
                 ]

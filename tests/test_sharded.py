@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import skiparse
-from skiparse import SkipPattern
+from skiparse import GridPattern, SkipPattern
 
 BATCH, TOKENS, HEADS = Shard(0), Shard(1), Shard(2)
 
@@ -32,7 +32,7 @@ def answer(tensors, mask):
     """Outputs of both calls and gradients of all six, the log-sum-exp's among them."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     out, text_out = skiparse.joint_attention(*leaves, SkipPattern.group(2), mask=mask)
-    alone, lse = skiparse.attention_with_lse(*leaves[:3], SkipPattern.single(2))
+    alone, lse = skiparse.attention_with_lse(*leaves[:3], GridPattern.single((1, 4, 4), 2))
     loss = out.square().sum() + text_out.sum() + lse.square().sum()
     return out, text_out, alone, lse, *torch.autograd.grad(loss, leaves)
 

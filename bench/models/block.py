@@ -496,19 +496,14 @@ def naive_gated_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     return (x.float() + gate[:, None] * update.float()).to(x.dtype)
 
 
-def naive_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    text_q: Tensor,
-    text_k: Tensor,
-    text_v: Tensor,
-    pattern: SkipPattern,
-) -> tuple[Tensor, Tensor]:
+def naive_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Sub-sequences gathered by copies, text repeated for each, torch's attention, scattered back.
 
-    ``[B, N, H, D]`` and ``[B, T, H, D]``, ``N`` a multiple of the sparsity.
+    It takes and returns what :func:`skiparse.joint_attention` does, ``N`` a multiple of the
+    sparsity.
     """
+    *rows, pattern = arguments
+    q = rows[0]
     n, batch, tokens = pattern.sparsity, q.shape[0], q.shape[1]
     owner = sub_of(torch.arange(tokens, device=q.device), n, pattern.run)
     order = owner.argsort(stable=True)
@@ -517,10 +512,8 @@ def naive_attention(
         subs = video[:, order].unflatten(1, (n, -1)).flatten(0, 1)
         return torch.cat([subs, text.repeat_interleave(n, 0)], 1).transpose(1, 2)
 
-    rows = F.scaled_dot_product_attention(
-        together(q, text_q), together(k, text_k), together(v, text_v)
-    ).transpose(1, 2)
-    each = rows.unflatten(0, (batch, n))
+    found = F.scaled_dot_product_attention(*map(together, rows[:3], rows[3:])).transpose(1, 2)
+    each = found.unflatten(0, (batch, n))
     out = each[:, :, : tokens // n].flatten(1, 2)[:, order.argsort()]
     return out, each[:, :, tokens // n :].mean(1)
 

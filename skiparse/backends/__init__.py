@@ -13,25 +13,26 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from skiparse.pattern import Box, SkipPattern
+from skiparse.pattern import Box, Pattern
 
 
 @dataclass(frozen=True)
 class Inputs:
     """One attention problem, checked. Floating tensors share dtype and device, last stride 1.
 
-    Text is always there; without any, its length ``T`` is 0. Masks are key masks, True = attend.
+    Text is always there; without any, its length ``T`` is 0. Of ``Q`` text tokens that query there
+    are as many, or none, if nobody wants their outputs. Masks are key masks, True = attend.
     """
 
     q: Tensor  # [B, N, H, D]
     k: Tensor  # [B, N, H, D]
     v: Tensor  # [B, N, H, D]
-    text_q: Tensor  # [B, T, H, D]
+    text_q: Tensor  # [B, Q, H, D], Q = T or 0
     text_k: Tensor  # [B, T, H, D]
     text_v: Tensor  # [B, T, H, D]
     mask: Tensor | None  # [B, N] bool
     text_mask: Tensor | None  # [B, T] bool
-    pattern: SkipPattern
+    pattern: Pattern  # `resolved`
     scale: float
 
 
@@ -39,9 +40,9 @@ class Outputs(NamedTuple):
     """Contiguous, freshly allocated. ``lse`` is the natural log of the sum of exponentials."""
 
     out: Tensor  # [B, N, H, D]
-    text_out: Tensor  # [B, n, T, H, D], one for each sub-sequence, not yet averaged
+    text_out: Tensor  # [B, n, Q, H, D], one for each sub-sequence, not yet averaged
     lse: Tensor  # [B, H, N], fp32 (fp64 for fp64 inputs), -inf where every key is masked
-    text_lse: Tensor  # [B, H, n, T], likewise
+    text_lse: Tensor  # [B, H, n, Q], likewise
 
 
 class Gradients(NamedTuple):
@@ -75,7 +76,7 @@ class Backend(Protocol):
     ) -> Gradients:
         """Gradients of the six inputs; ``outputs`` may come from another backend's forward.
 
-        ``grad_out`` is ``[B, N, H, D]``, ``grad_text_out`` ``[B, n, T, H, D]``, any strides with
+        ``grad_out`` is ``[B, N, H, D]``, ``grad_text_out`` ``[B, n, Q, H, D]``, any strides with
         the last 1; the gradients of the log-sum-exps have their shapes, any strides, and are both
         there or both None. Where ``lse`` is -inf the row's gradients are zero.
         """
@@ -102,7 +103,7 @@ def with_lse_gradients(
     if grad_lse is None or grad_text_lse is None:
         return grads
     weight = grad_lse.transpose(1, 2).unsqueeze(-1)  # [B, N, H, 1]
-    text_weight = grad_text_lse.permute(0, 2, 3, 1).unsqueeze(-1)  # [B, n, T, H, 1]
+    text_weight = grad_text_lse.permute(0, 2, 3, 1).unsqueeze(-1)  # [B, n, Q, H, 1]
     keys = forward(replace(inputs, v=inputs.k, text_v=inputs.text_k))
     rows = (weight * inputs.q, text_weight * inputs.text_q.unsqueeze(1))
     queries = backward(inputs, outputs, *(x.to(inputs.q.dtype) for x in rows))
@@ -124,7 +125,7 @@ def with_lse_gradients(
 
 
 def tokens_of(video: Tensor, box: Box) -> Tensor:
-    """The tokens of a box: the view ``[B, S, runs, tokens, H, D]`` of ``[B, N, H, D]``."""
+    """The tokens of a box: the view ``[B, *box.shape, H, D]`` of ``[B, N, H, D]``."""
     step = video.stride(1)
     return video.as_strided(
         (video.shape[0], *box.shape, *video.shape[2:]),
@@ -134,6 +135,7 @@ def tokens_of(video: Tensor, box: Box) -> Tensor:
 
 
 def rows_of(rows: Tensor, box: Box) -> Tensor:
-    """The same tokens of ``[B, S, rows, H, D]``, viewed as :func:`tokens_of` does."""
-    _, runs, width = box.shape
-    return rows[:, :, box.first : box.first + runs * width].unflatten(2, (runs, width))
+    """The same tokens of a segment's ``[B, S, rows, H, D]``, viewed as :func:`tokens_of` does."""
+    number, *inner = box.shape
+    rows = rows[:, box.at : box.at + number, box.first : box.first + box.tokens]
+    return rows.unflatten(2, inner)

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from skiparse.backends import Gradients, Inputs, Outputs, rows_of, tokens_of, with_lse_gradients
-from skiparse.pattern import Segment
+from skiparse.pattern import GridPattern, Segment
 
 # Limits of the library. Its documentation says 1K and 1M; the smaller reading is taken.
 _HEADS, _DIM, _ROWS, _SEQUENCES = 256, 768, 1_000_000, 1000
@@ -51,8 +51,13 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
     """
     if inputs is None:
         return _why_no_npu()
-    q, T, n = inputs.q, inputs.text_q.shape[1], inputs.pattern.sparsity
+    q, T, n = inputs.q, inputs.text_k.shape[1], inputs.pattern.sparsity
     B, N, H, D = q.shape
+    if isinstance(inputs.pattern, GridPattern):
+        return (
+            "sub-sequences of a grid in natural order are more dimensions than an NPU copies; put "
+            'the tokens in order "skip", or in that of the kind: skiparse.pattern.grid_order'
+        )
     if q.device.type != "npu":
         return f'npu_fusion_attention takes "npu" tensors, not "{q.device.type}"'
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -105,11 +110,11 @@ def _device_module() -> Any:
 def forward(inputs: Inputs) -> Outputs:
     """One call of the library for each group of equally long sub-sequences."""
     q, n = inputs.q, inputs.pattern.sparsity
-    (B, N, H, D), T = q.shape, inputs.text_q.shape[1]
+    (B, N, H, D), Q = q.shape, inputs.text_q.shape[1]
     out: Tensor | None = None
-    text_out = q.new_empty(B, n, T, H, D)
+    text_out = q.new_empty(B, n, Q, H, D)
     lse = q.new_empty(B, H, N, dtype=torch.float32)
-    text_lse = q.new_empty(B, H, n, T, dtype=torch.float32)
+    text_lse = q.new_empty(B, H, n, Q, dtype=torch.float32)
     for call in _calls(inputs):
         keys = call.keys(inputs)
         folded, folded_lse = _attend(*call.operands(inputs), keys, inputs.scale)
@@ -148,9 +153,12 @@ def _backward(
     ``torch.use_deterministic_algorithms`` is torch_npu's switch.
     """
     q, n = inputs.q, inputs.pattern.sparsity
-    (B, _, H, D), T = q.shape, inputs.text_q.shape[1]
+    B, _, H, D = q.shape
     video: list[Tensor | None] = [None, None, None]
-    text = [q.new_empty(B, n, T, H, D) for _ in range(3)]
+    texts = (inputs.text_q, inputs.text_k, inputs.text_v)
+    queries = inputs.text_q.shape[1] == inputs.text_k.shape[1]
+    new = q.new_empty if queries else q.new_zeros  # for keys in a sub-sequence without any query
+    text = [new(B, n, x.shape[1], H, D) for x in texts]
     lse, text_lse = outputs.lse.transpose(1, 2)[..., None], outputs.text_lse.permute(0, 2, 3, 1)
     for call in _calls(inputs):
         grads = _attend_backward(
@@ -175,7 +183,7 @@ def _backward(
 
 
 # From sub-sequences to the [batch, rows, heads, D] of a library call, and back. The "rows" of a
-# sub-sequence are its L video tokens, then the T text tokens.
+# sub-sequence are its L video tokens, then the text tokens.
 
 
 class _Keys(NamedTuple):
@@ -196,7 +204,8 @@ class _Call:
 
     @property
     def subs(self) -> slice:
-        return slice(self.segment.first, self.segment.first + self.segment.number)
+        (subs,) = self.segment.slices
+        return subs
 
     def operands(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, each ``[batch, rows, heads, D]``, contiguous."""
@@ -212,7 +221,7 @@ class _Call:
 
     def fold(self, video: Tensor, text: Tensor) -> Tensor:
         """``[B, N, H, D]`` and ``[B, S, T, H, D]`` as ``[batch, rows, heads, D]``, contiguous."""
-        _, S, L, boxes = self.segment
+        (_, L, boxes), S = self.segment, self.segment.number
         B, _, H, D = video.shape
         if self.is_view:
             shape = (B, L, S * H, D) if self.as_heads else (B * S, L, H, D)
@@ -240,7 +249,7 @@ class _Call:
         """The keys that the masks leave; None if there are no masks. The host waits for it."""
         if inputs.mask is None and inputs.text_mask is None:
             return None
-        (B, N, *_), T, S = inputs.q.shape, inputs.text_q.shape[1], self.segment.number
+        (B, N, *_), T, S = inputs.q.shape, inputs.text_k.shape[1], self.segment.number
         everything = inputs.q.new_ones(1, dtype=torch.bool)
         mask = everything.expand(B, N) if inputs.mask is None else inputs.mask
         text_mask = everything.expand(B, T) if inputs.text_mask is None else inputs.text_mask
@@ -255,10 +264,10 @@ class _Call:
 def _calls(inputs: Inputs) -> Iterator[_Call]:
     """The library calls that make up one problem; none for rows that do not exist."""
     B, N, H, _ = inputs.q.shape
-    T, n = inputs.text_q.shape[1], inputs.pattern.sparsity
+    T, n = inputs.text_k.shape[1], inputs.pattern.sparsity
     masked = inputs.mask is not None or inputs.text_mask is not None
     for segment in inputs.pattern.segments(N) if B * H else []:
-        if segment.length + T == 0:
+        if segment.length + inputs.text_q.shape[1] == 0:
             continue
         whole = segment.number == n and T == 0 and not masked and len(segment.boxes) == 1
         _, runs, width = segment.boxes[0].shape if whole else (0, 0, 0)
@@ -335,9 +344,8 @@ def _attend_backward(
         actual_seq_qlen=ends(_equal_ends(batch, rows)), actual_seq_kvlen=ends(keys.ends),
         softmax_layout="TND",
     )  # fmt: skip
-    shape = (batch, rows)
     dk, dv = (torch.zeros_like(flat[1]).index_copy_(0, keys.rows, x) for x in (dk, dv))
-    return dq.unflatten(0, shape), dk.unflatten(0, shape), dv.unflatten(0, shape)
+    return dq.view(query.shape), dk.view(key.shape), dv.view(value.shape)
 
 
 def _log_sum_exp(largest: Tensor, total: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from einops import rearrange
 from torch import Tensor
 
 from skiparse.backends import Gradients, Inputs, Outputs
-from skiparse.pattern import length_of, token_of
 
 
 def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | None:
@@ -27,13 +26,13 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
 def forward(inputs: Inputs) -> Outputs:
     """``softmax(scale * q k^T) v`` over the keys of each sub-sequence and all the text."""
     q, text_q, n = inputs.q, inputs.text_q, inputs.pattern.sparsity
-    (B, N, H, D), T = q.shape, text_q.shape[1]
+    (B, N, H, D), Q = q.shape, text_q.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     outputs = Outputs(
         out=q.new_empty(B, N, H, D),
-        text_out=q.new_empty(B, n, T, H, D),
+        text_out=q.new_empty(B, n, Q, H, D),
         lse=q.new_empty(B, H, N, dtype=wide),
-        text_lse=q.new_empty(B, H, n, T, dtype=wide),
+        text_lse=q.new_empty(B, H, n, Q, dtype=wide),
     )
     for s, tokens in _sub_sequences(inputs):
         L = len(tokens)
@@ -94,23 +93,22 @@ def backward(
 
 def _sub_sequences(inputs: Inputs) -> Iterator[tuple[int, Tensor]]:
     """Every sub-sequence with the tokens it owns."""
-    n, w = inputs.pattern.sparsity, inputs.pattern.run
-    N = inputs.q.shape[1]
-    for s in range(n):
-        positions = torch.arange(length_of(s, N, n, w), device=inputs.q.device)
-        yield s, token_of(s, positions, n, w)
+    pattern, N = inputs.pattern, inputs.q.shape[1]
+    for s in range(pattern.sparsity):
+        positions = torch.arange(pattern.length(s, N), device=inputs.q.device)
+        yield s, pattern.token(s, positions)
 
 
 def _rows(video: Tensor, text: Tensor, tokens: Tensor) -> Tensor:
-    """The sub-sequence's video rows, then the text rows: ``[B, H, L + T, D]`` in fp64."""
+    """The sub-sequence's video rows, then some text rows: ``[B, H, L + T, D]`` in fp64."""
     rows = torch.cat([video[:, tokens], text], 1)
     return rearrange(rows, "b rows h d -> b h rows d").double()
 
 
 def _scores(inputs: Inputs, queries: Tensor, tokens: Tensor) -> Tensor:
-    """Scaled scores ``[B, H, L + T, L + T]``, -inf at masked keys."""
+    """Scaled scores ``[B, H, L + Q, L + T]``, -inf at masked keys."""
     scores = queries @ _rows(inputs.k, inputs.text_k, tokens).mT * inputs.scale
-    B, L, T = inputs.q.shape[0], len(tokens), inputs.text_q.shape[1]
+    B, L, T = inputs.q.shape[0], len(tokens), inputs.text_k.shape[1]
     device = inputs.q.device
     attend = torch.ones(B, L + T, dtype=torch.bool, device=device)
     if inputs.mask is not None:

@@ -3,18 +3,19 @@
 A sub-sequence is an ordinary attention problem; the work is to show all of them to one library
 call. They become either extra *heads* or extra *batch* entries of it:
 
-==========================  ==========================================================
-tokens                      what the library kernel gets
-==========================  ==========================================================
-single-skip (``w = 1``)     a view: sub-sequences as heads, or as batch entries
-blocks (``w = N / n``)      a view: sub-sequences as batch entries
-other runs, or any text     one packed buffer per tensor
-==========================  ==========================================================
+=============================  =======================================================
+tokens                         what the library kernel gets
+=============================  =======================================================
+single-skip (``w = 1``)        a view: sub-sequences as heads, or as batch entries
+blocks (``w = N / n``)         a view: sub-sequences as batch entries
+blocks of several lengths      a view for each length
+other runs, grids, any text    one packed buffer per tensor
+=============================  =======================================================
 
 Strides that allow neither view (a batch of slices of a packed qkv, say) cost one call for each
 batch entry, still without a copy. Strides that the library can't read cost a copy: those that are
 no multiples of 16 bytes, and 0, of an expanded tensor, for all CUDA libraries but FlashAttention 2.
-A length that does not divide leaves at most three groups of equally long sub-sequences, one call
+A length that does not divide leaves a few groups of equally long sub-sequences, one call
 each: no padding, and no mask unless the caller gave one. What is more than a CUDA library can count
 (``GRID``, ``PADDED``) goes to it in several calls. On a CPU packed buffers are small, for a few
 sub-sequences at a time: fresh memory costs more than the copy into it.
@@ -39,7 +40,7 @@ import torch
 from torch import Tensor
 
 from skiparse.backends import Gradients, Inputs, Outputs, rows_of, tokens_of, with_lse_gradients
-from skiparse.pattern import Segment
+from skiparse.pattern import Pattern, Segment, SkipPattern
 
 aten = torch.ops.aten
 
@@ -66,26 +67,25 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
     if D % 8:
         return f"the CUDA library kernels take a head dimension that is a multiple of 8, not {D}"
     row = q.new_empty(D)
-    for shape in {call.shape(inputs) for call in _calls(inputs, backward=backward)}:
-        rows = row.expand(*shape, D)  # no memory: what is asked is the shape
-        library, reasons = _choose((rows, rows, rows), backward)
+    for shapes in {call.shapes(inputs) for call in _calls(inputs, backward=backward)}:
+        query, key = (row.expand(*shape, D) for shape in shapes)  # no memory: the shape is asked
+        library, reasons = _choose((query, key, key), backward)
         if library is None:
-            return f"no library takes rows {list(rows.shape)}: {reasons}"
+            return f"no library takes rows {list(key.shape)}: {reasons}"
     return None
 
 
 def forward(inputs: Inputs) -> Outputs:
     """Library calls over groups of equally long sub-sequences."""
     q, n = inputs.q, inputs.pattern.sparsity
-    (B, N, H, D), T = q.shape, inputs.text_q.shape[1]
+    (B, N, H, D), Q = q.shape, inputs.text_q.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     out: Tensor | None = None
-    text_out = q.new_empty(B, n, T, H, D)
+    text_out = q.new_empty(B, n, Q, H, D)
     lse = q.new_empty(B, H, N, dtype=wide)
-    text_lse = q.new_empty(B, H, n, T, dtype=wide)
+    text_lse = q.new_empty(B, H, n, Q, dtype=wide)
 
     for call in _calls(inputs, backward=False):
-        here, subs, L = call.batch, call.subs, call.segment.length
         bias, dead = call.key_masks(inputs, q.dtype)
         query, key, value = call.operands(inputs, q.dtype, bias)
         folded, folded_lse = _attend(query, key, value, bias, inputs.scale)
@@ -95,8 +95,8 @@ def forward(inputs: Inputs) -> Outputs:
             row_lse = row_lse.masked_fill(dead, -torch.inf)
         out = call.into(out, rows, q)
         call.write(row_lse, lse.transpose(1, 2).unsqueeze(-1))
-        text_out[here, subs] = rows[:, :, L:]
-        text_lse[here, :, subs] = row_lse[:, :, L:].squeeze(-1).permute(0, 3, 1, 2)
+        call.write_text(rows, text_out)
+        call.write_text(row_lse, text_lse.permute(0, 2, 3, 1).unsqueeze(-1))
     return Outputs(q.new_empty(q.shape) if out is None else out, text_out, lse, text_lse)
 
 
@@ -121,21 +121,23 @@ def _backward(
     On a CPU half precision is computed in fp32: the native half backward is 5 to 10 times slower.
     """
     q, n = inputs.q, inputs.pattern.sparsity
-    (B, _, H, D), T = q.shape, inputs.text_q.shape[1]
+    B, _, H, D = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     dtype = wide if q.device.type == "cpu" else q.dtype
     video: list[Tensor | None] = [None, None, None]
-    text = [q.new_empty(B, n, T, H, D, dtype=dtype) for _ in range(3)]
+    texts = (inputs.text_q, inputs.text_k, inputs.text_v)
+    queries = inputs.text_q.shape[1] == inputs.text_k.shape[1]
+    new = q.new_empty if queries else q.new_zeros  # for keys in a sub-sequence without any query
+    text = [new(B, n, x.shape[1], H, D, dtype=dtype) for x in texts]
 
     for call in _calls(inputs, backward=True):
-        here, subs, L = call.batch, call.subs, call.segment.length
         bias, dead = call.key_masks(inputs, dtype)
         query, key, value = call.operands(inputs, dtype, bias)
-        folded_out = call.fold(outputs.out, outputs.text_out[here, subs], dtype)
-        folded_grad = call.fold(grad_out, grad_text_out[here, subs], dtype)
+        folded_out = call.fold(outputs.out, call.read_text(outputs.text_out), dtype)
+        folded_grad = call.fold(grad_out, call.read_text(grad_text_out), dtype)
         folded_lse = call.fold(
             outputs.lse.transpose(1, 2).unsqueeze(-1),
-            outputs.text_lse[here, :, subs].permute(0, 2, 3, 1).unsqueeze(-1),
+            call.read_text(outputs.text_lse.permute(0, 2, 3, 1)).unsqueeze(-1),
             wide,
         )
         if dead is not None:  # exp(-inf - 0) is 0, no gradient; exp(-inf + inf) would be NaN
@@ -146,7 +148,7 @@ def _backward(
         for i, (parts, folded) in enumerate(zip(text, grads, strict=True)):
             rows = call.unfold(folded)
             video[i] = call.into(video[i], rows, q)
-            parts[here, subs] = rows[:, :, L:]
+            call.write_text(rows, parts)
     return Gradients(
         *(q.new_empty(q.shape) if x is None else x for x in video),
         *(x.sum(1, dtype=wide).to(q.dtype) for x in text),
@@ -154,28 +156,25 @@ def _backward(
 
 
 # From sub-sequences to the [batch, heads, rows, D] of a library kernel, and back. The "rows" of a
-# sub-sequence are its L video tokens, then the T text tokens: [B, S, L + T, H, D] for S of them.
+# sub-sequence are its L video tokens, then the text tokens: [B, S, L + T, H, D] for S of them.
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One library call: some batch entries, and neighbouring sub-sequences of equal length."""
+    """One library call: some batch entries, and some sub-sequences of equal length."""
 
     batch: slice
     segment: Segment
     as_heads: bool  # sub-sequences become heads, else batch entries
     is_whole: bool  # there is no other call
 
-    @property
-    def subs(self) -> slice:
-        return slice(self.segment.first, self.segment.first + self.segment.number)
-
-    def shape(self, inputs: Inputs) -> tuple[int, int, int]:
-        """Batch entries, heads and rows of the operands."""
+    def shapes(self, inputs: Inputs) -> tuple[tuple[int, int, int], ...]:
+        """Batch entries, heads and rows of the query, and of key and value."""
         S, H = self.segment.number, inputs.q.shape[2]
         entries = self.batch.stop - self.batch.start
-        rows = self.segment.length + inputs.text_q.shape[1]
-        return (entries, S * H, rows) if self.as_heads else (entries * S, H, rows)
+        batch, heads = (entries, S * H) if self.as_heads else (entries * S, H)
+        texts = inputs.text_q, inputs.text_k
+        return tuple((batch, heads, self.segment.length + x.shape[1]) for x in texts)
 
     def operands(
         self, inputs: Inputs, dtype: torch.dtype, bias: Tensor | None
@@ -216,6 +215,19 @@ class _Call:
         for box in self.segment.boxes:
             tokens_of(video[self.batch], box).copy_(rows_of(rows, box))
 
+    def read_text(self, text: Tensor) -> Tensor:
+        """The part ``[B, S, T, ...]`` of all sub-sequences' ``[B, n, T, ...]``."""
+        parts = [text[self.batch, subs] for subs in self.segment.slices]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def write_text(self, rows: Tensor, text: Tensor) -> None:
+        """Put the text part of ``[B, S, rows, H, D]`` into ``[B, n, T, H, D]``."""
+        first, L = 0, self.segment.length
+        for subs in self.segment.slices:
+            number = subs.stop - subs.start
+            text[self.batch, subs] = rows[:, first : first + number, L:]
+            first += number
+
     def into(self, video: Tensor | None, rows: Tensor, like: Tensor) -> Tensor:
         """``video`` with the video part of ``rows`` in it; made, like ``like``, if it is None."""
         whole = self.natural_order(rows, like.shape)
@@ -230,13 +242,12 @@ class _Call:
         boxes, L = self.segment.boxes, self.segment.length
         if not self.is_whole or len(boxes) != 1:
             return None
-        _, runs, width = boxes[0].shape
-        if width == 1:  # the sub-sequences' first tokens, their second tokens, ...
-            tokens = rows[:, :, :L].transpose(1, 2)
-        elif runs == 1:  # the first sub-sequence, the second one, ...
-            tokens = rows[:, :, :L]
-        else:
+        subs, *_ = boxes[0].strides
+        if not _one_stride(self.segment):
             return None
+        tokens = rows[:, :, :L]  # the first sub-sequence, the second one, ...
+        if subs == 1:  # the sub-sequences' first tokens, their second tokens, ...
+            tokens = tokens.transpose(1, 2)
         return tokens.view(shape) if tokens.is_contiguous() else None
 
     def key_masks(self, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -246,7 +257,7 @@ class _Call:
         """
         if inputs.mask is None and inputs.text_mask is None:
             return None, None
-        (B, N, H, _), T = inputs.q.shape, inputs.text_q.shape[1]
+        (B, N, H, _), T = inputs.q.shape, inputs.text_k.shape[1]
         everything = inputs.q.new_ones(1, dtype=torch.bool)
         mask = everything.expand(B, N) if inputs.mask is None else inputs.mask
         text_mask = everything.expand(B, T) if inputs.text_mask is None else inputs.text_mask
@@ -265,9 +276,9 @@ class _Call:
 
     def _rows(self, video: Tensor, text: Tensor, dtype: torch.dtype) -> Tensor:
         """``[B, N, H, D]`` and ``[B, S, T, H, D]`` as ``[B, S, rows, H, D]``: view or buffer."""
-        (_, S, L, boxes), T = self.segment, text.shape[2]
+        (_, L, boxes), S, T = self.segment, self.segment.number, text.shape[2]
         if T == 0 and dtype == video.dtype and _one_stride(self.segment):
-            return tokens_of(video, boxes[0]).flatten(2, 3)
+            return tokens_of(video, boxes[0]).flatten(2, len(boxes[0].shape))
         B, _, H, D = video.shape
         if self.as_heads:
             rows = video.new_empty(B, L + T, S, H, D, dtype=dtype).transpose(1, 2)
@@ -286,15 +297,15 @@ def _calls(inputs: Inputs, *, backward: bool) -> Iterator[_Call]:
     On a CPU a call has some tasks for every thread, so that they end together: a task is 256 rows
     of a head forward, all rows backward.
     """
-    (B, N, H, D), T = inputs.q.shape, inputs.text_q.shape[1]
+    (B, N, H, D), T = inputs.q.shape, inputs.text_k.shape[1]
     if B * H == 0:
         return
     for segment in inputs.pattern.segments(N):
-        rows = segment.length + T
+        rows = segment.length + inputs.text_q.shape[1]
         if rows == 0:
             continue
         entries, subs = B, segment.number  # of a call, at most
-        as_heads = inputs.pattern.run == 1
+        as_heads = _interleaved(inputs.pattern)
         if T > 0 or not _one_stride(segment):
             if inputs.q.device.type == "cpu":
                 as_heads = False
@@ -321,9 +332,14 @@ def _padded(heads: int, rows: int, D: int) -> int:
     return heads * -(-rows // 128) * 128 * -(-D // 64) * 64
 
 
+def _interleaved(pattern: Pattern) -> bool:
+    """Whether neighbouring tokens are of neighbouring sub-sequences."""
+    return isinstance(pattern, SkipPattern) and pattern.run == 1
+
+
 def _one_stride(segment: Segment) -> bool:
     """Whether the tokens of each sub-sequence are evenly spaced."""
-    return len(segment.boxes) == 1 and 1 in segment.boxes[0].shape[1:]
+    return len(segment.boxes) == 1 and sum(size > 1 for size in segment.boxes[0].shape[1:]) <= 1
 
 
 def _merges(x: Tensor, outer: int, inner: int) -> bool:
