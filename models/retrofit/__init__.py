@@ -17,7 +17,11 @@ and goes through ``save_pretrained``; after ``from_pretrained``, ``retrofit(mode
 
 from __future__ import annotations
 
+from skiparse.models.retrofit.choose import choose
+from skiparse.models.retrofit.cost import Cost
 from skiparse.models.retrofit.families import FAMILIES, Family
 from skiparse.models.retrofit.model import Retrofit, Sparsity, retrofit, schedule
 
-__all__ = ["FAMILIES", "Family", "Retrofit", "Sparsity", "retrofit", "schedule"]
+__all__ = [
+    "FAMILIES", "Cost", "Family", "Retrofit", "Sparsity", "choose", "retrofit", "schedule",
+]  # fmt: skip

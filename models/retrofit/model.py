@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from skiparse.models.retrofit.cost import Cost, cost_of
 from skiparse.models.retrofit.families import FAMILIES, Family, family_of
 from skiparse.models.retrofit.layers import (
     KINDS,
@@ -145,6 +146,20 @@ class Retrofit:
         if len(found) > 1:
             raise ValueError("the transformers differ in sparsity; ask for parts[i].sparsity")
         return found.pop()
+
+    def cost(self, *, frames: int, height: int, width: int) -> Cost:
+        """What a forward of a clip of that size costs: of the first transformer, in seconds.
+
+        Args:
+            frames, height, width: of the clip, in frames and pixels.
+
+        Raises:
+            ValueError: for a size that does not make whole tokens.
+        """
+        part = self.parts[0]
+        return cost_of(
+            part.model, lambda twin: retrofit(twin, part.sparsity), frames, height, width
+        )
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``skiparse.json`` there; ``retrofit(model, Sparsity.load(folder))`` reads it."""
