@@ -80,7 +80,7 @@ def hunyuan_15(grid, image=False):
     )  # fmt: skip
     given = {
         "hidden_states": normal(2, 4, *grid),
-        "timestep": torch.tensor([5, 700]),
+        "timestep": torch.tensor([5.0, 700.0]).double(),
         "encoder_hidden_states": normal(2, 6, 16),
         "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]),
         "encoder_hidden_states_2": normal(2, 3, 10),
@@ -133,6 +133,52 @@ def ltx(grid, conditions=0):
     return model, given
 
 
+def ltx2(grid, keyframes=0, form="2.0"):
+    newer = form != "2.0"
+    model = seeded(
+        diffusers.LTX2VideoTransformer3DModel, in_channels=4, out_channels=4,
+        num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24, audio_in_channels=3,
+        audio_out_channels=3, audio_num_attention_heads=2, audio_attention_head_dim=8,
+        audio_cross_attention_dim=16, num_layers=4, caption_channels=16,
+        rope_type="split" if newer else "interleaved", gated_attn=newer, audio_gated_attn=newer,
+        perturbed_attn=newer, use_keyframes_abs_pos_embedding=keyframes > 0,
+    )  # fmt: skip
+    t, h, w = grid
+    tokens = t * h * w + keyframes
+    given = {
+        "hidden_states": normal(2, tokens, 4),
+        "audio_hidden_states": normal(2, 7, 3),
+        "encoder_hidden_states": normal(2, 5, 16),
+        "audio_encoder_hidden_states": normal(2, 5, 16),
+        "timestep": torch.rand(2, tokens).double() * 999,
+        "audio_timestep": torch.tensor([5.0, 700.0]).double(),
+        "sigma": torch.tensor([5.0, 700.0]).double(),
+        "audio_num_frames": 7, "num_frames": t, "height": h, "width": w,
+    }  # fmt: skip
+    if newer:
+        given |= {
+            "spatio_temporal_guidance_blocks": [2],
+            "perturbation_mask": torch.tensor([0.0, 1.0]).double(),
+        }
+    if keyframes:
+        given["video_coords"] = torch.rand(2, 3, tokens, 2).double()
+        given["video_keyframes_mask"] = (torch.arange(tokens) >= t * h * w).double()[None, :, None]
+    return model, given
+
+
+def animate(grid):
+    t, h, w = grid
+    model, given = wan(
+        grid, "WanAnimateTransformer3DModel", channels=12, latent_channels=4, image=8,
+        motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8}, motion_encoder_size=16,
+        motion_style_dim=8, motion_dim=4, motion_encoder_dim=16, face_encoder_hidden_dim=16,
+        face_encoder_num_heads=2, inject_face_latents_blocks=2,
+    )  # fmt: skip
+    given["pose_hidden_states"] = normal(2, 4, t - 1, 2 * h, 2 * w)
+    given["face_pixel_values"] = normal(2, 3, 4 * (t - 2) + 1, 16, 16)
+    return model, given
+
+
 CASES = {
     "wan": wan,
     "wan image": lambda grid: wan(grid, channels=8, image=8),
@@ -149,6 +195,10 @@ CASES = {
     "cogvideox 1.5": lambda grid: cogvideox(grid, "1.5"),
     "ltx": ltx,
     "ltx conditions": lambda grid: ltx(grid, 3),
+    "ltx2": ltx2,
+    "ltx2 split": lambda grid: ltx2(grid, form="2.3"),
+    "ltx2 keyframes": lambda grid: ltx2(grid, 4),
+    "animate": animate,
 }
 KINDS = ("dense", "single", "group", "single")
 

@@ -224,103 +224,62 @@ class Layer:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attn_mask: Tensor | None,
-        scale: float | None,
-        backend: Any,
-        parallel: Any,
-    ) -> Tensor:
-        """In the place of diffusers' ``dispatch_attention_fn``: ``[B, S, H, D]``, as it lies.
-
-        Raises:
-            ValueError: for tokens that are not of the grid, or a mask over pairs of video tokens.
-        """
-        tokens, where = self.state.plan.tokens, self.state.family.others
-        if parallel is not None:
-            if attn_mask is not None:
-                raise _masked(attn_mask)
-            return self._parallel((query, key, value), scale, backend, parallel)
-        others = query.shape[1] - tokens
-        if others == 0:
-            if attn_mask is not None:
-                raise _masked(attn_mask)
-            out, _ = self.attend((query, key, value), scale=scale, backend=backend)
-            return out
-        if where is None or others < 0:
-            raise ValueError(
-                f"attention over {query.shape[1]} tokens, but the grid {self.state.plan.grid} has "
-                f"{tokens}; the retrofit does not know the others, undo() it"
-            )
-        if attn_mask is not None and attn_mask.shape[1:3] != (1, 1):
-            raise _masked(attn_mask)
-        first = where == "first"
-        cut = [others, tokens] if first else [tokens, others]
-        parts = [x.split(cut, 1) for x in (query, key, value)]
-        q, k, v = (part[first] for part in parts)
-        text_q, text_k, text_v = (part[not first] for part in parts)
-        # A family's key mask hides tokens that are not video, and no others.
-        keys = None if attn_mask is None else attn_mask[:, 0, 0].split(cut, 1)[not first]
-        video, text = self.attend(
-            (q, k, v), (text_q, text_k, text_v), keys, scale=scale, backend=backend
-        )
-        assert text is not None
-        return torch.cat([text, video] if first else [video, text], 1)
-
-    def attend(
-        self,
-        video: Video,
-        text: Video | None = None,
-        text_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
         *,
         scale: float | None = None,
         backend: Any = None,
         parallel: Any = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Video over its sub-sequences and all other tokens; the others over everything.
+    ) -> Tensor:
+        """In the place of diffusers' ``dispatch_attention_fn``.
 
         Args:
-            video: q, k and v ``[B, N, H, D]``, in the order of the plan.
-            text: of the other tokens, ``[B, T, H, D]``.
-            text_mask: bool ``[B, T]``, their key mask.
-            scale: as of :func:`skiparse.attention`.
+            query, key, value: ``[B, S, H, D]``, the video's tokens in the order of the plan, and
+                others first or last, as the family has them.
+            attn_mask: bool ``[B, 1, 1, S]``; it hides keys that are not the video's, if any.
+            scale: factor on the scores.
             backend: of diffusers, for every sub-sequence; None: :func:`skiparse.attention`.
-            parallel: diffusers' configuration of context parallelism, or None.
+            parallel: diffusers' configuration of parallelism, or None.
 
-        Returns:
-            What video and other tokens get, shaped as their queries.
+        Raises:
+            ValueError: for tokens that are not of the grid, a mask over pairs of video tokens, and
+                parallelism over anything but heads.
         """
-        if parallel is not None and text is not None:
-            raise ValueError(
-                "context parallelism with text in the same attention is not to be had; call the "
-                "model without enable_parallelism"
-            )
-        pattern = self.state.plan.patterns[self.kind]
-        q, k, v = video
-        if text is None:
-            if backend is None:
-                return skiparse.attention(q, k, v, pattern, scale=scale), None
-            return _by_backend(video, None, None, pattern, scale, backend), None
-        text_q, text_k, text_v = text
-        everything = (torch.cat([k, text_k], 1), torch.cat([v, text_v], 1))
-        mask = _all_keys(text_mask, k.shape[1])
         if self.kind == "dense":
-            out = dispatch_attention_fn(
-                torch.cat([q, text_q], 1), *everything, mask, scale=scale, backend=backend
+            return dispatch_attention_fn(
+                query, key, value, attn_mask, scale=scale, backend=backend, parallel_config=parallel
             )
-            return out.split([q.shape[1], text_q.shape[1]], 1)
-        text_out = dispatch_attention_fn(text_q, *everything, mask, scale=scale, backend=backend)
-        if backend is None:
-            out, _ = skiparse.joint_attention(
-                q, k, v, None, text_k, text_v, pattern, text_mask=text_mask, scale=scale
+        plan, where = self.state.plan, self.state.family.others
+        if parallel is not None:
+            return self._parallel((query, key, value), attn_mask, scale, backend, parallel)
+        others = query.shape[1] - plan.tokens
+        if attn_mask is not None and (others == 0 or attn_mask.shape[1:3] != (1, 1)):
+            raise _masked(attn_mask)
+        pattern = plan.patterns[self.kind]
+        if others == 0:
+            return _video((query, key, value), pattern, scale, backend)
+        if where is None or others < 0:
+            raise ValueError(
+                f"attention over {query.shape[1]} tokens, but the grid {plan.grid} has "
+                f"{plan.tokens}; the retrofit does not know the others, undo() it"
             )
-        else:
-            out = _by_backend(video, (text_k, text_v), text_mask, pattern, scale, backend)
-        return out, text_out
+        first = where == "first"
+        cut = [others, plan.tokens] if first else [plan.tokens, others]
+        q, k, v = (x.split(cut, 1)[first] for x in (query, key, value))
+        text_q, text_k, text_v = (x.split(cut, 1)[not first] for x in (query, key, value))
+        text_mask = None if attn_mask is None else attn_mask[:, 0, 0].split(cut, 1)[not first]
+        video = _joint((q, k, v), (text_k, text_v), text_mask, pattern, scale, backend)
+        text = dispatch_attention_fn(text_q, key, value, attn_mask, scale=scale, backend=backend)
+        return torch.cat([text, video] if first else [video, text], 1)
 
-    def _parallel(self, video: Video, scale: float | None, backend: Any, parallel: Any) -> Tensor:
+    def _parallel(
+        self, video: Video, mask: Tensor | None, scale: float | None, backend: Any, parallel: Any
+    ) -> Tensor:
         """Each process has a part of the tokens; here all tokens of a part of the heads (Ulysses).
 
         Source: DeepSpeed-Ulysses, arXiv 2309.14509.
         """
+        if mask is not None:
+            raise _masked(mask)
         config = parallel.context_parallel_config
         heads = video[0].shape[2]
         ways = config.ulysses_degree
@@ -339,8 +298,8 @@ class Layer:
                 f"{self.state.plan.grid} has {self.state.plan.tokens}; call the model without "
                 "conditions, or without enable_parallelism"
             )
-        out, _ = self.attend((q, k, v), scale=scale, backend=backend)
-        return _exchanged(out, 1, 2, group)
+        pattern = self.state.plan.patterns[self.kind]
+        return _exchanged(_video((q, k, v), pattern, scale, backend), 1, 2, group)
 
 
 def _masked(mask: Tensor) -> ValueError:
@@ -348,6 +307,31 @@ def _masked(mask: Tensor) -> ValueError:
         f"a mask {list(mask.shape)} over pairs of video tokens has no sparse form; make this layer "
         "dense, or call the model without it"
     )
+
+
+def _video(
+    video: Video, pattern: SkipPattern | GridPattern, scale: float | None, backend: Any
+) -> Tensor:
+    """Video tokens over their sub-sequences: ``[B, N, H, D]``."""
+    if backend is None:
+        return skiparse.attention(*video, pattern, scale=scale)
+    return _by_backend(video, None, None, pattern, scale, backend)
+
+
+def _joint(
+    video: Video,
+    text: tuple[Tensor, Tensor],
+    text_mask: Tensor | None,
+    pattern: SkipPattern | GridPattern,
+    scale: float | None,
+    backend: Any,
+) -> Tensor:
+    """Video tokens over their sub-sequences and the keys of all others: ``[B, N, H, D]``."""
+    if backend is None:
+        return skiparse.joint_attention(
+            *video, None, *text, pattern, text_mask=text_mask, scale=scale
+        )[0]
+    return _by_backend(video, text, text_mask, pattern, scale, backend)
 
 
 def _all_keys(text_mask: Tensor | None, tokens: int) -> Tensor | None:
@@ -445,9 +429,9 @@ class _Now(threading.local):
     def __init__(self) -> None:
         self.layer: Layer | None = None  # set here: an attribute that comes later is a new graph
 
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(self, *args: Any, **more: Any) -> Tensor:
         assert self.layer is not None
-        return self.layer.dispatch(*args)
+        return self.layer.dispatch(*args, **more)
 
 
 _now = _Now()
@@ -473,7 +457,9 @@ def _dispatch(
             f"sparse attention has no dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa="
             f"{enable_gqa} or attention_kwargs={attention_kwargs}; make the layer dense"
         )
-    return _now(query, key, value, attn_mask, scale, backend, parallel_config)
+    return _now(
+        query, key, value, attn_mask, scale=scale, backend=backend, parallel=parallel_config
+    )
 
 
 class _Functional:
@@ -542,7 +528,7 @@ def _blank(cls: type, call: str) -> Any:
 def processor_of(own: Any, layer: Layer) -> Any:
     """The processor of a layer, with all that the model's ``own`` was told."""
     family = layer.state.family
-    made = family.processor(layer.attend) if family.processor else _blank(type(own), family.call)
+    made = family.processor(layer.dispatch) if family.processor else _blank(type(own), family.call)
     vars(made).update(vars(own))
     if not family.processor:
         made.skiparse_layer = layer

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
@@ -45,12 +46,15 @@ class HunyuanVideo15Processor:
         added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         text_q, text_k, text_v = (heads(f(encoder_hidden_states)) for f in added)
         text_q, text_k = attn.norm_added_q(text_q), attn.norm_added_k(text_k)
-        video, text = self.attend(
-            (q, k, v),
-            (text_q, text_k, text_v),
-            attention_mask.bool(),
+        q, k, v = (torch.cat(x, 1) for x in ((q, text_q), (k, text_k), (v, text_v)))
+        keys = F.pad(attention_mask.bool(), (q.shape[1] - text_q.shape[1], 0), value=True)
+        out = self.attend(
+            q,
+            k,
+            v,
+            keys[:, None, None],  # [B, 1, 1, N + T]
             backend=self._attention_backend,
             parallel=self._parallel_config,
         )
-        video, text = (x.flatten(2, 3).to(q.dtype) for x in (video, text))
+        video, text = out.flatten(2, 3).to(q.dtype).tensor_split((-text_q.shape[1],), 1)
         return attn.to_out[1](attn.to_out[0](video)), attn.to_add_out(text)
