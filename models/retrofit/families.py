@@ -24,7 +24,8 @@ class Family:
 
     Args:
         depths: the self-attention modules at each depth, in order; those at one depth are alike.
-        grid: ``(frames, rows, columns)`` of tokens, from the arguments of forward.
+        grid: ``(frames, rows, columns)`` of tokens, from the model's config and the arguments of
+            its forward.
         others: where tokens that are not of the grid stand in the same attention, text or
             conditions: ``"last"`` or ``"first"``; None if there are none.
         arguments: arguments of forward that have tokens, and their dimension of them. One that has
@@ -38,7 +39,7 @@ class Family:
     """
 
     depths: Sequence[Sequence[nn.Module]]
-    grid: Callable[[Arguments], Sequence[int]]
+    grid: Callable[[Any, Arguments], Sequence[int]]
     others: str | None = None
     arguments: Mapping[str, int] = field(default_factory=dict)
     outputs: Mapping[str, int] = field(default_factory=dict)
@@ -66,7 +67,7 @@ def family_of(model: nn.Module) -> Family:
 def _wan(model: Any) -> Family:
     return Family(
         [[block.attn1] for block in model.blocks],
-        _of_latents(model),
+        _of_latents,
         arguments={"timestep": 1},
         outputs={"rope": 1},
         patches=("patch_embedding",),
@@ -81,7 +82,7 @@ def _wan_vace(model: Any) -> Family:
         depths[depth].append(block.attn1)
     return Family(
         depths,
-        _of_latents(model),
+        _of_latents,
         arguments={"timestep": 1},
         outputs={"rope": 1},
         patches=("patch_embedding", "vace_patch_embedding"),
@@ -91,22 +92,22 @@ def _wan_vace(model: Any) -> Family:
 
 def _wan_animate(model: Any) -> Family:
     """In natural order: its face adapters cut the tokens into frames."""
-    return Family([[block.attn1] for block in model.blocks], _of_latents(model))
+    return Family([[block.attn1] for block in model.blocks], _of_latents)
 
 
 def _hunyuan(model: Any) -> Family:
     blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
     depths = [[block.attn] for block in blocks]
     if model.config.image_condition_type == "token_replace":  # cuts the first frame's tokens off
-        return Family(depths, _of_latents(model), others="last")
+        return Family(depths, _of_latents, others="last")
     outputs = {"x_embedder": 1, "rope": 0}
-    return Family(depths, _of_latents(model), others="last", outputs=outputs, last="proj_out")
+    return Family(depths, _of_latents, others="last", outputs=outputs, last="proj_out")
 
 
 def _hunyuan_15(model: Any) -> Family:
     return Family(
         [[block.attn] for block in model.transformer_blocks],
-        _of_latents(model),
+        _of_latents,
         others="last",
         outputs={"x_embedder": 1, "rope": 0},
         last="proj_out",
@@ -115,14 +116,9 @@ def _hunyuan_15(model: Any) -> Family:
 
 
 def _cogvideox(model: Any) -> Family:
-    def grid(given: Arguments) -> tuple[int, int, int]:
-        _, frames, _, height, width = given["hidden_states"].shape
-        side, depth = model.config.patch_size, model.config.patch_size_t or 1
-        return -(-frames // depth), height // side, width // side
-
     return Family(
         [[block.attn1] for block in model.transformer_blocks],
-        grid,
+        _of_frames,
         others="first",
         arguments={"image_rotary_emb": 0},
         outputs={"patch_embed": 1},
@@ -168,19 +164,22 @@ FAMILIES: Mapping[str, Callable[[Any], Family]] = {
 }
 
 
-def _of_latents(model: Any) -> Callable[[Arguments], Sequence[int]]:
-    """The grid of latents ``[B, C, frames, height, width]`` after patches are made."""
-    patch = model.config.patch_size
-    sides = (model.config.patch_size_t, patch, patch) if isinstance(patch, int) else tuple(patch)
-
-    def grid(given: Arguments) -> list[int]:
-        shape = given["hidden_states"].shape[2:]
-        return [size // side for size, side in zip(shape, sides, strict=True)]
-
-    return grid
+def _of_latents(config: Any, given: Arguments) -> list[int]:
+    """Latents ``[B, C, frames, height, width]``, after patches are made."""
+    patch = config.patch_size
+    sides = (config.patch_size_t, patch, patch) if isinstance(patch, int) else tuple(patch)
+    shape = given["hidden_states"].shape[2:]
+    return [size // side for size, side in zip(shape, sides, strict=True)]
 
 
-def _as_told(given: Arguments) -> list[int]:
+def _of_frames(config: Any, given: Arguments) -> list[int]:
+    """Latents ``[B, frames, C, height, width]``, after patches are made."""
+    _, frames, _, height, width = given["hidden_states"].shape
+    depth, side = config.patch_size_t or 1, config.patch_size
+    return [-(-frames // depth), height // side, width // side]
+
+
+def _as_told(config: Any, given: Arguments) -> list[int]:
     """The grid that the caller of forward names."""
     names = ("num_frames", "height", "width")
     missing = [name for name in names if given.get(name) is None]

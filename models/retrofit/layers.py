@@ -161,7 +161,7 @@ class BeforeForward:
                     "undo() it, set processors or fuse projections, and retrofit again"
                 )
         given = dict(zip(state.names, args, strict=False)) | kwargs
-        state.enter(state.family.grid(given), given["hidden_states"].device)
+        state.enter(state.family.grid(model.config, given), given["hidden_states"].device)
         state.parallel = getattr(model._parallel_config, "context_parallel_config", None)
         for name, dim in state.family.arguments.items():
             if given.get(name) is not None:
@@ -429,10 +429,6 @@ class _Now(threading.local):
     def __init__(self) -> None:
         self.layer: Layer | None = None  # set here: an attribute that comes later is a new graph
 
-    def __call__(self, *args: Any, **more: Any) -> Tensor:
-        assert self.layer is not None
-        return self.layer.dispatch(*args, **more)
-
 
 _now = _Now()
 
@@ -457,7 +453,9 @@ def _dispatch(
             f"sparse attention has no dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa="
             f"{enable_gqa} or attention_kwargs={attention_kwargs}; make the layer dense"
         )
-    return _now(
+    layer = _now.layer
+    assert layer is not None
+    return layer.dispatch(
         query, key, value, attn_mask, scale=scale, backend=backend, parallel=parallel_config
     )
 
