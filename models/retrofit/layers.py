@@ -41,49 +41,47 @@ Video = tuple[Tensor, Tensor, Tensor]  # q, k and v, [B, tokens, H, D] each
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How the tokens of one grid lie, and who attends to whom by the kind of layer.
+    """How the tokens of one grid lie.
 
+    ``shaped`` is an empty tensor ``[frames + 1, rows + 1, columns + 1, 0]``. For torch.compile a
+    number that a module has is a constant, and a size from 2 on is a variable: so other grids make
+    no new graphs.
     ``order`` is int64 ``[N]``, natural tokens by place, and ``inverse`` its way back; both None
-    where the tokens keep their natural order.
+    where the tokens keep their natural order, which is not ``ordered``.
     """
 
-    grid: Grid
-    tokens: int
-    patterns: dict[str, SkipPattern | GridPattern]
+    shaped: Tensor
+    ordered: bool
     order: Tensor | None
     inverse: Tensor | None
 
+    @property
+    def grid(self) -> Grid:
+        """``(frames, rows, columns)`` of tokens."""
+        frames, rows, columns, _ = self.shaped.shape
+        return frames - 1, rows - 1, columns - 1
 
-def patterns_of(
-    grid: Grid, pattern: str, ratio: int, *, ordered: bool = False
-) -> dict[str, SkipPattern | GridPattern]:
-    """The pattern of each kind of layer, for tokens in natural order or in that of a plan."""
-    N = math.prod(grid)
-    kinds: dict[str, SkipPattern | GridPattern] = {"dense": SkipPattern.dense()}
-    if pattern == "2d":
-        order = "skip" if ordered else "natural"
-        kinds["single"] = GridPattern.single(grid, ratio, order=order)
-        kinds["group"] = GridPattern.group(grid, ratio, order=order)
-    else:
-        kinds["single"] = SkipPattern.single(ratio)
-        kinds["group"] = SkipPattern.block(ratio, N) if ordered else SkipPattern.group(ratio)
-    return kinds
+    @property
+    def tokens(self) -> int:
+        """How many tokens the video has."""
+        frames, rows, columns = self.grid
+        return frames * rows * columns
 
 
 @torch.compiler.assume_constant_result
 def _plan(grid: Grid, pattern: str, ratio: int, reorder: bool, device: torch.device) -> Plan:
-    N = math.prod(grid)
     found: np.ndarray | None = None
     if reorder and pattern == "2d" and has_grid_order(grid, ratio, "skip"):
         found = grid_order(grid, ratio, "skip")
-    elif reorder and pattern == "1d" and has_skip_order(N, ratio):
-        found = skip_order(N, ratio)
-    kinds = patterns_of(grid, pattern, ratio, ordered=found is not None)
-    if found is None:
-        return Plan(grid, N, kinds, None, None)
+    elif reorder and pattern == "1d" and has_skip_order(math.prod(grid), ratio):
+        found = skip_order(math.prod(grid), ratio)
     with torch.inference_mode(False):  # a tensor made in it could not serve a training step
+        shaped = torch.empty(*(size + 1 for size in grid), 0)
+        torch._dynamo.maybe_mark_dynamic(shaped, [0, 1, 2])
+        if found is None:
+            return Plan(shaped, False, None, None)
         order = torch.from_numpy(found).to(device)
-        return Plan(grid, N, kinds, order, order.argsort())
+        return Plan(shaped, True, order, order.argsort())
 
 
 class State:
@@ -120,6 +118,18 @@ class State:
         if self.now is None:
             raise RuntimeError("a layer of a retrofitted model was called outside its forward")
         return self.now
+
+    def pattern_of(self, kind: str) -> SkipPattern | GridPattern:
+        """The pattern of a sparse kind of layer, for tokens in the order of the plan."""
+        plan = self.plan
+        if self.pattern == "2d":
+            order = "skip" if plan.ordered else "natural"
+            return GridPattern(plan.grid, self.ratio, kind, order)
+        if kind == "single":
+            return SkipPattern.single(self.ratio)
+        if plan.ordered:
+            return SkipPattern.block(self.ratio, plan.tokens)
+        return SkipPattern.group(self.ratio)
 
     def permuted(self, x: Any, index: Tensor | None, dim: int) -> Any:
         """``x`` with its video tokens in another order; what has no tokens is left alone."""
@@ -254,7 +264,7 @@ class Layer:
         others = query.shape[1] - plan.tokens
         if attn_mask is not None and (others == 0 or attn_mask.shape[1:3] != (1, 1)):
             raise _masked(attn_mask)
-        pattern = plan.patterns[self.kind]
+        pattern = self.state.pattern_of(self.kind)
         if others == 0:
             return _video((query, key, value), pattern, scale, backend)
         if where is None or others < 0:
@@ -298,7 +308,7 @@ class Layer:
                 f"{self.state.plan.grid} has {self.state.plan.tokens}; call the model without "
                 "conditions, or without enable_parallelism"
             )
-        pattern = self.state.plan.patterns[self.kind]
+        pattern = self.state.pattern_of(self.kind)
         return _exchanged(_video((q, k, v), pattern, scale, backend), 1, 2, group)
 
 
