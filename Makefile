@@ -1,12 +1,14 @@
 # make install   an environment in .venv with everything, from the tested versions
 # make demo      dense and Skiparse attention on a real clip; writes demo_out/report.html
 # make test      lint, types, and the tests: what CI runs
+# make smoke     a minute of something of every part: for the inner loop
 # make test-full the long matrices as well
+# make docs      the documentation, in build/docs; begin at build/docs/docs/index.html
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-full lint types torch_npu readme clean
+.PHONY: install demo smoke test test-full lint types torch_npu readme docs clean
 
 install: $(STAMP)
 
@@ -21,6 +23,10 @@ demo: install
 # As many processes as cores, each with whole files of tests: what they make for themselves, they
 # share. A test computes on one thread (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+# By tests, not by files: the longest file would be half of it.
+smoke: install
+	$(BIN)/python -m pytest -m smoke -n auto --maxprocesses 8
 
 test: lint types torch_npu
 	$(PYTEST)
@@ -54,9 +60,13 @@ $(NPU)/.unzipped: constraints.txt | install
 		rm $(NPU)/*.whl && touch $@; \
 	fi
 
-# The generated tables of the README: backends from the registry, figures from bench/results.jsonl.
+# The generated tables of the books: backends from the registry, figures from bench/results.jsonl.
 readme: install
-	$(BIN)/python -m skiparse.bench.op.tables README.md
+	$(BIN)/python -m skiparse.bench.op.tables README.md docs/measuring.md
+
+# Guides, the books and the reference, from Markdown and docstrings. What leads nowhere is an error.
+docs: install
+	$(BIN)/python -m sphinx -q -W -E --keep-going -c docs . build/docs
 
 clean:
 	rm -rf .venv build dist *.egg-info demo_out

@@ -71,6 +71,7 @@ setup(
         "skiparse.models.retrofit",
         "skiparse.models.suv",
         "skiparse.models.train",
+        "skiparse.models.wan",
         "skiparse.models.wfvae",
         "skiparse.bench",
         "skiparse.bench.demo",

@@ -9,6 +9,7 @@ copy. All calls are differentiable, once: in reverse, and in forward mode
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -167,7 +168,8 @@ def _check(
     backend: str,
 ) -> float:
     """Raise ValueError for what does not fit together; else the scale to use."""
-    for name, x in (*video.items(), *text.items()):
+    both = (*video.items(), *text.items())
+    for name, x in both:
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor [batch, tokens, heads, dim], got {x!r}")
         if x.is_nested or x.layout != torch.strided:
@@ -188,27 +190,28 @@ def _check(
     dtype = ops.autocast_dtype(q)
     if dtype not in _DTYPES:
         raise ValueError(f"q must be fp64, fp32, bf16 or fp16, got {q.dtype}; convert it")
-    for name, x in (*video.items(), *text.items()):
+    for name, x in both:
         if x.dtype != q.dtype and ops.autocast_dtype(x) != dtype:
             raise ValueError(f"{name} is {x.dtype} but q is {q.dtype}; convert one to the other")
         _check_device(name, x, q)
+    shape: Sequence[int] = q.shape
     for name, x in video.items():
-        if x.shape != q.shape:
+        if x.shape != shape:
             raise ValueError(
-                f"{name} has shape {list(x.shape)} but q has {list(q.shape)}; they must be equal"
+                f"{name} has shape {list(x.shape)} but q has {list(shape)}; they must be equal"
             )
-    B, _, H, D = q.shape
+    B, _, H, D = shape
     if D < 1:
         raise ValueError(f"q has head dimension {D}; it must be at least 1")
     if isinstance(pattern, GridPattern):
         pattern.check_tokens(q.shape[1])
     first = next(iter(text), "")
+    expected = (B, text[first].shape[1], H, D) if text else ()
     for name, x in text.items():
-        T = text[first].shape[1]
-        if x.shape != (B, T, H, D):
+        if x.shape != expected:
             raise ValueError(
-                f"{name} has shape {list(x.shape)}, expected {[B, T, H, D]}: the batch, heads and "
-                f"dim of q and the length of {first}"
+                f"{name} has shape {list(x.shape)}, expected {list(expected)}: the batch, heads "
+                f"and dim of q and the length of {first}"
             )
     registry.check_name(backend)
     if scale is None:

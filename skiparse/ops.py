@@ -33,9 +33,7 @@ from skiparse.registry import select
 _FLOATING = Gradients._fields
 _INPUTS = f"{tensors(_FLOATING)}, Tensor? mask, Tensor? text_mask"
 _SETTINGS = "SymInt sparsity, SymInt run, float scale"
-_GRID = (
-    "SymInt[] grid=[]"  # numbers of a pattern behind the first two; left out where there are none
-)
+_GRID = "SymInt[] grid=[]"  # the numbers of a pattern behind the first two, if there are any
 
 
 @operator("attention", _INPUTS, _SETTINGS, "str backend", _GRID, returns=4)
@@ -85,9 +83,10 @@ def _unit(x: Tensor) -> Tensor:
 
 def _inputs(*args: Any) -> Inputs:
     """The problem, from what ``_INPUTS``, ``_SETTINGS`` and ``_GRID`` name."""
-    *rows, mask, text_mask, sparsity, run, scale = args[:11]
-    pattern = pattern_of((sparsity, run, *_grid(args[11:])))
-    return Inputs(*map(_unit, rows), mask, text_mask, pattern, scale)
+    sparsity, run, scale, *grid = args[8:]
+    pattern = pattern_of((sparsity, run, *_grid(grid)))
+    q, k, v, text_q, text_k, text_v = map(_unit, args[:6])
+    return Inputs(q, k, v, text_q, text_k, text_v, args[6], args[7], pattern, scale)
 
 
 def _grid(left: Sequence[Any]) -> Sequence[int]:

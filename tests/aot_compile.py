@@ -24,7 +24,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from skiparse import SkipPattern
+from skiparse import GridPattern, SkipPattern
 from skiparse.backends import Inputs, Outputs
 from skiparse.backends.triton import (
     backward,
@@ -217,10 +217,15 @@ def offset_types(compiled):
     return sorted(set(found))
 
 
-def rows_of(arch, D, *, dtype="bfloat16", masked=False, run=8, tokens=36864):
+def rows_of(arch, D, *, dtype="bfloat16", masked=False, run=8, tokens=36864, grid=None):
     """One row for each kernel that forward and backward launch."""
     target = TARGETS[arch]
-    given = SkipPattern(8, run), tokens, D, getattr(torch, dtype), masked
+    pattern = SkipPattern(8, run)
+    if grid is not None:
+        *sides, ratio = grid
+        pattern = GridPattern.single(sides, ratio)
+        tokens = pattern.tokens
+    given = pattern, tokens, D, getattr(torch, dtype), masked
     for kernel, arguments, options in launches(arch, *given):
         compiled = compile_launch(kernel, arguments, options, target)
         row = {"kernel": kernel.__name__, "arch": arch, "D": D, "masked": masked}
@@ -258,15 +263,15 @@ def main():
     parser.add_argument("--masked", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--run", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=36864)
+    parser.add_argument("--grid", type=int, nargs=4, help="frames, rows, columns and ratio")
     args = parser.parse_args()
     if args.write:
         write_table(args.write, TARGETS if args.arch == "all" else [args.arch])
         return
     for D in args.dims:
         for masked in map(bool, args.masked):
-            for row in rows_of(
-                args.arch, D, dtype=args.dtype, masked=masked, run=args.run, tokens=args.tokens
-            ):
+            how = {name: getattr(args, name) for name in ("dtype", "run", "tokens", "grid")}
+            for row in rows_of(args.arch, D, masked=masked, **how):
                 print(json.dumps(row), flush=True)
 
 

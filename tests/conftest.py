@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
+import smoke
 import torch
 
 if not torch.cuda.is_available():
@@ -37,3 +38,19 @@ def stays_out_of_real_time():
     if after != before:
         os.sched_setscheduler(0, before, os.sched_param(0))
     assert after == before, f"this test changed the process's scheduling: {before} to {after}"
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Of `-m smoke` alone, files without any are not imported: that would take half of its time."""
+    alone = config.option.markexpr == "smoke" and collection_path.name.startswith("test_")
+    return True if alone and collection_path.name not in smoke.FILES else None
+
+
+def pytest_collection_modifyitems(config, items):
+    found = {name for item in items for name in smoke.named(item.path, item.name)}
+    for item in items:
+        if smoke.named(item.path, item.name):
+            item.add_marker(pytest.mark.smoke)
+    everything = config.args_source is not pytest.Config.ArgsSource.ARGS
+    if everything and config.option.markexpr == "smoke" and smoke.NAMES - found:
+        raise pytest.UsageError(f"no such tests, in tests/smoke.py: {sorted(smoke.NAMES - found)}")

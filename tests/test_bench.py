@@ -1,6 +1,8 @@
 """The benchmark times only what is right, and says what it compared with what."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -28,18 +30,22 @@ def assert_answer(tensors, problem, names):
 
 def test_the_table_of_cases_is_what_the_readme_says():
     ours = 4 * 3 + 1 + 2  # shapes by heads; the headline in a batch; the rehearsal, also in one
-    others = 1 + 3 * 2 + 1, 1 + 3 * 3, 1 + 3 * 2 + 2, 1 + 3 * 3  # in skip order if k*k divides N
-    assert len(cases.CASES) == 2 * (ours * (1 + 3 * 3) + sum(others))
+    wan = 1 + 3 * 2 + 1, 1 + 3 * 3, 1 + 3 * 2 + 2, 1 + 3 * 3  # in skip order if k*k divides N
+    hunyuan = 1 + 3 * 3, 1 + 3 * 2 + 2
+    grids = 2 * 2 * 2  # ratios, kinds, orders; the four of Wan with one head also, a Hunyuan
+    others = 2 * sum(wan) + sum(hunyuan) + grids * (2 * 4 + 1)
+    assert len(cases.CASES) == 2 * (ours * (1 + 3 * 3) + others)
     head = cases.CASES["121x576x1024.k8.single.fwd"]
     assert (head.N, head.T, head.heads, head.D) == (36864, 512, 24, 128)
     assert f"{head.ceiling:.2f}" == "6.66"
     assert cases.CASES["57x288x512-1h.k4.group.skip.fwd"].pattern == SkipPattern.block(4, 4608)
     assert all(name == case.name for name, case in cases.CASES.items())
     for case in cases.CASES.values():
-        pairs, single = (
-            p.pairs(case.N, case.T) for p in (case.pattern, SkipPattern.single(case.k))
-        )
-        if case.N % case.k**2 == 0:
+        k = case.k if case.grid is None else case.k**2
+        pairs, single = (p.pairs(case.N, case.T) for p in (case.pattern, SkipPattern.single(k)))
+        if case.grid is not None:
+            assert single <= pairs <= 1.04 * single
+        elif case.N % case.k**2 == 0:
             assert pairs == single
         else:  # cut short, so that sub-sequences of group-skip are not equally long
             assert single <= pairs <= 1.01 * single
@@ -62,6 +68,29 @@ def test_shapes_that_others_publish():
             assert sum(lengths) == tokens
             assert max(lengths) - min(lengths) <= k
     assert cases.CASES["121x576x1024-b8.k8.group.fwd"].B == 8
+
+
+def test_grids_of_models():
+    """Rows and columns are those of the latents' patches; the orders are those that there are."""
+    for video, about in cases.VIDEOS.items():
+        if about.grid is not None:
+            frames, height, width = map(int, video.split("x"))
+            assert about.grid == ((frames - 1) // 4 + 1, height // 16, width // 16)
+    names = {
+        "81x480x832-1h.p2.group.skip.fwd": "skip", "81x480x832-1h.p4.group.sorted.fwd": "group",
+        "81x720x1280-1h.p2.single.sorted.fwd": "single", "129x720x1280.p2.single.fwd": "natural",
+    }  # fmt: skip
+    for name, order in names.items():
+        assert cases.CASES[name].pattern.order == order
+
+
+@pytest.mark.parametrize("kind", ["single", "group"])
+def test_flex_computes_the_same_on_grids(kind):
+    case = variant(grid=(2, 5, 7), N=70, T=4, kind=kind)
+    problem = make_problem(case.pattern, N=70, T=4, D=32, H=1)
+    work = baselines.flex(case, problem, compiled=False).work
+    assert_answer(work(), problem, ("out", "text_out"))
+    assert baselines.original(case, problem).why_not == "it knows no grids"
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -128,6 +157,16 @@ def test_run_prints_the_ceiling_and_writes_rows(tmp_path, capsys):
     assert mine["kind"] == "hardware"
     assert {"case", "device", "driver", "versions", "commit", "dtype", "date"} <= set(mine)
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_command_runs_in_a_process_of_its_own():
+    """Where nothing else has asked for the operators before."""
+    code = "from skiparse.cli import main; main(['bench', '1x128x128.k2.group.fwd', *{}])"
+    options = ["--backends", "sdpa", "--against", "dense", "--rounds", "1", "--results", ""]
+    command = [sys.executable, "-c", code.format(options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "skiparse.sdpa" in done.stdout
 
 
 def test_speedup_is_the_median_of_the_rounds_own_ratios():

@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 from PIL import Image  # comes with matplotlib
 
-from skiparse.bench.demo import attention
+from skiparse.bench.clip import bundled_clip
 from skiparse.bench.experiments import clipping
 from skiparse.models import flow
 
@@ -26,7 +26,7 @@ STEPS = 10  # bad: 3 and 7 wrong target, 4 and 6 large, 5 NaN
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     try:
-        attention.bundled_clip()
+        bundled_clip()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("clipping") / "new" / "out"
@@ -48,7 +48,7 @@ def test_the_files_are_whole_and_alone(folder, found):
         picture.load()
         assert picture.width > 1000
     assert "Big Buck Bunny" in found["credit"]
-    assert found["bad"] == {
+    assert found["recipe"]["bad"] == {
         "3": "wrong target",
         "4": "large",
         "5": "nan",
@@ -112,17 +112,14 @@ def test_the_original_rule_stops_at_a_large_batch(found):
 
 
 def test_a_stopped_run_keeps_its_weights(folder):
-    scenes = clipping.overfit.scenes_of(attention.bundled_clip(), QUICK)
-    model = clipping.overfit.models_of(scenes, QUICK)["sparse"]
-    run = clipping._Run(model, clipping.WAYS["osp15"], scenes)
-    sigmas, noise = torch.tensor([0.3, 0.6]), torch.ones_like(scenes.latents)
-    good, large = (
-        clipping.problem(kind, scenes.latents, sigmas, noise, noise) for kind in (None, "large")
-    )
-    run.step(1e-3, sigmas, *good)
+    scenes = clipping.toy.scenes_of(bundled_clip(), QUICK)
+    model = clipping.toy.dense_of(scenes, QUICK, sparsity=QUICK.sparsity)
+    run = clipping.Clipped(model, scenes, clipping.WAYS["osp15"], bad={2: "large"})
+    sigmas, noise = torch.tensor([0.3, 0.6]), torch.ones((2, *scenes.latents.shape))
+    run.step(1, 1e-3, sigmas, noise)
     kept = [x.clone() for x in run.model.parameters()]
-    run.step(1e-3, sigmas, *large)
-    run.step(1e-3, sigmas, *good)
+    run.step(2, 1e-3, sigmas, noise)
+    run.step(3, 1e-3, sigmas, noise)
     assert run.stopped
     assert len(run.decisions) == 2
     changed = [not torch.equal(x, y) for x, y in zip(kept, model.parameters(), strict=True)]

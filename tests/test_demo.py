@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import importlib.metadata
 import io
 import re
 import subprocess
@@ -20,6 +21,7 @@ pytest.importorskip("matplotlib")
 
 from PIL import Image  # comes with matplotlib
 
+from skiparse.bench.clip import bundled_clip
 from skiparse.bench.demo import attention, report
 from skiparse.pattern import SkipPattern
 
@@ -65,7 +67,7 @@ def tokens() -> attention.Tokens:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     try:
-        attention.bundled_clip()
+        bundled_clip()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("demo")
@@ -246,7 +248,7 @@ def test_the_full_size_is_the_headline_shape() -> None:
 
 
 def test_a_missing_clip_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention.importlib.metadata, "files", lambda _: None)
+    monkeypatch.setattr(importlib.metadata, "files", lambda _: None)
     with pytest.raises(FileNotFoundError, match=r"skiparse\[demo\]"):
         attention.run(tmp_path / "out", quick=True)
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from backends import MATRIX, SMALL
 from torch.autograd import forward_ad
 
 import skiparse
@@ -11,7 +12,6 @@ from skiparse import SkipPattern
 from skiparse.testing import check, make_problem, oracle_rows, run
 
 SINGLE, GROUP = SkipPattern.single(2), SkipPattern.group(2)
-BACKENDS = ("reference", "sdpa", "triton")
 PATTERNS = (SkipPattern.dense(), SINGLE, GROUP, SkipPattern(3, 2), SkipPattern.block(4, 48))
 
 
@@ -23,7 +23,7 @@ def close(x, y):
 # The log-sum-exp.
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SMALL)
 @pytest.mark.parametrize("p", PATTERNS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_log_sum_exp_is_differentiable(dtype, p, backend):
@@ -33,7 +33,7 @@ def test_log_sum_exp_is_differentiable(dtype, p, backend):
         check(run(problem, backend), problem)
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("backend", MATRIX)
 @pytest.mark.parametrize("p", [SINGLE, GROUP, SkipPattern(3, 2)], ids=str)
 def test_its_gradient_alone(p, backend):
     """Against the derivative of the definition, in fp64, where the outputs get none."""
@@ -52,7 +52,7 @@ def test_its_gradient_alone(p, backend):
         close(x, y)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SMALL)
 def test_a_row_without_keys_passes_no_gradient(backend):
     """Its log-sum-exp is -inf, whatever gradient it is given."""
     problem = make_problem(SINGLE, N=16, D=32)
@@ -65,7 +65,7 @@ def test_a_row_without_keys_passes_no_gradient(backend):
         assert grad[:, ::2].abs().sum() > 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("backend", MATRIX)
 def test_a_merge_can_be_trained(backend):
     """The keys in two halves, put together by their log-sum-exps: as if never taken apart."""
     problem = make_problem(GROUP, B=2, N=24, D=8, dtype=torch.float64)
@@ -147,7 +147,7 @@ def test_transforms_as_of_plain_pytorch(name):
     close(TRANSFORMS[name](ours), TRANSFORMS[name](dense))
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("backend", MATRIX)
 @pytest.mark.parametrize(
     ("p", "N"), [(SkipPattern.single(3), 7), (GROUP, 9), (SkipPattern(4, 1), 3)]
 )

@@ -13,7 +13,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("pyarrow")
 pytest.importorskip("tensorboard")
 
-from skiparse.bench.demo import attention, generate
+from skiparse.bench.clip import bundled_clip
+from skiparse.bench.demo import generate
 from skiparse.models.data.video import probe
 from skiparse.models.pipeline import SUVPipeline
 from skiparse.models.train import loop
@@ -23,7 +24,7 @@ from skiparse.models.wfvae.model import WFVAE
 @pytest.fixture(scope="module")
 def clip():
     try:
-        return attention.bundled_clip()
+        return bundled_clip()
     except FileNotFoundError as error:
         pytest.skip(str(error))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from backends import MATRIX, SMALL
 from safetensors.torch import load_file
 
 import skiparse
@@ -31,18 +32,18 @@ def test_there_are_cases():
     assert len(CASES) >= 10
 
 
-INTERPRETED = ("N72.k4.group.vmask", "N72.k8.single")  # Triton's interpreter is slow
+FEW = ("N72.k4.group.vmask", "N72.k8.single")  # for backends that are slow here
 
 
 @pytest.mark.parametrize(
     ("case", "backend"),
     [
-        *((case, backend) for case in CASES for backend in ("reference", "sdpa")),
-        *((case, "triton") for case in INTERPRETED),
+        *((case, backend) for case in CASES for backend in MATRIX),
+        *((case, backend) for case in FEW for backend in SMALL if backend not in MATRIX),
     ],
 )
 def test_golden(case, backend):
-    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    device = "cpu" if backend in MATRIX or not torch.cuda.is_available() else "cuda"
     N, k, kind, *masked = case.split(".")
     pattern = getattr(SkipPattern, kind)(int(k[1:]))
     given = {n: GOLDEN[f"in.{N}.{n}"] for n in ("q", "k", "v", "tq", "tk", "tv", "gv", "gt")}

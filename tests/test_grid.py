@@ -31,7 +31,7 @@ def patterns(grid, ratio):
             yield GridPattern(grid, ratio, kind, order)
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("grid", "ratio"), GRIDS, ids=str)
 def test_every_grid_in_every_order(grid, ratio, backend):
     for p in patterns(grid, ratio):
@@ -41,6 +41,33 @@ def test_every_grid_in_every_order(grid, ratio, backend):
                 lse_grads=masked,
             )  # fmt: skip
             check(run(problem, backend), problem)
+
+
+# In the interpreter every program is slow: a few grids, each kind, order and text in one of them.
+INTERPRETED = (
+    (GridPattern.single((1, 5, 7), 2), {"T": 3, "masked": True}),
+    (GridPattern.group((2, 5, 6), 2), {"lse_grads": True}),
+    (GridPattern.group((1, 7, 5), 3), {"T": 3, "text_queries": False}),
+    (GridPattern.single((1, 1, 3), 2), {"T": 2}),
+    (GridPattern.group((1, 6, 10), 2, order="skip"), {"T": 3, "masked": True, "lse_grads": True}),
+    (GridPattern.single((1, 3, 5), 2, order="single"), {"T": 3, "text_queries": False}),
+    (SkipPattern.group(2), {"N": 20, "T": 3, "text_queries": False, "masked": True}),
+)
+
+
+@pytest.mark.parametrize(("p", "shape"), INTERPRETED, ids=str)
+def test_triton(p, shape):
+    N = p.tokens if isinstance(p, GridPattern) else shape["N"]
+    problem = make_problem(p, H=1, **(shape | {"N": N}))
+    check(run(problem, "triton"), problem)
+
+
+@pytest.mark.full
+def test_triton_on_every_grid():
+    for grid, ratio in GRIDS:
+        for p in patterns(grid, ratio):
+            problem = make_problem(p, B=2, N=p.tokens, T=3, masked=True, lse_grads=True)
+            check(run(problem, "triton"), problem)
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])

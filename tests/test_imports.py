@@ -81,6 +81,34 @@ def backward_arrows(path, source=None):
     return found
 
 
+# Within bench/: what rooms share imports no room, and a room those that are named here.
+ROOMS = {
+    "": set(),
+    "op": set(),
+    "models": set(),
+    "experiments": set(),
+    "demo": {"experiments"},
+    "gpu": {"op"},
+}
+
+
+def room_of(module):
+    """The room of a module of bench/, "" for what they share, None elsewhere."""
+    parts = module.split(".")
+    if parts[:2] != ["skiparse", "bench"]:
+        return None
+    return parts[2] if parts[2:] and parts[2] in ROOMS else ""
+
+
+def arrows_between_rooms(path, source=None):
+    here = room_of(module_of(path))
+    return [
+        f"{path.relative_to(ROOT)}:{line} {here} -> {there}"
+        for line, module in imports(path, source)
+        if (there := room_of(module)) and there not in {here, *ROOMS[here]}
+    ]
+
+
 FILES = [p for folder in ("skiparse", "models", "bench") for p in (ROOT / folder).rglob("*.py")]
 
 
@@ -108,6 +136,19 @@ def test_arrows_run_one_way():
 )
 def test_a_backward_arrow_is_seen(file, line):
     assert backward_arrows(ROOT / file, line)
+
+
+def test_arrows_between_rooms_run_one_way():
+    files = list((ROOT / "bench").rglob("*.py"))
+    assert {room_of(module_of(path)) for path in files} == set(ROOMS)
+    wrong = [arrow for path in files for arrow in arrows_between_rooms(path)]
+    assert not wrong, "\n".join(wrong)
+    for file, line in (
+        ("bench/rows.py", "from skiparse.bench.op import run"),
+        ("bench/models/vae.py", "from skiparse.bench.op.run import table"),
+        ("bench/experiments/toy.py", "from skiparse.bench.demo import attention"),
+    ):
+        assert arrows_between_rooms(ROOT / file, line)
 
 
 def test_index_maths_only_in_pattern():

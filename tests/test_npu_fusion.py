@@ -10,8 +10,9 @@ import pytest
 import torch
 from fake_torch_npu import Fake
 
-from skiparse import SkipPattern, list_backends, registry
+from skiparse import GridPattern, SkipPattern, list_backends, registry
 from skiparse.backends import Inputs, npu_fusion
+from skiparse.pattern import pattern_of
 from skiparse.testing import check, make_problem, run
 
 PATTERNS = (
@@ -48,6 +49,39 @@ def test_outputs_and_gradients(fake, p, T, masked, dtype):
     for N in (72, 71):
         problem = make_problem(p, B=2, N=N, T=T, dtype=dtype, masked=masked)
         check(run(problem, "npu_fusion"), problem)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_grids_in_order(fake, masked):
+    """Ragged blocks: one call for each length, forward and backward."""
+    for p in (
+        GridPattern.group((2, 6, 10), 2, order="skip"),
+        GridPattern.single((1, 1, 3), 2, order="single"),
+    ):
+        for T in (0, 5):
+            problem = make_problem(p, B=2, N=p.tokens, T=T, masked=masked)
+            fake.calls.clear()
+            check(run(problem, "npu_fusion"), problem)
+            assert len(fake.calls) == 2 * len({L for L in p.lengths(p.tokens) if L + T})
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("p", PATTERNS, ids=str)
+def test_keys_of_the_text_without_queries(fake, p, masked):
+    for N in (72, 2):
+        problem = make_problem(p, B=2, N=N, T=5, masked=masked, lse_grads=True, text_queries=False)
+        check(run(problem, "npu_fusion"), problem)
+
+
+def test_a_grid_in_natural_order_is_refused(monkeypatch):
+    monkeypatch.setattr(npu_fusion, "_why_no_npu", lambda: None)
+    q = SimpleNamespace(shape=(1, 16, 1, 16), device=SimpleNamespace(type="npu"), dtype=torch.half)
+    text = torch.empty(1, 0, 1, 16)
+    for p, refused in ((GridPattern.single((1, 4, 4), 2), True), (SkipPattern.single(4), False)):
+        reason = npu_fusion.why_not(
+            Inputs(q, q, q, text, text, text, None, None, pattern_of(p.numbers), 1.0)
+        )
+        assert ("skiparse.pattern.grid_order" in (reason or "")) == refused
 
 
 @pytest.mark.parametrize("kind", ["single", "group"])

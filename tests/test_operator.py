@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from backends import MATRIX
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,7 +25,7 @@ def leaves(problem):
 @pytest.mark.parametrize("T", [0, 5])
 @pytest.mark.parametrize("layout", ["contiguous", "heads_first"])
 @pytest.mark.parametrize("B", [1, 2])
-@pytest.mark.parametrize("backend", ["reference", "sdpa", "auto"])
+@pytest.mark.parametrize("backend", [*MATRIX, "auto"])
 def test_opcheck(backend, B, layout, T):
     for p in (SINGLE, GROUP):
         problem = make_problem(p, B=B, N=20, T=T, layout=layout, masked=T > 0)
@@ -48,6 +50,17 @@ def test_opcheck_of_the_forward_mode():
     inputs = (*problem.inputs, *problem.inputs, problem.mask, problem.text_mask)
     args = (*inputs, GROUP.sparsity, GROUP.run, 0.25)
     torch.library.opcheck(torch.ops.skiparse.attention_jvp, args)
+
+
+def test_saved_graphs_find_the_operators_as_they_were():
+    """A graph of `torch.export` calls them by these names and places; written by version 0.1.0.
+
+    What came later stands behind that, and may be left out.
+    """
+    for line in (Path(__file__).parent / "data/schemas.txt").read_text().splitlines():
+        schema = torch._C.parse_schema(line)
+        operator = getattr(torch.ops.skiparse, schema.name.partition("::")[2]).default
+        assert operator._schema.is_backward_compatible_with(schema)
 
 
 def both(q, k, v, text_q, text_k, text_v, mask):
@@ -96,7 +109,7 @@ def test_inside_activation_checkpointing():
         assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", MATRIX)
 @pytest.mark.parametrize(
     ("p", "N"), [(SkipPattern.single(3), 7), (GROUP, 9), (SkipPattern(2, 5), 10)]
 )
@@ -161,7 +174,7 @@ def test_flops_are_counted_whichever_is_imported_first(first):
     assert int(done.stdout) == 4 * 16 * 32
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", MATRIX)
 @pytest.mark.parametrize("p", [SINGLE, GROUP], ids=str)
 def test_thirty_runs_are_bitwise_equal(p, backend):
     torch.use_deterministic_algorithms(False)

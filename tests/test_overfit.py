@@ -10,9 +10,12 @@ pytest.importorskip("matplotlib")
 
 from PIL import Image  # comes with matplotlib
 
-from skiparse.bench.demo import attention
-from skiparse.bench.experiments import overfit
+from skiparse.bench.clip import FPS, bundled_clip
+from skiparse.bench.experiments import learn, overfit, toy
+from skiparse.bench.patches import GROUP
+from skiparse.bench.patches import patches as patches_of
 from skiparse.models import flow
+from skiparse.models.data.video import read_video
 
 QUICK = overfit.SIZES["quick"]
 STEPS = 25
@@ -21,14 +24,14 @@ STEPS = 25
 @pytest.fixture(scope="module")
 def clip():
     try:
-        return attention.bundled_clip()
+        return bundled_clip()
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
 def scenes(clip):
-    return overfit.scenes_of(clip, QUICK)
+    return toy.scenes_of(clip, QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +49,16 @@ def found(folder):
 
 
 def test_both_models_learn(found):
-    assert [point["step"] for point in found["curve"]] == [0, 20, 25]
-    first, *_, last = found["curve"]
-    assert first["dense"] != first["sparse"]  # the same weights, another attention
-    assert first["dense"] == pytest.approx(first["sparse"], rel=1e-2)
-    for name, one in found["models"].items():
-        assert one["last"] < 0.8 * one["first"]
-        assert one["factor"] == one["first"] / one["last"]
-        assert (one["first"], one["last"]) == (first[name], last[name])
-    assert found["sparse_over_dense"] == last["sparse"] / last["dense"]
+    dense, sparse = found["runs"]["dense"], found["runs"]["sparse"]
+    assert dense["first"] != sparse["first"]  # the same weights, another attention
+    assert dense["first"] == pytest.approx(sparse["first"], rel=1e-2)
+    for one in (dense, sparse):
+        assert [point["step"] for point in one["curve"]] == [0, 20, 25]
+        first, *_, last = (point["loss"] for point in one["curve"])
+        assert (one["first"], one["last"]) == (first, last)
+        assert last < 0.8 * first
+        assert one["factor"] == first / last
+    assert found["sparse_over_dense"] == sparse["last"] / dense["last"]
 
 
 def test_the_files_are_whole_and_alone(folder, found):
@@ -80,13 +84,13 @@ def test_the_pairs_are_those_of_the_layers(found, scenes):
     assert found["tokens"] == N
     k = 4
     sparse = 4 * (N + T) ** 2 + 4 * 2 * (N // 2 + T) ** 2 + 2 * k * (N // k + T) ** 2
-    assert found["models"]["sparse"]["attention_pairs"] == sparse
+    assert found["runs"]["sparse"]["attention_pairs"] == sparse
     assert found["pairs_ratio"] == 10 * (N + T) ** 2 / sparse
 
 
 def test_k_squared_divides_the_tokens_of_every_size():
     for size in overfit.SIZES.values():
-        steps = 1 + (size.frames - 1) // attention.GROUP
+        steps = 1 + (size.frames - 1) // GROUP
         tokens = steps * (size.height // 32) * (size.width // 32)
         assert all(tokens % k**2 == 0 for k in size.sparsity)
 
@@ -109,11 +113,11 @@ def test_latents_are_normal_and_lead_back_to_the_picture(scenes):
 
 def test_pictures_keep_what_the_basis_can_hold(clip, scenes):
     """Pixels, to latents, to pixels: the projection of each patch, right where it was."""
-    frames = overfit.read_video(clip, frames=1, fps=attention.FPS, size=(QUICK.height, QUICK.width))
+    frames = read_video(clip, frames=1, fps=FPS, size=(QUICK.height, QUICK.width))
     pictures = scenes.pictures(scenes.latents)[0, 0]
-    patches = attention._patches(frames[0].float() / 255)
+    patches = patches_of(frames[0].float() / 255)
     held = (patches @ scenes.basis @ scenes.basis.T).clamp(0, 1)
-    torch.testing.assert_close(attention._patches(pictures), held)
+    torch.testing.assert_close(patches_of(pictures), held)
 
 
 def test_a_perfect_model_has_no_loss_and_samples_the_scenes(scenes):
@@ -121,7 +125,7 @@ def test_a_perfect_model_has_no_loss_and_samples_the_scenes(scenes):
         sigma = (timestep / 1000)[:, None, None, None, None]
         return (latents - scenes.latents) / sigma
 
-    assert overfit.evaluate(perfect, scenes) < 1e-8
+    assert learn.evaluate(perfect, scenes) < 1e-8
     torch.testing.assert_close(overfit.sample(perfect, scenes), scenes.latents)
 
 
@@ -132,9 +136,9 @@ def test_every_scene_of_the_evaluation_meets_every_level(scenes):
         seen.append(timestep)
         return torch.zeros_like(latents)
 
-    loss = overfit.evaluate(zero, scenes)
+    loss = learn.evaluate(zero, scenes)
     assert loss == pytest.approx(2, rel=0.1)  # the variance of noise and of latents
-    levels = (torch.arange(overfit.LEVELS) + 0.5) / overfit.LEVELS
+    levels = (torch.arange(learn.LEVELS) + 0.5) / learn.LEVELS
     assert torch.equal(torch.stack(seen, 1), flow.timesteps(levels).expand(QUICK.scenes, -1))
 
 

@@ -206,7 +206,7 @@ def test_a_recipe_is_found_by_name_and_adds_fields(source, tmp_path):
     with pytest.raises(ValueError, match="keys that mean nothing: preset"):
         load(file)
     file.write_text(json.dumps(table | {"recipe": "soup"}))
-    with pytest.raises(ValueError, match="recipe must be one of suv, wfvae, toy, got 'soup'"):
+    with pytest.raises(ValueError, match="recipe must be one of suv, wan, wfvae, toy, got 'soup'"):
         load(file)
     with pytest.raises(ValueError, match="base must be at least 0"):
         train(config(source, tmp_path / "out", base=-1))

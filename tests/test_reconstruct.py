@@ -18,8 +18,9 @@ pytest.importorskip("torchmetrics")
 import av
 from PIL import Image  # comes with matplotlib
 
-from skiparse.bench.demo import attention
-from skiparse.bench.experiments import reconstruct
+from skiparse.bench.clip import FPS, bundled_clip
+from skiparse.bench.demo import reconstruction
+from skiparse.bench.experiments import reconstruct, wavelets
 from skiparse.models.data.video import read_video
 from skiparse.models.wfvae import evaluate
 from skiparse.models.wfvae.model import WFVAE
@@ -31,7 +32,7 @@ STEPS = 10
 @pytest.fixture(scope="module")
 def clip():
     try:
-        return attention.bundled_clip()
+        return bundled_clip()
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
@@ -51,7 +52,7 @@ def files(folder):
 
 
 def test_it_learns(result):
-    curve = result.found["curve"]
+    curve = result.found["runs"][reconstruct.MEAN]["curve"]
     assert [point["step"] for point in curve] == list(range(0, QUICK.steps + 1, 25))
     psnr = [point["psnr"] for point in curve]
     assert psnr == sorted(psnr)
@@ -78,7 +79,7 @@ def test_the_saved_model_gives_these_numbers(clip, result):
     held = json.loads((result.picture.parent / "reconstruction.json").read_text())
     assert held == result.found
     vae = WFVAE.from_pretrained(result.vae).eval()
-    frames = read_video(clip, frames=89, fps=attention.FPS, size=(32, 32), threads=1)
+    frames = read_video(clip, frames=89, fps=FPS, size=(32, 32), threads=1)
     means, squares = [], []
     for start, one in zip((64, 80), held["scenes"], strict=True):
         scene = frames[start : start + 9].movedim(-1, 0)[None].float() / 127.5 - 1
@@ -164,7 +165,7 @@ def test_the_picture_shows_the_clip_above_what_was_made(result):
 
 
 def test_the_section_of_the_report(result):
-    section = reconstruct.section(result)
+    section = reconstruction.section(result)
     (picture,) = re.findall(r'src="data:image/png;base64,([^"]+)"', section)
     assert base64.b64decode(picture, validate=True) == result.picture.read_bytes()
     Image.open(io.BytesIO(base64.b64decode(picture))).load()
@@ -209,11 +210,13 @@ def test_the_ablation_changes_one_thing_at_a_time(clip, tmp_path, monkeypatch):
         return right(scenes, size, weights=weights)
 
     monkeypatch.setattr(reconstruct, "fit", spy)
-    found = reconstruct.ablate(tmp_path, size=QUICK, steps=2, seeds=(0, 5))
+    found = wavelets.run(tmp_path, size=QUICK, steps=2, seeds=(0, 5))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["wavelets.json", "wavelets.png"]
     assert json.loads((tmp_path / "wavelets.json").read_text()) == found
     arms = ["full", "no wavelet loss", "no energy flow"]
-    assert [(one["arm"], one["seed"]) for one in found["runs"]] == [
+    runs = list(found["runs"].values())
+    assert list(found["runs"]) == [f"{arm}, seed {seed}" for seed in (0, 5) for arm in arms]
+    assert [(one["arm"], one["seed"]) for one in runs] == [
         (arm, seed) for seed in (0, 5) for arm in arms
     ]
     assert all(scenes is asked[0][0] for scenes, _, _ in asked)
@@ -224,18 +227,18 @@ def test_the_ablation_changes_one_thing_at_a_time(clip, tmp_path, monkeypatch):
     ]
     assert [weights.wavelet for _, _, weights in asked] == 2 * [0.1, 0.0, 0.1]
     assert {(weights.kl, weights.adversarial) for _, _, weights in asked} == {(1e-6, 0.0)}
-    parameters = [one["parameters"] for one in found["runs"][:3]]
+    parameters = [one["parameters"] for one in runs[:3]]
     assert parameters[0] == parameters[1] > parameters[2]
-    starts = [one["curve"][0]["psnr"] for one in found["runs"]]
+    starts = [one["curve"][0]["psnr"] for one in runs]
     assert starts[0] == starts[1] != starts[3]  # the same weights for a seed
-    ends = {one["psnr"] for one in found["runs"]}
+    ends = {one["psnr"] for one in runs}
     assert len(ends) == 6
 
 
 def test_arguments_are_checked(tmp_path):
-    for call in (reconstruct.run, reconstruct.ablate):
+    for call in (reconstruct.run, wavelets.run):
         with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
             call(tmp_path / "out", steps=0)
     with pytest.raises(ValueError, match="seeds must be at least one"):
-        reconstruct.ablate(tmp_path / "out", seeds=())
+        wavelets.run(tmp_path / "out", seeds=())
     assert not (tmp_path / "out").exists()

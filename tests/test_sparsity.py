@@ -10,8 +10,8 @@ pytest.importorskip("matplotlib")
 
 from PIL import Image  # comes with matplotlib
 
-from skiparse.bench.demo import attention
-from skiparse.bench.experiments import overfit, sparsity
+from skiparse.bench.clip import bundled_clip
+from skiparse.bench.experiments import sparsity, toy
 
 QUICK = sparsity.SIZES["quick"]
 
@@ -19,7 +19,7 @@ QUICK = sparsity.SIZES["quick"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     try:
-        attention.bundled_clip()
+        bundled_clip()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     out = tmp_path_factory.mktemp("sparsity")
@@ -35,17 +35,19 @@ def found(folder):
 
 
 def test_all_begin_alike_and_learn(found):
-    first, *_, last = found["curve"]
-    assert first["dense"] == first["converted"] != first["sparse"]
-    for name in sparsity.ARMS:
-        one = found["models"][name]
-        assert one["judged"] == last[name] < 0.9 * first[name]
-        assert one["trained"] == last[f"{name}, trained"] < one["judged"]
-        assert one["seconds"] == pytest.approx(last[f"{name}, seconds"])
+    runs = found["runs"]
+    assert set(runs) == set(sparsity.ARMS)
+    begin = {name: one["curve"][0]["loss"] for name, one in runs.items()}
+    assert begin["dense"] == begin["converted"] != begin["sparse"]
+    for name, one in runs.items():
+        last = one["curve"][-1]
+        assert one["last"] == last["loss"] < 0.9 * begin[name]
+        assert one["trained"] == last["trained"] < one["last"]
+        assert one["seconds"] == last["seconds"] > 0
 
 
 def test_what_each_ends_as(found):
-    models = found["models"]
+    models = found["runs"]
     assert models["dense"]["sparsity"] == [1] * 5
     assert models["sparse"]["sparsity"] == models["converted"]["sparsity"] == [1, 2, 4, 2, 1]
     assert models["sparse"]["parameters"] == models["converted"]["parameters"]
@@ -54,13 +56,14 @@ def test_what_each_ends_as(found):
 
 
 def test_until_the_conversion_converted_is_dense(found):
-    half = found["steps"] // 2
-    for point in found["curve"]:
-        assert (point["dense"] == point["converted"]) == (point["step"] <= half)
+    half = found["recipe"]["steps"] // 2
+    curves = (found["runs"][name]["curve"] for name in ("dense", "converted"))
+    for dense, converted in zip(*curves, strict=True):
+        assert (dense["loss"] == converted["loss"]) == (dense["step"] <= half)
 
 
 def test_judged_scenes_are_not_trained_on():
-    scenes = overfit.scenes_of(attention.bundled_clip(), QUICK.scenes)
+    scenes = toy.scenes_of(bundled_clip(), QUICK.scenes)
     size = QUICK.scenes
     assert size.stride >= size.frames  # so scenes do not share a frame
     assert sparsity.SIZES["full"].scenes.stride >= sparsity.SIZES["full"].scenes.frames

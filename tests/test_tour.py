@@ -10,13 +10,14 @@ pytest.importorskip("tensorboard")
 
 from test_demo import Page
 
+from skiparse.bench.clip import bundled_clip
 from skiparse.bench.demo import attention, generate, report, tour
 from skiparse.bench.experiments import reconstruct
 
 
 def test_every_part_is_in_the_report(tmp_path, monkeypatch):
     try:
-        attention.bundled_clip()
+        bundled_clip()
     except FileNotFoundError as error:
         pytest.skip(str(error))
     results = []

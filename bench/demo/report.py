@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from skiparse.bench.experiments import outcome
 from skiparse.models.data.atomic import replacing
 from skiparse.pattern import SkipPattern
 
@@ -124,7 +125,7 @@ def render(result: Result) -> str:
     k, (t, h, w) = result.k, result.query
     dense, single, group, pair = result.views
     notes = "".join(
-        f'<p class="note">{_esc(note)}</p>' for note in (result.note, _noise(result.rows)) if note
+        f'<p class="note">{esc(note)}</p>' for note in (result.note, _noise(result.rows)) if note
     )
     upright = f"Stripes stand upright because k&sup2; divides the {width} columns. "
     upright = "" if width % (k * k) else upright
@@ -151,7 +152,7 @@ def render(result: Result) -> str:
 <h1>Skiparse attention on a real clip</h1>
 <p class="lead">{N:,} video tokens and {result.text} text rows, one head, fp32, forward:
 <strong>{gain:.2f}&times; faster than dense attention</strong> with
-{_esc(name_of(best.pattern))}, {gain / best.ceiling:.0%} of what the number of query-key pairs
+{esc(name_of(best.pattern))}, {gain / best.ceiling:.0%} of what the number of query-key pairs
 allows.</p>
 {notes}
 </header>
@@ -188,8 +189,8 @@ queries). The pictures show one frame of those in a step.</p>
 </section>
 <section>
 <h2>How this part was made</h2>
-{_prose(result.method)}
-<dl>{"".join(f"<dt>{_esc(a)}</dt><dd>{_esc(b)}</dd>" for a, b in result.facts.items())}</dl>
+{prose(result.method)}
+<dl>{"".join(f"<dt>{esc(a)}</dt><dd>{esc(b)}</dd>" for a, b in result.facts.items())}</dl>
 <h3>What is not shown</h3>
 <ul>
 <li>No learned weights: q, k, v come from the fixed transform above, the text rows are stand-ins.
@@ -200,23 +201,24 @@ the other cases, the backward pass and the other ways to do it.</li>
 </ul>
 </section>
 {"".join(result.sections)}
-{f"<footer>{_esc(result.credit)}</footer>" if result.credit else ""}
+{f"<footer>{esc(result.credit)}</footer>" if result.credit else ""}
 </main>
 </body>
 </html>
 """
 
 
-def _esc(text: object) -> str:
+def esc(text: object) -> str:
+    """Text as it may stand in HTML."""
     return html.escape(str(text))
 
 
-def _prose(text: str) -> str:
+def prose(text: str) -> str:
     """Paragraphs, numbered items and ``code`` as HTML."""
     parts = []
     for block in re.split(r"\n\s*\n", text.strip()):
         items = re.split(r"(?:^|\n)\d+\. ", block)
-        coded = [re.sub(r"``(.+?)``", r"<code>\1</code>", _esc(item)) for item in items]
+        coded = [re.sub(r"``(.+?)``", r"<code>\1</code>", esc(item)) for item in items]
         if len(coded) > 1:
             parts.append("<ol>" + "".join(f"<li>{item}</li>" for item in coded[1:]) + "</ol>")
         else:
@@ -234,7 +236,7 @@ def _table(result: Result) -> str:
         gain = speed_up(row, result.rows)
         length = " or ".join(f"{x:,}" for x in sorted(lengths))
         body.append(
-            f'<tr class="{name_of(row.pattern).split()[0]}"><th>{_esc(name_of(row.pattern))}</th>'
+            f'<tr class="{name_of(row.pattern).split()[0]}"><th>{esc(name_of(row.pattern))}</th>'
             f"<td>{n} &times; {length}</td>"
             f"<td>{row.median:.3f}</td><td>{min(row.seconds):.3f}&ndash;{max(row.seconds):.3f}</td>"
             f"<td><strong>{gain:.2f}&times;</strong></td><td>{row.ceiling:.2f}&times;</td>"
@@ -274,14 +276,12 @@ def _plot(result: Result) -> str:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(length=0)
     figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
     text = "; ".join(
         f"{name_of(row.pattern)} {gain:.2f} of {row.ceiling:.2f}"
         for row, gain in zip(rows, gains, strict=True)
     )
-    return _image(
-        buffer.getvalue(), "png", f"Speed-up over dense attention and ceiling: {text}"
+    return image(
+        outcome.png(figure), "png", f"Speed-up over dense attention and ceiling: {text}"
     ) + ("<figcaption>Bars: measured. Black: the ceiling. Dashed: dense attention.</figcaption>")
 
 
@@ -295,7 +295,7 @@ def _strip(result: Result) -> str:
     for index in chosen:
         picture = _scaled(frames[index], _STRIP)
         pictures.append(_jpeg(picture, f"Frame {index} of the clip"))
-    caption = f"<figcaption>{_esc(result.credit)}</figcaption>" if result.credit else ""
+    caption = f"<figcaption>{esc(result.credit)}</figcaption>" if result.credit else ""
     return f'<figure class="strip"><div>{"".join(pictures)}</div>{caption}</figure>'
 
 
@@ -323,7 +323,7 @@ def _grid(result: Result, kind: str, views: Sequence[tuple[View, str]]) -> str:
             for step in shown
         )
         rows.append(
-            f'<figure class="row"><figcaption><b>{_esc(view.name)}</b> {caption}</figcaption>'
+            f'<figure class="row"><figcaption><b>{esc(view.name)}</b> {caption}</figcaption>'
             f"<div>{pictures}</div></figure>"
         )
     return (
@@ -373,12 +373,13 @@ def _scaled(frame: Tensor, width: int) -> Image.Image:
 def _jpeg(picture: Image.Image, alt: str) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=84, optimize=True)
-    return _image(buffer.getvalue(), "jpeg", alt)
+    return image(buffer.getvalue(), "jpeg", alt)
 
 
-def _image(data: bytes, kind: str, alt: str) -> str:
+def image(data: bytes, kind: str, alt: str) -> str:
+    """A picture inside the page, and what it shows in words."""
     encoded = base64.b64encode(data).decode()
-    return f'<img src="data:image/{kind};base64,{encoded}" alt="{_esc(alt)}">'
+    return f'<img src="data:image/{kind};base64,{encoded}" alt="{esc(alt)}">'
 
 
 def _gradient() -> str:

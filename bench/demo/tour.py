@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from skiparse.bench.demo import attention, generate, report
+from skiparse.bench.clip import bundled_clip
+from skiparse.bench.demo import attention, generate, reconstruction, report
 from skiparse.bench.experiments import reconstruct
 
 
@@ -46,6 +47,6 @@ def run(out: str | os.PathLike[str] = "demo_out", *, quick: bool = False) -> Pat
 def _sections(folder: Path, quick: bool) -> Iterator[str]:
     """What comes after attention, one part at a time."""
     size, steps = reconstruct.SIZES["quick" if quick else "demo"], 5 if quick else None
-    yield reconstruct.section(reconstruct.run(folder, size=size, steps=steps))
-    made = generate.run(folder, attention.bundled_clip(), steps=0.001 if quick else 1.0)
+    yield reconstruction.section(reconstruct.run(folder, size=size, steps=steps))
+    made = generate.run(folder, bundled_clip(), steps=0.001 if quick else 1.0)
     yield generate.section(folder, made)

@@ -2,6 +2,9 @@
 
 ``overfit``: do dense and sparse learn scenes by heart alike? ``sparsity``: dense, sparse, and
 sparse from dense at equal steps, judged on other scenes. ``clipping``: adaptive and fixed
-thresholds on gradients, when batches are bad. ``reconstruct``: what a tiny WF-VAE gives back, and
-what it does without its wavelets. What came of them is in ``bench/NOTES.md``.
+thresholds on gradients, when batches are bad. ``reconstruct``: what does a tiny WF-VAE give back?
+``wavelets``: and without its wavelets? What came of them is in ``bench/NOTES.md``.
+
+``toy`` has the data and the tiny SUV, ``learn`` the loop in which models learn side by side,
+``outcome`` the report that every experiment leaves, by the same names, and its curves.
 """

@@ -3,10 +3,10 @@
 1. Norms with log-normal noise of a tenth, in five sequences: single spikes, a level that jumps to
    2, 4 or 10 times, one that sinks to a tenth. Each mode of ``AdaptiveGradClipper`` is asked about
    each norm. Where "osp15" stops, its run would end; it is asked on.
-2. A tiny sparse SUV learns latents of the real clip, as in ``overfit`` beside this, once with
-   each way of clipping: from the same weights, on the same noise in the same order, with AdamW. At
-   fixed steps the batch is bad: the latents 30 times too large, the velocity to learn that of other
-   noise, or NaN. NaN comes only to the ways that survive it, "report" and "safe": without clipping
+2. A tiny sparse SUV learns toy latents of the real clip (:mod:`skiparse.bench.experiments.toy`),
+   once with each way of clipping: from the same weights, on the same noise in the same order, with
+   AdamW. At fixed steps the batch is bad: the latents 30 times too large, the velocity to learn
+   that of other noise, or NaN. NaN comes only to the ways that survive it: without clipping
    or with a fixed threshold the weights would be NaN from there on, and "osp15" stops. A run that
    stops keeps the weights it has then. One more run meets no bad batch at all.
 3. All are judged on clean latents, with noise and noise levels that are set aside.
@@ -17,39 +17,37 @@ It runs on one thread, and gives the same numbers again.
 from __future__ import annotations
 
 import copy
-import io
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
-from skiparse.bench.demo import attention
-from skiparse.bench.experiments import overfit
+from skiparse.bench.clip import bundled_clip
+from skiparse.bench.experiments import outcome, toy
+from skiparse.bench.experiments.learn import Learner, rising_and_falling, side_by_side
 from skiparse.models import flow
-from skiparse.models.data.atomic import replacing, write_json
 from skiparse.models.suv.model import SUV
 from skiparse.models.train import AdaptiveGradClipper, Decision
 from skiparse.models.train.clip import Action
 
 STEPS = 250
+LEARNING_RATE, WARM_UP = 2e-3, 20
 FIXED = 1.0
 EVALUATE_EVERY = 25
 SIZES = {
-    "full": overfit.Size(4, 37, 9, 128, 128, order=3, heads=2, text=8),
-    "quick": overfit.SIZES["quick"],
+    "full": toy.Size(4, 37, 9, 128, 128, order=3, heads=2, text=8),
+    "quick": toy.QUICK,
 }
 TIMES = 30  # too large
 WRONG, LARGE, NAN = "wrong target", "large", "nan"
@@ -114,7 +112,7 @@ def run(
     out: str | os.PathLike[str] = "demo_out",
     *,
     steps: int = STEPS,
-    size: overfit.Size = SIZES["full"],
+    size: toy.Size = SIZES["full"],
     recorded: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Ask about the sequences, train in each way, and draw; under three minutes on one core.
@@ -138,30 +136,27 @@ def run(
     asked = sequences()
     if recorded is not None:
         asked["recorded"] = load_file(recorded)["main.osp15.norm_before"].tolist()
-    clip, folder = attention.bundled_clip(), Path(out)
+    clip, folder = bundled_clip(), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    with overfit.one_thread():
-        scenes = overfit.scenes_of(clip, size)
-        model = overfit.models_of(scenes, size)["sparse"]
+    with toy.one_thread():
+        scenes = toy.scenes_of(clip, size)
+        dense = toy.dense_of(scenes, size)
+        model = SUV.from_dense(dense, sparsity=size.sparsity)
         runs = train(model, scenes, steps)
-    found = {
-        "method": __doc__,
-        "credit": attention.CREDIT,
+    bad = {str(step): kind for step, kind in bad_batches(steps).items()}
+    recipe = {
         "size": asdict(size),
+        "steps": steps,
+        "learning_rate": LEARNING_RATE,
+        "fixed": FIXED,
+        "bad": bad,
+    }
+    found = outcome.report((__doc__, toy.__doc__), recipe, runs) | {
         "latents": list(scenes.latents.shape),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": steps,
-        "learning_rate": overfit.LEARNING_RATE,
-        "fixed": FIXED,
-        "bad": {str(step): kind for step, kind in bad_batches(steps).items()},
         "sequences": {name: follow(norms) for name, norms in asked.items()},
-        "runs": runs,
-        "torch": torch.__version__,
     }
-    picture = folder / "clipping.png"
-    write_json(folder / "clipping.json", found)
-    with replacing(picture) as aside:
-        aside.write_bytes(draw(found))
+    picture = outcome.write(folder, "clipping", found, draw(found))
     print(table(found))
     print(f"The picture is at {picture.resolve()}")
     return picture
@@ -201,7 +196,7 @@ def bad_batches(steps: int) -> dict[int, str]:
 
 
 def train(
-    model: SUV, scenes: overfit.Scenes, steps: int, *, seed: int = 1
+    model: SUV, scenes: toy.Scenes, steps: int, *, seed: int = 1
 ) -> dict[str, dict[str, Any]]:
     """Train a copy of ``model`` in each way, side by side.
 
@@ -216,20 +211,10 @@ def train(
         step (``norm`` None where it was not finite, ``threshold`` where there was none), how
         often (``counts``), and the step at which the run ``stopped``, or None.
     """
-    generator = torch.Generator().manual_seed(seed)
-    runs = {name: _Run(model, way, scenes) for name, way in WAYS.items()}
-    bad, shape = bad_batches(steps), scenes.latents.shape
-    with tqdm(total=steps, desc="clipping", unit="step", disable=None) as bar:
-        for step in range(1, steps + 1):
-            sigmas = flow.sample_sigmas(shape[0], density="logit_normal", generator=generator)
-            noise, other = torch.randn((2, *shape), generator=generator)
-            rate = overfit.LEARNING_RATE * min(step / overfit.WARM_UP, 1) * (1 - 0.9 * step / steps)
-            for run in runs.values():
-                kind = bad.get(step) if bad.get(step) in run.way.meets else None
-                run.step(rate, sigmas, *problem(kind, scenes.latents, sigmas, noise, other))
-                if step % EVALUATE_EVERY == 0 or step == steps:
-                    run.evaluate()
-            bar.update(1)
+    bad = bad_batches(steps)
+    runs = {name: Clipped(model, scenes, way, bad) for name, way in WAYS.items()}
+    rate = partial(rising_and_falling, steps=steps, top=LEARNING_RATE, over=WARM_UP)
+    side_by_side(runs, steps, rate=rate, every=EVALUATE_EVERY, seed=seed, noises=2)
     return {name: run.result() for name, run in runs.items()}
 
 
@@ -245,39 +230,43 @@ def problem(
     return flow.add_noise(latents, noise, sigmas), velocity
 
 
-class _Run:
-    """A copy of the model on its way."""
+class Clipped(Learner):
+    """A copy of the model that clips in its way, and learns no more once it has stopped."""
 
-    def __init__(self, model: SUV, way: Way, scenes: overfit.Scenes) -> None:
-        self.way, self.scenes = way, scenes
-        self.model, self.clipper = copy.deepcopy(model), way.clipper()
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0)
+    def __init__(self, model: SUV, scenes: toy.Scenes, way: Way, bad: Mapping[int, str]) -> None:
+        super().__init__(copy.deepcopy(model), scenes)
+        self.way, self.bad, self.clipper = way, bad, way.clipper()
         self.decisions: list[Decision] = []
-        self.curve: list[dict[str, float]] = []
-        self.evaluate()
 
     @property
     def stopped(self) -> bool:
         return bool(self.decisions) and self.decisions[-1].action == "stop"
 
-    def step(self, rate: float, sigmas: Tensor, noisy: Tensor, velocity: Tensor) -> None:
-        if self.stopped:
-            return
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        self.optimiser.zero_grad()
-        found = self.model(noisy, flow.timesteps(sigmas), self.scenes.text, self.scenes.pooled)
-        flow.loss(found, velocity).backward()
+    def step(self, step: int, rate: float, sigmas: Tensor, noise: Tensor) -> None:
+        """Learn, unless it has stopped."""
+        if not self.stopped:
+            super().step(step, rate, sigmas, noise)
+
+    def problem(self, step: int, sigmas: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """A bad one where this way meets such."""
+        kind = self.bad.get(step)
+        kind = kind if kind in self.way.meets else None
+        return problem(kind, self.scenes.latents, sigmas, *noise)
+
+    def update(self) -> None:
+        """Clip, and use what is left."""
         self.decisions.append(self.clipper.clip_(self.model.parameters()))
         if self.decisions[-1].action in ("step", "clip"):
-            self.optimiser.step()
+            self.optimizer.step()
 
-    def evaluate(self) -> None:
-        if not self.curve or self.curve[-1]["step"] < len(self.decisions):
-            loss = overfit.evaluate(self.model, self.scenes)
-            self.curve.append({"step": len(self.decisions), "loss": loss})
+    def judge(self, step: int) -> None:
+        """Add a point to the curve, at the last step that it made."""
+        made = len(self.decisions)
+        if not self.curve or self.curve[-1]["step"] < made:
+            super().judge(made)
 
     def result(self) -> dict[str, Any]:
+        """What became of it, see :func:`train`."""
         actions = [decision.action for decision in self.decisions]
         return {
             "curve": self.curve,
@@ -294,7 +283,7 @@ def _finite(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: outcome.Report) -> str:
     """The runs, one in a line."""
     lines = [f"{'':12} {'loss':>7} {'ratio':>6} {'step':>5} {'clip':>5} {'skip':>5}"]
     undisturbed = found["runs"]["undisturbed"]["last"]
@@ -305,7 +294,7 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(found: dict[str, Any]) -> bytes:
+def draw(found: outcome.Report) -> bytes:
     """Norms and thresholds of the sequences, and below them the runs; a PNG."""
     figure = Figure(figsize=(13, 11), dpi=110, layout="constrained")
     grid = figure.add_gridspec(3, 6, height_ratios=(1, 1, 1.25))
@@ -318,9 +307,7 @@ def draw(found: dict[str, Any]) -> bytes:
     _draw_losses(figure.add_subplot(grid[2, :3]), found)
     _draw_norms(figure.add_subplot(grid[2, 3:]), found)
     figure.supxlabel(found["credit"], fontsize=7, color="#666")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return outcome.png(figure)
 
 
 def _draw_sequence(axes: Axes, name: str, one: dict[str, Any]) -> None:
@@ -336,18 +323,15 @@ def _draw_sequence(axes: Axes, name: str, one: dict[str, Any]) -> None:
     axes.tick_params(which="both", labelsize=7)
 
 
-def _draw_losses(axes: Axes, found: dict[str, Any]) -> None:
+def _draw_losses(axes: Axes, found: outcome.Report) -> None:
     for name, one in found["runs"].items():
-        points = [point["step"] for point in one["curve"]]
-        losses = [point["loss"] for point in one["curve"]]
         label = f"{name}: {one['last']:.3f}"
         label += f", stopped at {one['stopped']}" if one["stopped"] else ""
-        axes.plot(points, losses, color=COLOURS[name], lw=1.6, marker="o", ms=3, label=label)
-    axes.set_ylabel("squared error of the velocity on clean latents")
-    _finish_run(axes, found)
+        outcome.plot(axes, one["curve"], "step", "loss", label=label, colour=COLOURS[name])
+    _finish_run(axes, found, "squared error of the velocity on clean latents")
 
 
-def _draw_norms(axes: Axes, found: dict[str, Any]) -> None:
+def _draw_norms(axes: Axes, found: outcome.Report) -> None:
     for name, values, shade in (
         ("undisturbed", "norm", "#bbbbbb"),
         ("safe", "norm", "#9ccfb1"),
@@ -355,17 +339,13 @@ def _draw_norms(axes: Axes, found: dict[str, Any]) -> None:
     ):
         shown = [math.nan if x is None else x for x in found["runs"][name][values]]
         axes.plot(range(1, len(shown) + 1), shown, color=shade, lw=1.2, label=f"{name}: {values}")
-    axes.set_ylabel("norm of the gradient")
-    _finish_run(axes, found)
+    _finish_run(axes, found, "norm of the gradient")
 
 
-def _finish_run(axes: Axes, found: dict[str, Any]) -> None:
+def _finish_run(axes: Axes, found: outcome.Report, along: str) -> None:
     above = axes.get_xaxis_transform()
-    for step, kind in found["bad"].items():
+    for step, kind in found["recipe"]["bad"].items():
         axes.axvline(int(step), color="#dddddd", lw=1, zorder=0)
         axes.text(int(step), 1.0, kind, fontsize=7, ha="center", transform=above)
     axes.set_yscale("log")
-    axes.tick_params(which="both", labelsize=8)
-    axes.set_xlabel("optimiser steps", fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7)
+    outcome.finish(axes, "optimiser steps", along)

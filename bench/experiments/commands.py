@@ -64,6 +64,6 @@ class Wavelets(Experiment):
 
     def run(self) -> None:
         """Train and draw."""
-        from skiparse.bench.experiments import reconstruct
+        from skiparse.bench.experiments import wavelets
 
-        reconstruct.ablate(self.out, **self.asked)
+        wavelets.run(self.out, **self.asked)

@@ -503,16 +503,16 @@ def naive_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
     sparsity.
     """
     *rows, pattern = arguments
-    q = rows[0]
-    n, batch, tokens = pattern.sparsity, q.shape[0], q.shape[1]
-    owner = sub_of(torch.arange(tokens, device=q.device), n, pattern.run)
+    n, batch, tokens = pattern.sparsity, rows[0].shape[0], rows[0].shape[1]
+    owner = sub_of(torch.arange(tokens, device=rows[0].device), n, pattern.run)
     order = owner.argsort(stable=True)
 
     def together(video: Tensor, text: Tensor) -> Tensor:
         subs = video[:, order].unflatten(1, (n, -1)).flatten(0, 1)
         return torch.cat([subs, text.repeat_interleave(n, 0)], 1).transpose(1, 2)
 
-    found = F.scaled_dot_product_attention(*map(together, rows[:3], rows[3:])).transpose(1, 2)
+    q, k, v = map(together, rows[:3], rows[3:])
+    found = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     each = found.unflatten(0, (batch, n))
     out = each[:, :, : tokens // n].flatten(1, 2)[:, order.argsort()]
     return out, each[:, :, tokens // n :].mean(1)

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,9 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import skiparse
+from skiparse import joint_attention
 from skiparse.bench.op.cases import Case
 from skiparse.bench.timing import Work
-from skiparse.pattern import sub_of
 from skiparse.testing import Problem
 
 
@@ -40,7 +40,7 @@ def skiparse_backend(case: Case, problem: Problem, backend: str) -> Contender:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *text: Tensor) -> tuple[Tensor, ...]:
         text_q, text_k, text_v = text
-        return skiparse.joint_attention(q, k, v, text_q, text_k, text_v, p.pattern, backend=backend)
+        return joint_attention(q, k, v, text_q, text_k, text_v, p.pattern, backend=backend)
 
     return Contender(name, step(case, attend, p.inputs, (p.grad_out, p.grad_text_out)))
 
@@ -82,6 +82,8 @@ def original(case: Case, problem: Problem) -> Contender:
     Source: reference semantics of Open-Sora Plan v1.5 (restated, not copied). It has no skip
     order, so it runs on tokens in natural order.
     """
+    if case.grid is not None:
+        return Contender("original", None, "it knows no grids")
     if case.skip_order:
         return Contender("original", None, "it knows no skip order")
     if case.kind == "dense":
@@ -133,7 +135,7 @@ def flex(case: Case, problem: Problem, *, compiled: bool = True) -> Contender:
     if device.type == "cpu" and case.backward:
         return Contender("flex", None, "torch has no FlexAttention backward on a CPU")
     n, N, T = case.pattern.sparsity, case.N, case.T
-    owner = sub_of(torch.arange(N, device=device), n, case.pattern.run)
+    owner = case.pattern.owner(torch.arange(N, device=device))
     order = owner.argsort(stable=True)
     back = order.argsort()
     key_owner = torch.cat([owner[order], owner.new_full((T,), n)])
@@ -167,6 +169,8 @@ def natten(case: Case, problem: Problem) -> Contender:
     if problem.q.device.type == "cpu":
         return Contender("natten", None, "on a CPU it forms the whole score matrix")
     library = importlib.import_module("natten")
+    if case.grid is not None:
+        return _natten_on_grid(case, problem, library)
     k, N = case.k, case.N
     if N % k**2 or case.skip_order or case.kind == "dense":
         return Contender("natten", None, "it takes natural order with k*k dividing N")
@@ -180,6 +184,28 @@ def natten(case: Case, problem: Problem) -> Contender:
         return (out.flatten(1, 2),)
 
     return Contender("natten", step(case, attend, problem.inputs, (problem.grad_out,)))
+
+
+def _natten_on_grid(case: Case, problem: Problem, library: Any) -> Contender:
+    """Single-skip of a grid as a neighbourhood of all frames, dilated along the two sides."""
+    assert case.grid is not None
+    frames, height, width = case.grid
+    if case.kind == "group" or case.skip_order or height % case.k or width % case.k:
+        return Contender(
+            "natten",
+            None,
+            "it takes single-skip in natural order with the ratio dividing the sides",
+        )
+    how = {
+        "kernel_size": (frames, height // case.k, width // case.k),
+        "dilation": (1, case.k, case.k),
+    }
+
+    def attend(*rows: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (x.unflatten(1, (frames, height, width)) for x in rows)
+        return (library.na3d(q, k, v, **how).flatten(1, 3),)
+
+    return Contender("natten", step(case, attend, problem.inputs[:3], (problem.grad_out,)))
 
 
 def step(

@@ -24,7 +24,7 @@ from skiparse.bench.op import baselines
 from skiparse.bench.op.baselines import Contender
 from skiparse.bench.op.cases import Case
 from skiparse.bench.timing import Timing, peak_extra_bytes, repeats_of, speedup, time_of
-from skiparse.pattern import attention_flops
+from skiparse.pattern import SkipPattern, attention_flops
 from skiparse.testing import Problem, check_sample
 
 BASELINES = ("dense", "original", "flex", "natten")
@@ -185,7 +185,7 @@ def table(case: Case, timings: Sequence[Timing]) -> str:
 
 def _flops(case: Case, timing: Timing) -> int:
     """Floating-point operations of what was asked for (a masked-out product counts as none)."""
-    pattern = type(case.pattern).dense() if timing.name.startswith("dense") else case.pattern
+    pattern = SkipPattern.dense() if timing.name.startswith("dense") else case.pattern
     shape = (case.N, case.T, case.B, case.heads, case.D)
     flops = attention_flops(pattern, *shape)
     return flops + (attention_flops(pattern, *shape, backward=True) if case.backward else 0)

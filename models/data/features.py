@@ -155,3 +155,17 @@ def fingerprint(model: Any, config: Mapping[str, Any]) -> str:
     found = hashlib.sha256(json.dumps(public, sort_keys=True).encode())
     found.update(digest(model.state_dict()).encode())
     return found.hexdigest()
+
+
+def of_text(encoder: Any, tokenizer: Any) -> dict[str, Any]:
+    """The config of a text encoder of transformers and its tokenizer, for :func:`fingerprint`.
+
+    Without what tells of versions, and what the last use of the tokenizer left in it.
+    """
+    config = encoder.config.to_diff_dict()
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    for name in ("transformers_version", "architectures", "dtype"):
+        config.pop(name, None)
+    for name in ("truncation", "padding"):
+        backend.pop(name, None)
+    return {**config, "tokenizer": backend}

@@ -5,14 +5,13 @@ Source: Open-Sora Plan v1.5 report, "text encoders".
 
 from __future__ import annotations
 
-import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from skiparse.models.data.features import Features, Text, fingerprint
+from skiparse.models.data.features import Features, Text, fingerprint, of_text
 from skiparse.models.text import TextEncoders, clean
 from skiparse.models.wfvae.model import WFVAE
 
@@ -114,19 +113,6 @@ def fingerprints(vae: WFVAE, text: TextEncoders) -> dict[str, str]:
     """
     return {
         "vae": fingerprint(vae, vae.config),
-        "t5": fingerprint(text.encoder, _settings(text.encoder, text.tokenizer)),
-        "clip": fingerprint(text.encoder_2, _settings(text.encoder_2, text.tokenizer_2)),
+        "t5": fingerprint(text.encoder, of_text(text.encoder, text.tokenizer)),
+        "clip": fingerprint(text.encoder_2, of_text(text.encoder_2, text.tokenizer_2)),
     }
-
-
-def _settings(encoder: Any, tokenizer: Any) -> dict[str, Any]:
-    """The config of a text encoder and its tokenizer, without what their last use left."""
-    config, backend = (
-        encoder.config.to_diff_dict(),
-        json.loads(tokenizer.backend_tokenizer.to_str()),
-    )
-    for name in ("transformers_version", "architectures", "dtype"):
-        config.pop(name, None)
-    for name in ("truncation", "padding"):
-        backend.pop(name, None)
-    return {**config, "tokenizer": backend}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from skiparse.models.suv.model import CHECKPOINTS, SUV
 from skiparse.models.text import TextEncoders
 from skiparse.models.train.checkpoint import Checkpoint
 from skiparse.models.train.config import HOW, Config, Stage
-from skiparse.models.train.export import model_of
+from skiparse.models.train.export import check_encoders, model_of
 from skiparse.models.train.recipe import Recipe
 from skiparse.models.wfvae.model import WFVAE
 
@@ -226,7 +225,8 @@ class SUVRecipe(Recipe):
         encoders = TextEncoders.from_pretrained(text)
         decoder = WFVAE.from_pretrained(vae)
         if not given["other_encoders"]:
-            _check_encoders(last, fingerprints(decoder, encoders), vae, text)
+            given = {"vae": vae, "t5": text, "clip": text}
+            check_encoders(last, fingerprints(decoder, encoders), given)
         return SUVPipeline(
             model_of(last, SUV, last.about["model"], weights),
             decoder,
@@ -263,26 +263,3 @@ def _weights(init: str) -> Path:
         f"init={init} holds no SUV: neither config.json nor transformer/config.json is there; make "
         "it of released weights by `skiparse convert suv`, or of a run by `skiparse export`"
     )
-
-
-def _check_encoders(
-    checkpoint: Checkpoint,
-    found: dict[str, str],
-    vae: str | os.PathLike[str],
-    text: str | os.PathLike[str],
-) -> None:
-    """ValueError unless the encoders are those whose features the checkpoint was trained on."""
-    trained = checkpoint.about.get("data", {})
-    missing = sorted(found.keys() - trained.keys())
-    if missing:
-        raise ValueError(
-            f"{checkpoint.path} does not tell which {', '.join(missing)} it was trained with; if "
-            "you know, say so by other_encoders=True (--other-encoders)"
-        )
-    given = {"vae": vae, "t5": text, "clip": text}
-    others = [f"{name} of {given[name]}" for name in found if found[name] != trained[name]]
-    if others:
-        raise ValueError(
-            f"{', '.join(others)}: not what {checkpoint.path} was trained with; give that, or take "
-            "another knowingly by other_encoders=True (--other-encoders)"
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -32,8 +33,9 @@ def export(
     Args:
         run: the ``out`` of a training run.
         out: folder to make, whole or not at all, by ``save_pretrained``, weights in fp32.
-        vae: folder of the WFVAE that a denoiser was trained with.
-        text: folder that holds its text encoders, as a pipeline keeps them.
+        vae: folder of the WFVAE that a denoiser was trained with; for a Wan, that of the
+            WanPipeline it was trained from.
+        text: folder that holds its text encoders, as a pipeline keeps them; none for a Wan.
         weights: the averaged ones, or those of the last step.
         other_encoders: whether ``vae`` and ``text`` may be others than the run's, such as a VAE
             whose decoder was trained further. The model sees then what it was not trained on.
@@ -78,3 +80,31 @@ def model_of(checkpoint: Checkpoint, kind: type[Any], config: dict[str, Any], pr
     except RuntimeError as error:
         raise ValueError(f"{checkpoint.path} does not hold its {kind.__name__}: {error}") from error
     return model.eval()
+
+
+def check_encoders(
+    last: Checkpoint, found: Mapping[str, str], given: Mapping[str, str | os.PathLike[str]]
+) -> None:
+    """Whether encoders are those whose features a checkpoint was trained on.
+
+    Args:
+        last: the checkpoint.
+        found: fingerprints of the encoders, by name.
+        given: where each is from.
+
+    Raises:
+        ValueError: if they are others, or the checkpoint does not tell.
+    """
+    trained = last.about.get("data", {})
+    missing = sorted(found.keys() - trained.keys())
+    if missing:
+        raise ValueError(
+            f"{last.path} does not tell which {', '.join(missing)} it was trained with; if you "
+            "know, say so by other_encoders=True (--other-encoders)"
+        )
+    others = [f"{name} of {given[name]}" for name in found if found[name] != trained[name]]
+    if others:
+        raise ValueError(
+            f"{', '.join(others)}: not what {last.path} was trained with; give that, or take "
+            "another knowingly by other_encoders=True (--other-encoders)"
+        )

@@ -7,13 +7,14 @@ shared and stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from skiparse.pattern import Box, Pattern
+from skiparse.pattern import BlockPattern, Box, Pattern, SkipPattern
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,83 @@ def with_lse_gradients(
             for name, x in more.items()
         }
     )
+
+
+# Ragged blocks, one behind the other: those of one length are a problem with a `SkipPattern`.
+
+
+class Piece(NamedTuple):
+    """Some neighbouring sub-sequences, which of the tokens are theirs, and what they are."""
+
+    subs: slice
+    tokens: slice
+    pattern: SkipPattern
+
+    def inputs(self, inputs: Inputs) -> Inputs:
+        """Views of the problem's tensors, and all the text."""
+        q, k, v = (x[:, self.tokens] for x in (inputs.q, inputs.k, inputs.v))
+        mask = None if inputs.mask is None else inputs.mask[:, self.tokens]
+        return replace(inputs, q=q, k=k, v=v, mask=mask, pattern=self.pattern)
+
+    def outputs(self, outputs: Outputs) -> Outputs:
+        """Views of the part of the outputs, or of their gradients."""
+        return Outputs(
+            outputs.out[:, self.tokens],
+            outputs.text_out[:, self.subs],
+            outputs.lse[:, :, self.tokens],
+            outputs.text_lse[:, :, self.subs],
+        )
+
+
+def _pieces(pattern: BlockPattern, N: int) -> Iterator[Piece]:
+    """Those of each length."""
+    start = 0
+    for segment in pattern.segments(N):
+        end = start + segment.number * segment.length
+        block = SkipPattern.block(segment.number, end - start)
+        yield Piece(segment.slices[0], slice(start, end), block)
+        start = end
+
+
+def forward_in_pieces(forward: Callable[[Inputs], Outputs], inputs: Inputs) -> Outputs:
+    """``forward`` of each piece of ragged blocks, put together; of other patterns, as it is."""
+    if not isinstance(inputs.pattern, BlockPattern):
+        return forward(inputs)
+    pieces = _pieces(inputs.pattern, inputs.q.shape[1])
+    outs, text_outs, lses, text_lses = zip(
+        *(forward(piece.inputs(inputs)) for piece in pieces), strict=True
+    )
+    return Outputs(
+        torch.cat(outs, 1), torch.cat(text_outs, 1), torch.cat(lses, 2), torch.cat(text_lses, 2)
+    )
+
+
+def backward_in_pieces(
+    backward: Callable[..., Gradients],
+    inputs: Inputs,
+    outputs: Outputs,
+    grad_out: Tensor,
+    grad_text_out: Tensor,
+    grad_lse: Tensor | None,
+    grad_text_lse: Tensor | None,
+) -> Gradients:
+    """The same of ``backward``; what the pieces give the text is summed in fp32."""
+    grads = (grad_out, grad_text_out, grad_lse, grad_text_lse)
+    if not isinstance(inputs.pattern, BlockPattern):
+        return backward(inputs, outputs, *grads)
+    found = []
+    for piece in _pieces(inputs.pattern, inputs.q.shape[1]):
+        here = (
+            grad_out[:, piece.tokens],
+            grad_text_out[:, piece.subs],
+            None if grad_lse is None else grad_lse[:, :, piece.tokens],
+            None if grad_text_lse is None else grad_text_lse[:, :, piece.subs],
+        )
+        found.append(backward(piece.inputs(inputs), piece.outputs(outputs), *here))
+    columns = list(zip(*found, strict=True))
+    video = (torch.cat(x, 1) for x in columns[:3])
+    text = (torch.stack(x).sum(0, dtype=torch.float32).to(x[0].dtype) for x in columns[3:])
+    return Gradients(*video, *text)
 
 
 # The tokens of a box, as views: for backends over library kernels.

@@ -11,6 +11,7 @@ tokens                         what the library gets
 =============================  =======================================================
 single-skip (``w = 1``)        layout BSND: a view, sub-sequences as heads
 blocks (``w = N / n``)         layout BSND: a view, sub-sequences as batch entries
+grids in natural order         none: put the tokens in another order
 other runs, lengths, or text   layout BSND: one packed copy of each tensor
 key masks                      layout TND: packed, hidden keys left out, with lengths
 =============================  =======================================================
@@ -53,11 +54,6 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
         return _why_no_npu()
     q, T, n = inputs.q, inputs.text_k.shape[1], inputs.pattern.sparsity
     B, N, H, D = q.shape
-    if isinstance(inputs.pattern, GridPattern):
-        return (
-            "sub-sequences of a grid in natural order are more dimensions than an NPU copies; put "
-            'the tokens in order "skip", or in that of the kind: skiparse.pattern.grid_order'
-        )
     if q.device.type != "npu":
         return f'npu_fusion_attention takes "npu" tensors, not "{q.device.type}"'
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -66,6 +62,11 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
         return f"npu_fusion_attention takes up to {_HEADS} heads, not {H}"
     if D > _DIM:
         return f"npu_fusion_attention takes a head dimension up to {_DIM}, not {D}"
+    if isinstance(inputs.pattern, GridPattern):
+        return (
+            "sub-sequences of a grid in natural order are more dimensions than an NPU copies; put "
+            'the tokens in order "skip", or in that of the kind: skiparse.pattern.grid_order'
+        )
     masked = inputs.mask is not None or inputs.text_mask is not None
     rows = max(s.length + T for s in inputs.pattern.segments(N))
     if masked:

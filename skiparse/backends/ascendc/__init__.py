@@ -14,8 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skiparse.backends import Gradients, Inputs, Outputs, with_lse_gradients
-from skiparse.pattern import SkipPattern
+from skiparse.backends import (
+    Gradients,
+    Inputs,
+    Outputs,
+    backward_in_pieces,
+    forward_in_pieces,
+    with_lse_gradients,
+)
+from skiparse.pattern import GridPattern, Pattern, SkipPattern
 
 _HEAD_DIMS = (64, 128)  # the kernels'; others are padded with zeros
 _REACH = 65_535  # elements, or pairs of them, from row to row of one copy instruction
@@ -40,6 +47,13 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
         return f"the kernels take fp16 and bf16, not {inputs.q.dtype}"
     if inputs.q.shape[-1] > _HEAD_DIMS[-1]:
         return f"the kernels take a head dimension up to {_HEAD_DIMS[-1]}, not {inputs.q.shape[-1]}"
+    if isinstance(inputs.pattern, GridPattern):
+        return (
+            "the kernels know the runs of a sequence, not those of a grid in natural order; put "
+            'the tokens in order "skip", or in that of the kind: skiparse.pattern.grid_order'
+        )
+    if inputs.text_q.shape[1] != inputs.text_k.shape[1]:
+        return "the kernels have a row of the text for each of its keys; give text_q"
     return None
 
 
@@ -50,9 +64,13 @@ def forward(inputs: Inputs) -> Outputs:
 
 def launch(inputs: Inputs, *, half_scores: bool) -> Outputs:
     """`forward`, with scores that pass through memory in fp32 or, faster, less exact, in fp16."""
+    return forward_in_pieces(functools.partial(_forward, half_scores=half_scores), inputs)
+
+
+def _forward(inputs: Inputs, *, half_scores: bool) -> Outputs:
     D = inputs.q.shape[-1]
     masks = (None if m is None else m.contiguous() for m in (inputs.mask, inputs.text_mask))
-    pattern = inputs.pattern
+    pattern = _of_a_sequence(inputs.pattern)
     out, text_out, lse, text_lse = _operators().attention(
         *_padded(inputs), *masks, pattern.sparsity, pattern.run, inputs.scale, half_scores
     )
@@ -68,6 +86,18 @@ def backward(
     grad_text_lse: Tensor | None = None,
 ) -> Gradients:
     """The kernels' backward, and two more calls if the log-sum-exps have gradients."""
+    grads = (grad_out, grad_text_out, grad_lse, grad_text_lse)
+    return backward_in_pieces(_with_lse, inputs, outputs, *grads)
+
+
+def _with_lse(
+    inputs: Inputs,
+    outputs: Outputs,
+    grad_out: Tensor,
+    grad_text_out: Tensor,
+    grad_lse: Tensor | None,
+    grad_text_lse: Tensor | None,
+) -> Gradients:
     grads = _backward(inputs, outputs, grad_out, grad_text_out)
     return with_lse_gradients(forward, _backward, inputs, outputs, grads, grad_lse, grad_text_lse)
 
@@ -81,7 +111,7 @@ def _backward(
     """
     D = inputs.q.shape[-1]
     masks = (None if m is None else m.contiguous() for m in (inputs.mask, inputs.text_mask))
-    pattern = inputs.pattern
+    pattern = _of_a_sequence(inputs.pattern)
     grads = _operators().attention_backward(
         _pad(_near(grad_out, pattern)), _pad(grad_text_out), *_padded(inputs), *masks,
         _pad(outputs.out), _pad(outputs.text_out), outputs.lse, outputs.text_lse,
@@ -90,9 +120,16 @@ def _backward(
     return Gradients(*(_cut(x, D) for x in grads))
 
 
+def _of_a_sequence(pattern: Pattern) -> SkipPattern:
+    """What is left once grids are refused and ragged blocks are cut."""
+    assert isinstance(pattern, SkipPattern)
+    return pattern
+
+
 def _padded(inputs: Inputs) -> list[Tensor]:
     """The six inputs with a head dimension that the kernels take, within their reach."""
-    video = [_near(x, inputs.pattern) for x in (inputs.q, inputs.k, inputs.v)]
+    pattern = _of_a_sequence(inputs.pattern)
+    video = [_near(x, pattern) for x in (inputs.q, inputs.k, inputs.v)]
     return [_pad(x) for x in (*video, inputs.text_q, inputs.text_k, inputs.text_v)]
 
 

@@ -13,8 +13,14 @@ import os
 import torch
 from torch import Tensor
 
-from skiparse.backends import Gradients, Inputs, Outputs
-from skiparse.pattern import length_of
+from skiparse.backends import (
+    Gradients,
+    Inputs,
+    Outputs,
+    backward_in_pieces,
+    forward_in_pieces,
+)
+from skiparse.pattern import BlockPattern
 
 _TOKENS = 2**31 - 256  # 32 bits, less the rows of a block that may hang over the end
 _BLOCKS = 2**31 - 1  # CUDA's x axis; of 16 rows or more. Triton launches none beyond, and is silent
@@ -44,12 +50,12 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
         major, minor = torch.cuda.get_device_capability(q.device)
         if major < 8:
             return f"the kernels need compute capability 8.0, and {q.device} has {major}.{minor}"
-    period = inputs.pattern.sparsity * inputs.pattern.run
-    largest = max(q.shape[1], inputs.text_q.shape[1], period)
+    (B, N, H, _), T, n = q.shape, inputs.text_k.shape[1], inputs.pattern.sparsity
+    run = 1 if isinstance(inputs.pattern, BlockPattern) else inputs.pattern.run
+    largest = max(N, T, n * run)
     if largest >= _TOKENS:
         return f"the kernels count tokens, and sparsity * run, to {_TOKENS - 1}, not to {largest}"
-    (B, N, H, _), T, n = q.shape, inputs.text_q.shape[1], inputs.pattern.sparsity
-    longest = length_of(0, N, n, inputs.pattern.run)
+    longest = inputs.pattern.length(0, N)
     blocks = B * H * n * (-(-longest // 16) + -(-T // 16))
     if blocks > _BLOCKS:
         return f"the kernels take up to {_BLOCKS} blocks of rows, not {blocks}"
@@ -57,10 +63,10 @@ def why_not(inputs: Inputs | None = None, *, backward: bool = False) -> str | No
 
 
 def forward(inputs: Inputs) -> Outputs:
-    """One kernel for video and text rows."""
+    """One kernel for video and text rows; of ragged blocks, for each length."""
     from skiparse.backends.triton.forward_kernel import forward as launch
 
-    return launch(inputs)
+    return forward_in_pieces(launch, inputs)
 
 
 def backward(
@@ -74,4 +80,5 @@ def backward(
     """One kernel for dk and dv, one for dq, none with atomics; text summed over sub-sequences."""
     from skiparse.backends.triton.backward_kernel import backward as launch
 
-    return launch(inputs, outputs, grad_out, grad_text_out, grad_lse, grad_text_lse)
+    grads = (grad_out, grad_text_out, grad_lse, grad_text_lse)
+    return backward_in_pieces(launch, inputs, outputs, *grads)

@@ -39,7 +39,7 @@ from skiparse.backends.triton.device import (
     device_function,
     inputs_of,
     launch,
-    length_of,
+    length_in,
     load_tile,
     lse_pair,
     mask_pair,
@@ -58,7 +58,7 @@ from skiparse.backends.triton.tiles import (
     text_tile,
     video_tile,
 )
-from skiparse.pattern import SkipPattern
+from skiparse.pattern import Pattern
 
 # Chosen to compile without spills; tests/test_aot.py has the registers and shared memory.
 DELTA_ROWS = 32
@@ -86,7 +86,7 @@ DQ_TMA_CONFIGS: Configs = {
 
 
 @device_function
-def stats_at(stats, b, h, s, H, n, longest, T, ROWS: tl.constexpr):
+def stats_at(stats, b, h, s, H, n, longest, Q, ROWS: tl.constexpr):
     """What is kept of each query row of a sub-sequence of a head: log-sum-exp and ``delta``.
 
     They lie in the order of its blocks, video and text each padded to ``ROWS``: those of a block
@@ -94,7 +94,7 @@ def stats_at(stats, b, h, s, H, n, longest, T, ROWS: tl.constexpr):
     """
     log2_lse, delta = stats
     text = tl.cdiv(longest, ROWS) * ROWS
-    first = ((b * H + h) * n + s) * (text + tl.cdiv(T, ROWS) * ROWS)
+    first = ((b * H + h) * n + s) * (text + tl.cdiv(Q, ROWS) * ROWS)
     return (log2_lse + first, delta + first), text
 
 
@@ -111,6 +111,7 @@ def skiparse_delta(
     longest,
     n,
     w,
+    TEXT_QUERIES: tl.constexpr,
     WHOLE_RUNS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -123,10 +124,11 @@ def skiparse_delta(
     """
     parts = ROWS // BLOCK_M
     video_chunks = tl.cdiv(longest, ROWS)
-    b, h, s, chunk = program(video_chunks + tl.cdiv(T, ROWS), n, H)
-    L = length_of(s, N, n, w)
+    Q = T if TEXT_QUERIES else 0
+    b, h, s, chunk = program(video_chunks + tl.cdiv(Q, ROWS), n, H)
+    L = length_in(s, N, n, w)
     sizes = (L, T, n, w)
-    stats, _ = stats_at(stats, b, h, s, H, n, longest, T, ROWS)
+    stats, _ = stats_at(stats, b, h, s, H, n, longest, Q, ROWS)
     log2_lse, delta = stats
     for block in range(chunk * parts, (chunk + 1) * parts):
         is_video, row, exists = rows_of(block, video_chunks * parts, s, sizes, WHOLE_RUNS, BLOCK_M)
@@ -186,6 +188,7 @@ def skiparse_dkdv(
     longest,
     n,
     w,
+    TEXT_QUERIES: tl.constexpr,
     WHOLE_RUNS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -200,7 +203,8 @@ def skiparse_dkdv(
     """
     video_key_blocks = tl.cdiv(longest, BLOCK_N)
     b, h, s, key_block = program(video_key_blocks + tl.cdiv(T, BLOCK_N), n, H)
-    L = length_of(s, N, n, w)
+    L = length_in(s, N, n, w)
+    Q = T if TEXT_QUERIES else 0
     sizes = (L, T, n, w)
     key_is_video, key, key_exists = rows_of(
         key_block, video_key_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
@@ -212,9 +216,9 @@ def skiparse_dkdv(
 
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [N, D]
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [N, D]
-    stats, text = stats_at(stats, b, h, s, H, n, longest, T, ROWS)
+    stats, text = stats_at(stats, b, h, s, H, n, longest, Q, ROWS)
     video_blocks = tl.cdiv(L, BLOCK_M)
-    for block in range(video_blocks + tl.cdiv(T, BLOCK_M)):
+    for block in range(video_blocks + tl.cdiv(Q, BLOCK_M)):
         is_video, row, exists = rows_of(block, video_blocks, s, sizes, WHOLE_RUNS, BLOCK_M)
         q_tile = load_tile(q, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
         grad_tile = load_tile(grad, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
@@ -253,6 +257,7 @@ def skiparse_dkdv_tma(
     longest,
     n,
     w,
+    TEXT_QUERIES: tl.constexpr,
     WHOLE_RUNS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -267,7 +272,8 @@ def skiparse_dkdv_tma(
     """
     video_key_blocks = tl.cdiv(longest, BLOCK_N)
     b, h, s, key_block = program(video_key_blocks + tl.cdiv(T, BLOCK_N), n, H)
-    L = length_of(s, N, n, w)
+    L = length_in(s, N, n, w)
+    Q = T if TEXT_QUERIES else 0
     sizes = (L, T, n, w)
     key_is_video, key, key_exists = rows_of(
         key_block, video_key_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
@@ -280,7 +286,7 @@ def skiparse_dkdv_tma(
 
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [N, D]
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [N, D]
-    stats, text = stats_at(stats, b, h, s, H, n, longest, T, ROWS)
+    stats, text = stats_at(stats, b, h, s, H, n, longest, Q, ROWS)
     text_s = 0 if SHARED_GRADS else s
     for block in range(tl.cdiv(L, BLOCK_M)):
         q_tile = video_tile(q, batch, block, s, w, head, BLOCK_M, HEAD_DIM)  # [M, D]
@@ -289,7 +295,7 @@ def skiparse_dkdv_tma(
         dk_acc, dv_acc = add_queries(
             q_tile, grad_tile, stats, row, k_tile, v_tile, dk_acc, dv_acc, log2_scale
         )
-    for block in range(tl.cdiv(T, BLOCK_M)):
+    for block in range(tl.cdiv(Q, BLOCK_M)):
         q_tile = text_tile(text_q, batch, block, 0, head, BLOCK_M, HEAD_DIM)  # [M, D]
         grad_tile = text_tile(text_grad, batch, block, text_s, head, BLOCK_M, HEAD_DIM)
         row = (text + block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -329,6 +335,7 @@ def skiparse_dq(
     longest,
     n,
     w,
+    TEXT_QUERIES: tl.constexpr,
     WHOLE_RUNS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -338,13 +345,14 @@ def skiparse_dq(
 ):
     """dq of one block of query rows of one sub-sequence, from all of its keys."""
     video_blocks = tl.cdiv(longest, BLOCK_M)
-    b, h, s, block = program(video_blocks + tl.cdiv(T, BLOCK_M), n, H)
-    L = length_of(s, N, n, w)
+    Q = T if TEXT_QUERIES else 0
+    b, h, s, block = program(video_blocks + tl.cdiv(Q, BLOCK_M), n, H)
+    L = length_in(s, N, n, w)
     sizes = (L, T, n, w)
     is_video, row, exists = rows_of(block, video_blocks, s, sizes, WHOLE_RUNS, BLOCK_M)
     q_tile = load_tile(q, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     grad_tile = load_tile(grad, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
-    stats, text = stats_at(stats, b, h, s, H, n, longest, T, ROWS)
+    stats, text = stats_at(stats, b, h, s, H, n, longest, Q, ROWS)
     first = tl.where(is_video, block * BLOCK_M, text + (block - video_blocks) * BLOCK_M)
     place = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
     row_lse, row_delta = tl.load(stats[0] + place), tl.load(stats[1] + place)  # [M]
@@ -384,6 +392,7 @@ def skiparse_dq_tma(
     longest,
     n,
     w,
+    TEXT_QUERIES: tl.constexpr,
     WHOLE_RUNS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -396,13 +405,14 @@ def skiparse_dq_tma(
     Blocks of video keys that all exist go without a mask, if there is none.
     """
     video_blocks = tl.cdiv(longest, BLOCK_M)
-    b, h, s, block = program(video_blocks + tl.cdiv(T, BLOCK_M), n, H)
-    L = length_of(s, N, n, w)
+    Q = T if TEXT_QUERIES else 0
+    b, h, s, block = program(video_blocks + tl.cdiv(Q, BLOCK_M), n, H)
+    L = length_in(s, N, n, w)
     sizes = (L, T, n, w)
     is_video, row, exists = rows_of(block, video_blocks, s, sizes, WHOLE_RUNS, BLOCK_M)
     q_tile = load_tile(q, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     grad_tile = load_tile(grad, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
-    stats, text = stats_at(stats, b, h, s, H, n, longest, T, ROWS)
+    stats, text = stats_at(stats, b, h, s, H, n, longest, Q, ROWS)
     first = tl.where(is_video, block * BLOCK_M, text + (block - video_blocks) * BLOCK_M)
     place = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
     row_lse, row_delta = tl.load(stats[0] + place), tl.load(stats[1] + place)  # [M]
@@ -501,7 +511,7 @@ def backward(
 
 def _launches(
     tensors: Sequence[Any],
-    pattern: SkipPattern,
+    pattern: Pattern,
     scale: float,
     dkdv_tma: Config | None,
     dkdv: Config,
@@ -513,9 +523,9 @@ def _launches(
     outputs = Outputs(*tensors[8:12])
     grad_out, grad_text_out, grad_lse, grad_text_lse = tensors[12:]
     q, n = inputs.q, pattern.sparsity
-    (B, N, H, D), T = q.shape, inputs.text_q.shape[1]
+    (B, N, H, D), Q, T = q.shape, inputs.text_q.shape[1], inputs.text_k.shape[1]
     video = [q.new_empty(B, N, H, D) for _ in range(3)]
-    text = [q.new_empty(B, n, T, H, D, dtype=torch.float32) for _ in range(3)]
+    text = [q.new_empty(B, n, rows, H, D, dtype=torch.float32) for rows in (Q, T, T)]
     query = (shared(q), shared(inputs.text_q))
     keys = ((shared(inputs.k), shared(inputs.text_k)), (shared(inputs.v), shared(inputs.text_v)))
     mask = mask_pair(inputs)
@@ -525,7 +535,7 @@ def _launches(
     same_grads = grad_text_out.stride(1) == 0  # those of a mean, for every sub-sequence
     if same_grads:
         strides = [grad_text_out.stride(i) for i in range(5)]
-        grad_text_out = grad_text_out.as_strided((B, 1, T, H, D), strides)
+        grad_text_out = grad_text_out.as_strided((B, 1, Q, H, D), strides)
     dkdv_views = _dkdv_tiles(inputs, dkdv_tma, (grad_out, grad_text_out), video[1:], text[1:])
     dq_views = _dq_tiles(inputs, dq_tma)
     if dkdv_tma is not None and dkdv_views is not None:
@@ -533,29 +543,31 @@ def _launches(
     if dq_tma is not None and dq_views is not None:
         dq = dq_tma
     padded = max(DELTA_ROWS, dkdv.BLOCK_M, dq.BLOCK_M)
-    longest = pattern.lengths(N)[0]
-    rows = (triton.cdiv(longest, padded) + triton.cdiv(T, padded)) * padded
+    longest = pattern.length(0, N)
+    rows = (triton.cdiv(longest, padded) + triton.cdiv(Q, padded)) * padded
     stats = tuple(q.new_empty(B, H, n, rows, dtype=torch.float32) for _ in range(2))
+    static: dict[str, Any] = {"ROWS": padded, "TEXT_QUERIES": Q == T}
 
     launch(
         skiparse_delta, inputs, padded,
         (shared(outputs.out), own(outputs.text_out)), grad,
         None if grad_lse is None else lse_pair(grad_lse, grad_text_lse),
         lse_pair(outputs.lse, outputs.text_lse), stats,
-        BLOCK_M=DELTA_ROWS, ROWS=padded,
+        BLOCK_M=DELTA_ROWS, **static,
     )  # fmt: skip
-    options = {**dkdv._asdict(), "ROWS": padded}
+    options = {**dkdv._asdict(), **static}
     if dkdv_views is None:
         launch(
             skiparse_dkdv, inputs, dkdv.BLOCK_N,
-            query, *keys, mask, grad, stats, into_k, into_v, scale, **options,
+            query, *keys, mask, grad, stats, into_k, into_v, scale, keys=True, **options,
         )  # fmt: skip
     else:
         launch(
             skiparse_dkdv_tma, inputs, dkdv.BLOCK_N,
-            *dkdv_views, *keys, mask, stats, scale, **options, SHARED_GRADS=same_grads,
+            *dkdv_views, *keys, mask, stats, scale,
+            keys=True, **options, SHARED_GRADS=same_grads,
         )  # fmt: skip
-    options = {**dq._asdict(), "ROWS": padded}
+    options = {**dq._asdict(), **static}
     if dq_views is None:
         launch(
             skiparse_dq, inputs, dq.BLOCK_M,

@@ -27,7 +27,7 @@ from torch import Tensor
 from skiparse import pattern
 from skiparse.backends import Inputs
 from skiparse.backends.triton.plans import Launch, start
-from skiparse.pattern import SkipPattern
+from skiparse.pattern import GridPattern, Pattern, SkipPattern
 
 LOG2E = tl.constexpr(1.4426950408889634)
 SIZES = ["N", "T", "H", "longest", "n", "w"]  # not worth a kernel of their own
@@ -46,17 +46,45 @@ def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _formula(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of ``skiparse.pattern``, for kernels.
+def _formula(function: Callable[..., Any], **called: Any) -> Callable[..., Any]:
+    """A function of ``skiparse.pattern``, for kernels; ``called``, those that it calls.
 
     Triton looks up the names in annotations and admits only its own, so ``Index`` becomes one.
     """
-    names = {**function.__globals__, "Index": tl.tensor}
+    names = {**function.__globals__, "Index": tl.tensor, **called}
     return device_function(FunctionType(function.__code__, names, function.__name__))
 
 
 token_of = _formula(pattern.token_of)
 length_of = _formula(pattern.length_of)
+grid_token_of = _formula(pattern.grid_token_of, token_of=token_of, length_of=length_of)
+grid_length_of = _formula(pattern.grid_length_of, length_of=length_of)
+
+
+# The runs of a pattern, `w` in the kernels, are a number, or of a grid (run, rows, columns, ratio).
+TUPLE = tuple if triton.knobs.runtime.interpret else tl.tuple
+
+
+@device_function
+def token_in(s, j, n, w):
+    """The token at position ``j`` of sub-sequence ``s``."""
+    if isinstance(w, TUPLE):
+        run, height, width, p = w
+        token = grid_token_of(s, j, height, width, p, run)
+    else:
+        token = token_of(s, j, n, w)
+    return token
+
+
+@device_function
+def length_in(s, N, n, w):
+    """How many of ``N`` tokens sub-sequence ``s`` owns."""
+    if isinstance(w, TUPLE):
+        run, height, width, p = w
+        length = grid_length_of(s, N // (height * width), height, width, p, run)
+    else:
+        length = length_of(s, N, n, w)
+    return length
 
 
 @device_function
@@ -94,7 +122,7 @@ def rows_at(block, lane, video_blocks, s, sizes, WHOLE_RUNS: tl.constexpr, BLOCK
     first = tl.where(is_video, block, block - video_blocks) * BLOCK
     exists = lane < tl.where(is_video, L, T) - first  # [lanes]
     # A block that lies inside one run needs one division, not one for each row.
-    token = token_of(s, first, n, w) + lane if WHOLE_RUNS else token_of(s, first + lane, n, w)
+    token = token_in(s, first, n, w) + lane if WHOLE_RUNS else token_in(s, first + lane, n, w)
     row = tl.where(is_video, token, first + lane)  # [lanes]
     return is_video, row.to(tl.int64), exists
 
@@ -205,13 +233,13 @@ def tensors_of(inputs: Inputs) -> tuple[Tensor | None, ...]:
     if mask is None and text_mask is not None:
         mask = text_mask.new_ones(1).expand(inputs.q.shape[:2])
     elif text_mask is None and mask is not None:
-        rows = inputs.text_q.shape[:2]
+        rows = inputs.text_k.shape[:2]
         text_mask = mask.new_ones(1).expand(rows) if rows.numel() else mask[:, :0]
     q, k, v = inputs.q, inputs.k, inputs.v
     return q, k, v, inputs.text_q, inputs.text_k, inputs.text_v, mask, text_mask
 
 
-def inputs_of(tensors: Sequence[Any], pattern: SkipPattern, scale: float) -> Inputs:
+def inputs_of(tensors: Sequence[Any], pattern: Pattern, scale: float) -> Inputs:
     """The way back from :func:`tensors_of`."""
     q, k, v, text_q, text_k, text_v, mask, text_mask = tensors
     return Inputs(q, k, v, text_q, text_k, text_v, mask, text_mask, pattern, scale)
@@ -274,32 +302,51 @@ def multiprocessors(q: Tensor) -> int:
 
 
 def launch(
-    kernel: Any, inputs: Inputs, rows: int, *args: Any, persistent: bool = False, **options: Any
+    kernel: Any,
+    inputs: Inputs,
+    rows: int,
+    *args: Any,
+    keys: bool = False,
+    persistent: bool = False,
+    **options: Any,
 ) -> None:
     """One program for each ``rows`` rows of each sub-sequence, head and batch entry.
 
-    Or, ``persistent``, at most one for each multiprocessor; these share the tasks.
+    They are queries, or ``keys``: of the text there may be none of the former. Or, ``persistent``,
+    there is at most one program for each multiprocessor; these share the tasks.
     ``args`` are the kernel's own, ``options`` its block sizes and how to compile it; the sizes of
     the problem, which every kernel takes, are put between them.
     """
-    n, w = inputs.pattern.sparsity, inputs.pattern.run
-    (B, N, H, D), T = inputs.q.shape, inputs.text_q.shape[1]
-    longest = pattern.length_of(0, N, n, w)
-    programs = (triton.cdiv(longest, rows) + triton.cdiv(T, rows)) * n * H * B
+    n = inputs.pattern.sparsity
+    (B, N, H, D), T = inputs.q.shape, inputs.text_k.shape[1]
+    longest = inputs.pattern.length(0, N)
+    text = T if keys else inputs.text_q.shape[1]
+    programs = (triton.cdiv(longest, rows) + triton.cdiv(text, rows)) * n * H * B
     if programs == 0:
         return
     if persistent:
         programs = min(programs, multiprocessors(inputs.q))
     largest = max(size for name, size in options.items() if name.startswith("BLOCK"))
+    w, whole_runs = _runs(inputs.pattern, largest)
     sizes = {
         "N": N,
         "T": T,
         "H": H,
         "longest": longest,
         "n": n,
-        "w": tl.constexpr(w) if w in _SHIFTS else w,
-        "WHOLE_RUNS": pattern.tiles_runs(largest, w),
+        "w": w,
+        "WHOLE_RUNS": whole_runs,
         "HEAD_DIM": D,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
     }
     start(inputs.q, Launch(kernel, programs, args, sizes | options))
+
+
+def _runs(of: Pattern, block: int) -> tuple[Any, bool]:
+    """``w`` as the kernels take it, and whether blocks of so many rows each lie inside one run."""
+    if isinstance(of, GridPattern):
+        _, height, width = of.grid
+        return (of.run, height, width, of.ratio), False
+    assert isinstance(of, SkipPattern)  # pieces are taken one by one
+    w = of.run
+    return tl.constexpr(w) if w in _SHIFTS else w, pattern.tiles_runs(block, w)

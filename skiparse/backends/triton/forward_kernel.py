@@ -34,7 +34,7 @@ from skiparse.backends.triton.device import (
     device_function,
     inputs_of,
     launch,
-    length_of,
+    length_in,
     load_tile,
     lse_pair,
     mask_pair,
@@ -48,7 +48,7 @@ from skiparse.backends.triton.device import (
 )
 from skiparse.backends.triton.plans import planned
 from skiparse.backends.triton.tiles import Describe, text_tile, video_tile
-from skiparse.pattern import SkipPattern
+from skiparse.pattern import Pattern
 
 # Chosen to compile without spills; tests/test_aot.py has the registers and shared memory.
 CONFIGS: Configs = {
@@ -86,6 +86,27 @@ def online_softmax(scores, attend, log2_scale, top, POSITIVE: tl.constexpr):
     return p, new_top, decay
 
 
+@device_function
+def no_sums(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What is kept of the keys, before the first."""
+    top = tl.full([BLOCK_M], -float("inf"), tl.float32)  # [M], the largest score so far
+    total = tl.zeros([BLOCK_M], tl.float32)  # [M], sum of 2**(score - top)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [M, D]
+    return top, total, acc
+
+
+@device_function
+def store_results(
+    out, lse, is_video, b, s, row, h, exists, sums, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Write a block of the output and of the log-sum-exp, after the last key."""
+    top, total, acc = sums
+    total = tl.where(total == 0.0, 1.0, total)  # [M]; without a key acc is 0 and top -inf
+    store_tile(out, is_video, b, s, row, h, exists, acc / total[:, None], HEAD_DIM, BLOCK_D)
+    row_lse = (top + tl.log2(total)) / LOG2E  # [M]
+    tl.store(pair_pointers(lse, is_video, b, s, row, h), row_lse, mask=exists)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def skiparse_forward(
     q,
@@ -102,24 +123,27 @@ def skiparse_forward(
     n,
     w,
     POSITIVE: tl.constexpr,
+    TEXT_QUERIES: tl.constexpr,
     WHOLE_RUNS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One block of query rows of one sub-sequence, against all of its keys."""
+    """One block of query rows of one sub-sequence, against all of its keys.
+
+    Without ``TEXT_QUERIES`` no text token queries.
+    """
     video_blocks = tl.cdiv(longest, BLOCK_M)
-    b, h, s, block = program(video_blocks + tl.cdiv(T, BLOCK_M), n, H)
-    L = length_of(s, N, n, w)
+    text_blocks = tl.cdiv(T, BLOCK_M) if TEXT_QUERIES else 0
+    b, h, s, block = program(video_blocks + text_blocks, n, H)
+    L = length_in(s, N, n, w)
     sizes = (L, T, n, w)
     is_video, row, exists = rows_of(block, video_blocks, s, sizes, WHOLE_RUNS, BLOCK_M)
     q_tile = load_tile(q, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     log2_scale = scale * LOG2E
 
-    top = tl.full([BLOCK_M], -float("inf"), tl.float32)  # [M], the largest score so far
-    total = tl.zeros([BLOCK_M], tl.float32)  # [M], sum of 2**(score - top)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [M, D]
+    top, total, acc = no_sums(BLOCK_M, BLOCK_D)
 
     video_key_blocks = tl.cdiv(L, BLOCK_N)
     for key_block in range(video_key_blocks + tl.cdiv(T, BLOCK_N)):
@@ -134,10 +158,8 @@ def skiparse_forward(
         v_tile = load_tile(v, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * decay[:, None], input_precision="ieee")
 
-    total = tl.where(total == 0.0, 1.0, total)  # [M]; without a key acc is 0 and top -inf
-    store_tile(out, is_video, b, s, row, h, exists, acc / total[:, None], HEAD_DIM, BLOCK_D)
-    row_lse = (top + tl.log2(total)) / LOG2E  # [M]
-    tl.store(pair_pointers(lse, is_video, b, s, row, h), row_lse, mask=exists)
+    sums = (top, total, acc)
+    store_results(out, lse, is_video, b, s, row, h, exists, sums, HEAD_DIM, BLOCK_D)
 
 
 @device_function
@@ -242,6 +264,7 @@ def skiparse_forward_tma(
     n,
     w,
     POSITIVE: tl.constexpr,
+    TEXT_QUERIES: tl.constexpr,
     WHOLE_RUNS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -250,16 +273,15 @@ def skiparse_forward_tma(
 ):
     """The same, keys and values as tiles: first those of the video, then those of the text."""
     video_blocks = tl.cdiv(longest, BLOCK_M)
-    b, h, s, block = program(video_blocks + tl.cdiv(T, BLOCK_M), n, H)
-    L = length_of(s, N, n, w)
+    text_blocks = tl.cdiv(T, BLOCK_M) if TEXT_QUERIES else 0
+    b, h, s, block = program(video_blocks + text_blocks, n, H)
+    L = length_in(s, N, n, w)
     sizes = (L, T, n, w)
     is_video, row, exists = rows_of(block, video_blocks, s, sizes, WHOLE_RUNS, BLOCK_M)
     q_tile = load_tile(q, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     log2_scale = scale * LOG2E
 
-    top = tl.full([BLOCK_M], -float("inf"), tl.float32)  # [M], the largest score so far
-    total = tl.zeros([BLOCK_M], tl.float32)  # [M], sum of 2**(score - top)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [M, D]
+    top, total, acc = no_sums(BLOCK_M, BLOCK_D)
     place = (b, h, s, w)
     top, total, acc = attend_tiles(
         L, 0, (k, v), place, sizes, mask, q_tile, log2_scale, (top, total, acc),
@@ -270,10 +292,8 @@ def skiparse_forward_tma(
         (top, total, acc), True, POSITIVE, WHOLE_RUNS, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
 
-    total = tl.where(total == 0.0, 1.0, total)  # [M]; without a key acc is 0 and top -inf
-    store_tile(out, is_video, b, s, row, h, exists, acc / total[:, None], HEAD_DIM, BLOCK_D)
-    row_lse = (top + tl.log2(total)) / LOG2E  # [M]
-    tl.store(pair_pointers(lse, is_video, b, s, row, h), row_lse, mask=exists)
+    sums = (top, total, acc)
+    store_results(out, lse, is_video, b, s, row, h, exists, sums, HEAD_DIM, BLOCK_D)
 
 
 def positive(scale: float) -> bool:
@@ -307,12 +327,12 @@ def _takes(inputs: Inputs, config: Config) -> bool:
 def allocate(inputs: Inputs) -> Outputs:
     """What a forward kernel writes."""
     q, n = inputs.q, inputs.pattern.sparsity
-    (B, N, H, D), T = q.shape, inputs.text_q.shape[1]
+    (B, N, H, D), Q = q.shape, inputs.text_q.shape[1]
     return Outputs(
         out=q.new_empty(B, N, H, D),
-        text_out=q.new_empty(B, n, T, H, D),
+        text_out=q.new_empty(B, n, Q, H, D),
         lse=q.new_empty(B, H, N, dtype=torch.float32),
-        text_lse=q.new_empty(B, H, n, T, dtype=torch.float32),
+        text_lse=q.new_empty(B, H, n, Q, dtype=torch.float32),
     )
 
 
@@ -324,11 +344,15 @@ def forward(inputs: Inputs) -> Outputs:
 
 
 def _launches(
-    tensors: Sequence[Any], pattern: SkipPattern, scale: float, tma: Config | None, config: Config
+    tensors: Sequence[Any], pattern: Pattern, scale: float, tma: Config | None, config: Config
 ) -> Outputs:
     inputs = inputs_of(tensors, pattern, scale)
     q, outputs = inputs.q, allocate(inputs)
     query = (shared(q), shared(inputs.text_q))
+    static = {
+        "POSITIVE": positive(scale),
+        "TEXT_QUERIES": inputs.text_q.shape[1] == inputs.text_k.shape[1],
+    }
     results = (
         mask_pair(inputs),
         (shared(outputs.out), own(outputs.text_out)),
@@ -338,14 +362,13 @@ def _launches(
     if tma is not None and _takes(inputs, tma):
         launch(
             skiparse_forward_tma, inputs, tma.BLOCK_M,
-            query, *tile_views(inputs, tma.BLOCK_N), *results,
-            POSITIVE=positive(scale), **tma._asdict(),
+            query, *tile_views(inputs, tma.BLOCK_N), *results, **static, **tma._asdict(),
         )  # fmt: skip
         return outputs
     keys = (shared(inputs.k), shared(inputs.text_k))
     values = (shared(inputs.v), shared(inputs.text_v))
     launch(
         skiparse_forward, inputs, config.BLOCK_M, query, keys, values, *results,
-        POSITIVE=positive(inputs.scale), **config._asdict(),
+        **static, **config._asdict(),
     )  # fmt: skip
     return outputs

@@ -158,6 +158,31 @@ def load_angles(cos, sin, row, pair, mask, PAIRS: tl.constexpr):
 
 
 @device_function
+def block_and_tables(
+    norm_q,
+    norm_k,
+    cos,
+    sin,
+    N,
+    T,
+    AXES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """The block of a program, and what it loads once for all heads: angles and both weights."""
+    b, is_video, row, exists = block_of(N, T, BLOCK_M)
+    pair = tl.arange(0, BLOCK_P).to(tl.int64)
+    dims = pairs_of(AXES, BLOCK_P)
+    mask = exists[:, None] & (pair < HEAD_DIM // 2)[None, :]  # [M, P]
+    source_row = row.to(tl.int64)
+    angles = load_angles(cos, sin, source_row, pair, mask & is_video, HEAD_DIM // 2)
+    weight_q = load_weights(norm_q, is_video, dims, pair < HEAD_DIM // 2)
+    weight_k = load_weights(norm_k, is_video, dims, pair < HEAD_DIM // 2)
+    return b, is_video, row, dims, mask, angles, weight_q, weight_k
+
+
+@device_function
 def inverse_rms(x, eps, HEAD_DIM: tl.constexpr):
     """``[M, 1]`` of both halves of rows."""
     return tl.rsqrt(tl.sum(x[0] * x[0] + x[1] * x[1], 1)[:, None] / HEAD_DIM + eps)
@@ -217,14 +242,10 @@ def skiparse_pack(
     BLOCK_M: tl.constexpr,
 ):
     """A block of tokens, all heads."""
-    b, is_video, row, exists = block_of(N, T, BLOCK_M)
-    pair = tl.arange(0, BLOCK_P).to(tl.int64)
-    dims = pairs_of(AXES, BLOCK_P)
-    mask = exists[:, None] & (pair < HEAD_DIM // 2)[None, :]  # [M, P]
+    b, is_video, row, dims, mask, angles, weight_q, weight_k = block_and_tables(
+        norm_q, norm_k, cos, sin, N, T, AXES, HEAD_DIM, BLOCK_P, BLOCK_M
+    )
     source_row = row.to(tl.int64)
-    angles = load_angles(cos, sin, source_row, pair, mask & is_video, HEAD_DIM // 2)
-    weight_q = load_weights(norm_q, is_video, dims, pair < HEAD_DIM // 2)
-    weight_k = load_weights(norm_k, is_video, dims, pair < HEAD_DIM // 2)
     q, k, v = either(q, is_video), either(k, is_video), either(v, is_video)
 
     for head in range(H):
@@ -269,14 +290,10 @@ def skiparse_pack_backward(
     BLOCK_M: tl.constexpr,
 ):
     """A block of tokens, all heads; its share of the weights' gradients to ``dnorm``."""
-    b, is_video, row, exists = block_of(N, T, BLOCK_M)
-    pair = tl.arange(0, BLOCK_P).to(tl.int64)
-    dims = pairs_of(AXES, BLOCK_P)
-    mask = exists[:, None] & (pair < HEAD_DIM // 2)[None, :]  # [M, P]
+    b, is_video, row, dims, mask, angles, weight_q, weight_k = block_and_tables(
+        norm_q, norm_k, cos, sin, N, T, AXES, HEAD_DIM, BLOCK_P, BLOCK_M
+    )
     source_row = row.to(tl.int64)
-    angles = load_angles(cos, sin, source_row, pair, mask & is_video, HEAD_DIM // 2)
-    weight_q = load_weights(norm_q, is_video, dims, pair < HEAD_DIM // 2)
-    weight_k = load_weights(norm_k, is_video, dims, pair < HEAD_DIM // 2)
     q, k = either(q, is_video), either(k, is_video)
     dq, dk, dv = either(dq, is_video), either(dk, is_video), either(dv, is_video)
 
@@ -310,6 +327,7 @@ def skiparse_pack_backward(
         k_first, k_second = k_first + first, k_second + second
         store_pairs(dk, b, source_row, h, dims, mask, (dx_first, dx_second))
 
+    pair = tl.arange(0, BLOCK_P).to(tl.int64)
     share = dnorm + tl.program_id(0).to(tl.int64) * (2 * HEAD_DIM)
     exists = pair < HEAD_DIM // 2
     tl.store(share + dims[0], tl.sum(q_first, 0), mask=exists)

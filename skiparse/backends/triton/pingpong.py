@@ -47,6 +47,8 @@ def _takes(inputs: Inputs) -> str | None:
         return f"the kernel takes fp16 and bf16, not {q.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
         return f"the kernel takes head dimensions {HEAD_DIMS}, not {q.shape[-1]}"
+    if inputs.text_q.shape[1] != inputs.text_k.shape[1]:
+        return "the kernel takes as many queries of the text as keys"
     if not positive(inputs.scale):
         return f"the kernel takes a positive scale, not {inputs.scale}"
     if not can_be_tiled(inputs, TILES["BLOCK_N"]):

@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from skiparse import pattern
 from skiparse.backends import Inputs
 from skiparse.backends.triton.device import device_function
+from skiparse.pattern import SkipPattern
 
 Box = list[int]
 Describe = Callable[[Tensor, list[int], list[int], Box], Any]  # tensor, shape, strides, box
@@ -64,9 +65,11 @@ def store_text_tile(tiles, b, block, s, h, tile, BLOCK: tl.constexpr, HEAD_DIM: 
 def can_be_tiled(inputs: Inputs, block: int, sources: Sequence[Tensor]) -> bool:
     """Whether every ``block`` rows of a head of the ``sources``, video and text, are a box.
 
-    They are not if the last period is not whole, a block is neither whole runs nor a part of one,
-    or heads are not side by side.
+    They are not if the pattern is a grid's, the last period is not whole, a block is neither whole
+    runs nor a part of one, or heads are not side by side.
     """
+    if not isinstance(inputs.pattern, SkipPattern):
+        return False
     w = inputs.pattern.run
     segments = inputs.pattern.segments(inputs.q.shape[1])
     regular = len(segments) == 1 and [box.shape[2] for box in segments[0].boxes] == [w]
@@ -107,12 +110,15 @@ def tile_views(
 ) -> list[Any]:
     """Each of ``video``, then of ``text``, ``block`` rows of a head at a time, if tiled so."""
     views = [_video_view(inputs, x, block, describe) for x in video]
-    if inputs.text_q.shape[1] == 0:
-        return views + views  # the text is never touched, but there must be something
-    return views + [_text_view(x, block, describe) for x in text]
+    # Text without rows is never touched, but there must be something.
+    return views + [
+        _text_view(x, block, describe) if x.shape[-3] else view
+        for x, view in zip(text, views, strict=True)
+    ]
 
 
 def _video_view(inputs: Inputs, x: Tensor, block: int, describe: Describe) -> Any:
+    assert isinstance(inputs.pattern, SkipPattern)
     n, w = inputs.pattern.sparsity, inputs.pattern.run
     (B, N, H, D), (batch, step), width = x.shape, _steps(x), min(w, block)
     return describe(

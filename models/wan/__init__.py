@@ -1,0 +1,1 @@
+"""Wan, the text-to-video model of diffusers: how it is trained here."""

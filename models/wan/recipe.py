@@ -1,0 +1,201 @@
+"""How a Wan is trained: what the trainer has to know of it, and what it can be told besides.
+
+It begins from the folder of a WanPipeline, whose autoencoder and text encoder make the features.
+Of the models of that family it is those that get text alone, and time by the sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers import WanPipeline, WanTransformer3DModel
+from torch import Tensor, nn
+
+from skiparse.models import flow
+from skiparse.models.data.features import Batch
+from skiparse.models.train.checkpoint import Checkpoint
+from skiparse.models.train.config import HOW, Config, Stage
+from skiparse.models.train.export import check_encoders, model_of
+from skiparse.models.train.recipe import Recipe
+from skiparse.models.wan.encoders import LENGTH, Encoders
+
+CHECKPOINTS = ("none", "block")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanStage(Stage):
+    """A part of a run with one kind of data and one schedule.
+
+    Args:
+        checkpointing: what is computed again in the backward pass: none or block.
+    """
+
+    checkpointing: str = field(default="none", metadata=HOW)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.checkpointing not in CHECKPOINTS:
+            raise ValueError(
+                f"checkpointing must be one of {', '.join(CHECKPOINTS)}, got {self.checkpointing!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanConfig(Config):
+    """A training run of a Wan.
+
+    Args:
+        init: folder of a WanPipeline: the weights to start from, and what codes clips and captions.
+    """
+
+    recipe: Literal["wan"] = field(default="wan", metadata=HOW)
+    stages: dict[str, WanStage]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init is None:
+            raise ValueError("init is needed: give the folder of a WanPipeline to start from")
+
+
+class WanRecipe(Recipe):
+    """The recipe of Wan's denoiser, dense as it is."""
+
+    config = WanConfig
+    blocks = ("WanTransformerBlock",)
+
+    def check(self, config: WanConfig, coder: Any) -> None:
+        """Whether the model is one that is trained here, and fits its encoders."""
+        model = WanTransformer3DModel.load_config(_transformer(config), local_files_only=True)
+        if model.get("image_dim") is not None or model["in_channels"] != model["out_channels"]:
+            raise ValueError(
+                f"init={config.init}: its transformer takes images too; the models that are "
+                "trained here get text alone"
+            )
+        if coder is None:
+            return
+        pipeline = coder.pipeline
+        if pipeline.config.expand_timesteps or pipeline.config.boundary_ratio is not None:
+            raise ValueError(
+                f"init={config.init}: it has time by the token, or two transformers; the models "
+                "that are trained here have one, with time by the sample"
+            )
+        for key, width, what in (
+            ("in_channels", pipeline.vae.config.z_dim, "autoencoder"),
+            ("text_dim", coder.null["states"].shape[1], "text encoder"),
+        ):
+            if model[key] != width:
+                raise ValueError(
+                    f"init={config.init}: the model has {key}={model[key]}, but the {what} has "
+                    f"{width}; give a pipeline whose parts belong together"
+                )
+        if config.samples.every:
+            _check_shape(config.samples.shape, pipeline, model["patch_size"])
+
+    def initial(self, config: WanConfig, stage: WanStage) -> Any:
+        """As ``config.init`` has it, in float32."""
+        return WanTransformer3DModel.from_pretrained(
+            _transformer(config), torch_dtype=torch.float32, local_files_only=True
+        )
+
+    def remade(self, config: WanConfig, about: Mapping[str, Any]) -> Any:
+        """All of it is trained, so it has any weights."""
+        return WanTransformer3DModel.from_config(dict(about))
+
+    def about(self, model: Any) -> dict[str, Any]:
+        """Its config."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in model.config.items()
+            if not name.startswith("_")
+        }
+
+    def prepare(self, model: Any, config: WanConfig, stage: WanStage) -> None:
+        """What is computed again in the backward pass."""
+        if model.training and stage.checkpointing == "block":  # of which the average does none
+            model.enable_gradient_checkpointing()
+        else:
+            model.disable_gradient_checkpointing()
+
+    def compiled(self, model: Any) -> None:
+        """Block by block."""
+        model.compile_repeated_blocks()
+
+    def coder(self, config: WanConfig, device: torch.device) -> Encoders:
+        """Its VAE and UMT5."""
+        assert config.init is not None
+        return Encoders.from_pretrained(config.init, device)
+
+    def shift(self, shape: tuple[int, ...]) -> float:
+        """By height and width, as OSP-Next trains it."""
+        return flow.dynamic_shift(*shape[-2:])
+
+    def velocity(self, net: nn.Module, noisy: Tensor, levels: Tensor, batch: Batch) -> Tensor:
+        """Wan's forward; text is padded by zeros, to which it attends."""
+        states = batch.captions["states"]
+        states = F.pad(states, (0, 0, 0, LENGTH - states.shape[1]))
+        found: Tensor = net(noisy, flow.timesteps(levels), states, return_dict=False)[0]
+        return found
+
+    def pipeline(self, model: Any, coder: Encoders) -> Sampler:
+        """With the encoders it is trained with, and the pipeline's own scheduler."""
+        return Sampler(WanPipeline(**coder.pipeline.components | {"transformer": model}))
+
+    def exported(self, last: Checkpoint, weights: str, **given: Any) -> WanPipeline:
+        """The pipeline in the folder ``vae``, with the run's transformer."""
+        folder = given["vae"]
+        if folder is None or given["text"] is not None:
+            raise ValueError(
+                f"{last.path} is of a Wan; give as vae the folder of the WanPipeline that it was "
+                "trained from, which has the text encoder too, and no text"
+            )
+        encoders = Encoders.from_pretrained(folder)
+        if not given["other_encoders"]:
+            found = encoders.fingerprints()
+            check_encoders(last, found, dict.fromkeys(found, folder))
+        model = model_of(last, WanTransformer3DModel, last.about["model"], weights)
+        return WanPipeline(**encoders.pipeline.components | {"transformer": model})
+
+
+class Sampler:
+    """A WanPipeline whose videos are uint8, as those of all our pipelines."""
+
+    def __init__(self, pipeline: WanPipeline) -> None:
+        self._pipeline = pipeline
+        self.set_progress_bar_config = pipeline.set_progress_bar_config
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """As of WanPipeline; ``frames`` is uint8 ``[B, T, H, W, 3]``."""
+        found = self._pipeline(*arguments, **options, output_type="pt")
+        found.frames = (found.frames.movedim(2, -1) * 255).round().to(torch.uint8)
+        return found
+
+
+def _transformer(config: WanConfig) -> Path:
+    """The folder of the model in ``config.init``.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    assert config.init is not None
+    folder = Path(config.init) / "transformer"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"init={config.init} holds no Wan: transformer/config.json is not there; give the "
+            "folder of a WanPipeline"
+        )
+    return folder
+
+
+def _check_shape(shape: tuple[int, int, int], pipeline: Any, patch: tuple[int, int, int]) -> None:
+    """ValueError unless videos of that many frames, rows and columns of pixels can be made."""
+    frames, *sides = shape
+    every, side = pipeline.vae_scale_factor_temporal, pipeline.vae_scale_factor_spatial * patch[1]
+    if (frames - 1) % every:
+        raise ValueError(f"samples.shape must have {every}n + 1 frames, got {frames}")
+    if any(length % side for length in sides):
+        raise ValueError(f"samples.shape must have sides that are multiples of {side}, got {sides}")

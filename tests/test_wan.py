@@ -1,0 +1,261 @@
+"""Wan is trained by its recipe, from the folder of a WanPipeline to the folder of another."""
+
+import json
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("av")
+pytest.importorskip("diffusers")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("pyarrow")
+pytest.importorskip("tensorboard")
+pytest.importorskip("transformers")
+
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from test_text import tiny_tokenizer
+from transformers import UMT5Config, UMT5EncoderModel
+
+from skiparse import cli
+from skiparse.models.data.buckets import Rule
+from skiparse.models.data.dataset import Clip
+from skiparse.models.data.draws import Place
+from skiparse.models.data.features import collate
+from skiparse.models.data.video import probe
+from skiparse.models.data.writer import write_video
+from skiparse.models.train.checkpoint import Checkpoints
+from skiparse.models.train.config import Samples
+from skiparse.models.train.export import export
+from skiparse.models.train.loop import train
+from skiparse.models.wan.encoders import Encoders
+from skiparse.models.wan.recipe import WanConfig, WanRecipe, WanStage
+
+CHANNELS, TEXT, PROMPT = 4, 24, "A &amp; cat\n walks"
+SCALING = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 1.5, 2.0, 0.7]}
+
+
+def tiny_transformer(**changes):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        return WanTransformer3DModel(
+            **{
+                "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": CHANNELS,
+                "out_channels": CHANNELS, "text_dim": TEXT, "freq_dim": 16, "ffn_dim": 32,
+                "num_layers": 2, "rope_max_seq_len": 32,
+            } | changes
+        )  # fmt: skip
+
+
+def tiny_pipeline(**changes):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        vae = AutoencoderKLWan(
+            base_dim=4, z_dim=CHANNELS, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **SCALING
+        )
+        encoder = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=128, d_model=TEXT, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+                feed_forward_proj="gated-gelu",
+            )
+        )  # fmt: skip
+    parts = {
+        "tokenizer": tiny_tokenizer(None, "</s>", 512),
+        "text_encoder": encoder.eval(),
+        "vae": vae.eval(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "transformer": tiny_transformer(),
+    }
+    return WanPipeline(**parts | changes)
+
+
+@pytest.fixture(scope="module")
+def init(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wan") / "pipeline"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    for i, caption in enumerate((PROMPT, "a dog", "rain")):
+        generator = torch.Generator().manual_seed(i)
+        frames = torch.randint(256, (5, 32, 32, 3), dtype=torch.uint8, generator=generator)
+        write_video(folder / f"{i}.mp4", frames)
+        (folder / f"{i}.txt").write_text(caption)
+    return folder
+
+
+def config(init, source, out, steps=3, checkpointing="none", **changes):
+    rule = Rule(frames=5, size=(32, 32), temporal_factor=4, longest=100.0, minority=0)
+    stage = WanStage(
+        steps=steps, learning_rate=1e-2, global_batch=2, rule=rule, checkpointing=checkpointing
+    )
+    given = {"stages": {"only": stage}, "source": str(source), "device": "cpu", "ema": 0.5}
+    return WanConfig(**{"init": str(init), "out": str(out)} | given | changes)
+
+
+def last(out):
+    return Checkpoints(out / "checkpoints").latest()
+
+
+@torch.no_grad()
+def test_features_are_what_the_pipeline_makes_of_prompts_and_frames(init):
+    pipeline, encoders = tiny_pipeline(), Encoders.from_pretrained(init)
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(256, (5, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    clip = Clip(frames, (PROMPT, ""), "key", Place(0, 0, 0))
+    found = encoders.features(clip)
+    for text, caption in zip(found.texts, clip.captions, strict=True):
+        rows, _ = pipeline.encode_prompt(
+            caption, do_classifier_free_guidance=False, max_sequence_length=512
+        )
+        count = len(text["states"])
+        assert count == (len("A & cat walks") if caption else 0) + 1  # with the mark of the end
+        assert torch.equal(text["states"], rows[0, :count])
+        assert not rows[0, count:].any()
+    assert torch.equal(found.null["states"], found.texts[1]["states"])
+    video = frames.movedim(-1, 0)[None] / 127.5 - 1
+    posterior = pipeline.vae.encode(video).latent_dist
+    shift, spread = (torch.tensor(x).view(-1, 1, 1, 1) for x in SCALING.values())
+    # as the pipeline takes normalised latents back, up to the rounding of both
+    torch.testing.assert_close(found.mean * spread + shift, posterior.mean[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.std * spread, posterior.std[0], rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
+def test_the_model_is_called_as_the_pipeline_calls_it(init):
+    """With 512 rows of text, those behind the caption zero; time is 1000 times the noise level."""
+    encoders = Encoders.from_pretrained(init)
+    frames = torch.zeros(5, 32, 32, 3, dtype=torch.uint8)
+    clips = [Clip(frames, (c,), c, Place(0, i, 0)) for i, c in enumerate((PROMPT, "a dog"))]
+    batch = collate([encoders.features(clip) for clip in clips], seed=0, drop=0.0)
+    net, levels = tiny_transformer(), torch.tensor([0.25, 0.9])
+    noisy = torch.randn(2, CHANNELS, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    text, _ = tiny_pipeline().encode_prompt(
+        [PROMPT, "a dog"], do_classifier_free_guidance=False, max_sequence_length=512
+    )
+    wanted = net(noisy, torch.tensor([250.0, 900.0]), text, return_dict=False)[0]
+    assert torch.equal(WanRecipe().velocity(net, noisy, levels, batch), wanted)
+    assert WanRecipe().shift((CHANNELS, 21, 90, 160)) == pytest.approx(2.904, abs=5e-4)  # OSP-Next
+
+
+def test_a_run_learns_is_continued_and_becomes_a_pipeline(init, source, tmp_path):
+    """Bit for bit what a run in one piece gives; with blocks computed again, the same too."""
+    train(config(init, source, tmp_path / "whole"))
+    train(config(init, source, tmp_path / "parts", steps=2, checkpointing="block"))
+    samples = Samples(every=3, prompts=("a cat",), shape=(5, 32, 32), steps=2, guidance=2.0)
+    train(config(init, source, tmp_path / "parts", samples=samples))
+    ours, theirs = last(tmp_path / "whole").read(""), last(tmp_path / "parts").read("")
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        assert torch.equal(x, theirs[name]), name
+    assert last(tmp_path / "whole").about["data"].keys() == {"data", "windows", "vae", "umt5"}
+    before = tiny_transformer().state_dict()
+    moved = [name for name, x in before.items() if not torch.equal(ours[f"model.{name}"], x)]
+    assert moved == list(before)
+    made = probe(tmp_path / "parts" / "samples" / "step-00000003-0.mp4")
+    assert (made.frames, made.height, made.width) == (5, 32, 32)
+
+    with pytest.raises(ValueError, match="give as vae the folder of the WanPipeline"):
+        export(tmp_path / "whole", tmp_path / "made")
+    export(tmp_path / "whole", tmp_path / "made", vae=init)
+    pipeline = WanPipeline.from_pretrained(tmp_path / "made")
+    for name, x in pipeline.transformer.state_dict().items():
+        assert torch.equal(x, ours[f"ema.{name}"]), name
+    assert pipeline.scheduler.config.shift == 3.0
+    video = pipeline("a cat", height=32, width=32, num_frames=5, num_inference_steps=1).frames[0]
+    assert video.shape == (5, 32, 32, 3)
+
+
+def test_other_encoders_are_refused_or_taken_knowingly(init, source, tmp_path):
+    train(config(init, source, tmp_path / "run", steps=1))
+    other = tiny_pipeline()
+    torch.nn.init.zeros_(other.vae.decoder.conv_out.bias)
+    other.vae.decoder.conv_out.bias.data += 1
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"vae of .*other: not what .* was trained with"):
+        export(tmp_path / "run", tmp_path / "made", vae=tmp_path / "other")
+    assert not (tmp_path / "made").exists()
+    export(tmp_path / "run", tmp_path / "made", vae=tmp_path / "other", other_encoders=True)
+    bias = WanPipeline.from_pretrained(tmp_path / "made").vae.decoder.conv_out.bias
+    assert torch.equal(bias, torch.ones(3))
+
+
+def test_by_the_command_line_from_a_cache(init, source, tmp_path):
+    table = {
+        "recipe": "wan",
+        "init": str(init),
+        "device": "cpu",
+        "stages": {
+            "only": {
+                "steps": 2,
+                "learning_rate": 1e-2,
+                "global_batch": 2,
+                "rule": {
+                    "frames": 5,
+                    "size": [32, 32],
+                    "temporal_factor": 4,
+                    "longest": 100.0,
+                    "minority": 0,
+                },
+            }
+        },
+    }
+    file, cached = tmp_path / "run.yaml", tmp_path / "cache"
+    file.write_text(json.dumps(table))
+    out, online = tmp_path / "held", tmp_path / "online"
+    command = ["cache", "build", str(file), "only", str(cached), "--out", str(out)]
+    assert cli.main([*command, "--source", str(source)]) == 0
+    assert cli.main(["train", str(file), "--out", str(out), "--cache", str(cached)]) == 0
+    assert cli.main(["train", str(file), "--out", str(online), "--source", str(source)]) == 0
+    found, wanted = last(out), last(online)
+    for name, x in wanted.read("").items():
+        assert torch.equal(x, found.read("")[name]), name
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"transformer": tiny_transformer(in_channels=9)}, "its transformer takes images too"),
+        ({"transformer": tiny_transformer(image_dim=8)}, "its transformer takes images too"),
+        ({"transformer": tiny_transformer(text_dim=8)}, "text_dim=8, but the text encoder has 24"),
+        ({"transformer": tiny_transformer(in_channels=6, out_channels=6)},
+         "in_channels=6, but the autoencoder has 4"),
+        ({"expand_timesteps": True}, "time by the token, or two transformers"),
+        ({"boundary_ratio": 0.9, "transformer_2": tiny_transformer()}, "or two transformers"),
+    ],
+)  # fmt: skip
+def test_models_that_are_not_trained_here(source, tmp_path, parts, message):
+    tiny_pipeline(**parts).save_pretrained(tmp_path / "init")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train(config(tmp_path / "init", source, tmp_path / "out"))
+    assert last(tmp_path / "out") is None
+
+
+def test_what_makes_no_sense_is_refused(init, source, tmp_path):
+    with pytest.raises(ValueError, match="init is needed: give the folder of a WanPipeline"):
+        WanConfig(out="x", stages=config(init, source, tmp_path).stages, source="y")
+    with pytest.raises(ValueError, match="checkpointing must be one of none, block, got 'all'"):
+        config(init, source, tmp_path, checkpointing="all")
+    (tmp_path / "empty" / "transformer").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json is not there"):
+        train(config(tmp_path / "empty", source, tmp_path / "out"))
+    (tmp_path / "empty" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ValueError, match="holds a FluxPipeline; give the folder of a WanPipeline"):
+        train(config(tmp_path / "empty", source, tmp_path / "out"))
+    for shape, told in (((6, 32, 32), "4n \\+ 1 frames, got 6"), ((5, 24, 32), "multiples of 16")):
+        samples = Samples(every=1, prompts=("a",), shape=shape)
+        with pytest.raises(ValueError, match=told):
+            train(config(init, source, tmp_path / "out", samples=samples))
+    coder = Encoders.from_pretrained(init)
+    coder.pipeline.vae.encoder.conv_out.bias.data[:] = float("nan")
+    frames = torch.zeros(5, 32, 32, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"key: the autoencoder in torch\.float32 gives"):
+        coder.features(Clip(frames, ("a",), "key", Place(0, 0, 0)))
