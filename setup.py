@@ -68,6 +68,7 @@ setup(
         "skiparse.backends.triton",
         "skiparse.models",
         "skiparse.models.data",
+        "skiparse.models.retrofit",
         "skiparse.models.suv",
         "skiparse.models.train",
         "skiparse.models.wan",
