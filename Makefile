@@ -3,11 +3,12 @@
 # make test      lint, types, and the tests: what CI runs
 # make smoke     a minute of something of every part: for the inner loop
 # make test-full the long matrices as well
+# make docs      the documentation, in build/docs; begin at build/docs/docs/index.html
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo smoke test test-full lint types torch_npu readme clean
+.PHONY: install demo smoke test test-full lint types torch_npu readme docs clean
 
 install: $(STAMP)
 
@@ -59,9 +60,13 @@ $(NPU)/.unzipped: constraints.txt | install
 		rm $(NPU)/*.whl && touch $@; \
 	fi
 
-# The generated tables of the README: backends from the registry, figures from bench/results.jsonl.
+# The generated tables of the books: backends from the registry, figures from bench/results.jsonl.
 readme: install
-	$(BIN)/python -m skiparse.bench.op.tables README.md
+	$(BIN)/python -m skiparse.bench.op.tables README.md docs/measuring.md
+
+# Guides, the books and the reference, from Markdown and docstrings. What leads nowhere is an error.
+docs: install
+	$(BIN)/python -m sphinx -q -W -E --keep-going -c docs . build/docs
 
 clean:
 	rm -rf .venv build dist *.egg-info demo_out

@@ -51,7 +51,9 @@ SMOKE = {
 "test_cli.py::test_info_lists_every_backend", "test_cli.py::test_bad_arguments"),
     "measuring": ("test_bench.py::test_run_prints_the_ceiling_and_writes_rows",),
     "the house": ("test_imports.py::test_arrows_run_one_way",
-                  "test_imports.py::test_index_maths_only_in_pattern"),
+                  "test_imports.py::test_index_maths_only_in_pattern",
+                  "test_docs.py::test_every_path_that_is_named_exists",
+                  "test_docs.py::test_links_lead_somewhere"),
 }  # fmt: skip
 
 NAMES = {name for names in SMOKE.values() for name in names}

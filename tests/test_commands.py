@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import get_origin
 
 import pytest
+from books import BOOKS, blocks, quoted
 
 from skiparse import cli, command, shell
 from skiparse.command import Positional
 
 ROOT = Path(__file__).parents[1]
-BOOKS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/NOTES.md", "csrc/README.md")
 
 
 def declared():
@@ -130,10 +130,8 @@ def spellings():
     """Every ``skiparse ...`` of the books: a line of a block, or what stands between backticks."""
     found = {}
     for book in BOOKS:
-        text = (ROOT / book).read_text()
-        lines = "\n".join(re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)).splitlines()
-        inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-        for said in (*lines, *(" ".join(each.split()) for each in inline)):
+        lines = "\n".join(code for _, code in blocks(book)).splitlines()
+        for said in (*lines, *quoted(book)):
             words = said.partition("  #")[0].split()
             if words[:1] == ["skiparse"] and words[1:2] and re.fullmatch("[a-z][a-z-]*", words[1]):
                 found.setdefault(" ".join(words[1:]), book)

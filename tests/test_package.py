@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from email import message_from_string
@@ -10,6 +11,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from books import BOOKS, REFERENCE
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,6 +84,15 @@ def test_the_unpacked_wheel_runs_by_itself(wheel, tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert done.stdout.strip() == "128.0"
+
+
+def test_the_source_archive_has_what_the_documentation_is_made_of(tmp_path):
+    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {*BOOKS, *REFERENCE, "docs/conf.py"} <= names
 
 
 def test_nothing_we_test_with_pulls_in_torchvision():

@@ -211,20 +211,23 @@ def test_every_run_gives_the_same_bits(launched):
 @pytest.mark.full
 @pytest.mark.parametrize("layout", ["contiguous", "packed"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_many(layout, masked, launched):
-    patterns = (
+@pytest.mark.parametrize(
+    "p",
+    [
         SkipPattern.dense(),
         SkipPattern.single(4),
         SkipPattern.group(4),
         SkipPattern(2, 32),
         SkipPattern(3, 2),
         SkipPattern.group(8),
-    )
-    for p in patterns:
-        period = p.sparsity * p.run
-        for N, T in ((period, 0), (3 * period, 1), (2 * period, 33), (4 * period, 70)):
-            for D in (16, 32, 64):
-                arguments = {"B": 2, "N": N, "T": T, "H": 2, "D": D, "layout": layout}
-                problem = problem_of(p, arguments | {"masked": masked})
-                check(gradients(problem), problem)
-                assert launched[-2:] == list(TILES)
+    ],
+    ids=str,
+)
+def test_many(layout, masked, p, launched):
+    period = p.sparsity * p.run
+    for N, T in ((period, 0), (3 * period, 1), (2 * period, 33), (4 * period, 70)):
+        for D in (16, 32, 64):
+            arguments = {"B": 2, "N": N, "T": T, "H": 2, "D": D, "layout": layout}
+            problem = problem_of(p, arguments | {"masked": masked})
+            check(gradients(problem), problem)
+            assert launched[-2:] == list(TILES)

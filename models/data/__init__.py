@@ -1,1 +1,1 @@
-"""From video files to tensors."""
+"""From video files to tensors, and back."""

@@ -151,8 +151,8 @@ class Manifest:
                 - a folder of clips and images, each with its caption in a ``.txt`` of its name.
                   What is in it but cannot be used costs itself only. Frames and rates are those
                   that can be seen (:func:`~skiparse.models.data.video.probe`); of files too large
-                  to be read through they are estimates, which :class:`Clips` replaces when it
-                  reads one.
+                  to be read through they are estimates, which
+                  :class:`~skiparse.models.data.dataset.Clips` replaces when it reads one.
 
             index: folder to keep the rows in, for large data sets and many processes; made anew
                 if a file was added, removed or changed, by size and time, and if it is damaged

@@ -1,4 +1,4 @@
-"""The published sizes of SUV, as keyword arguments of :class:`skiparse.models.suv.SUV`.
+"""The published sizes of SUV, as keyword arguments of :class:`skiparse.models.SUV`.
 
 "v1.5" is the released model. Its siblings are known by heads, layers and condition width; their
 names count the parameters, which fits a feed-forward shared by video and text ("6B" is the released

@@ -39,7 +39,7 @@ class Trainable(Protocol):
         """Fields that are arguments of a class, with it and their values, to be checked."""
 
     def exported(self, last: Checkpoint, weights: str, **given: Any) -> Any:
-        """What a checkpoint is used as, by ``save_pretrained``; see :mod:`.export`."""
+        """A checkpoint as it is used, by ``save_pretrained``: see ``train/export.py``."""
 
 
 class Recipe(ABC):

@@ -1,4 +1,4 @@
-"""The published sizes of WF-VAE, as keyword arguments of :class:`skiparse.models.wfvae.WFVAE`.
+"""The published sizes of WF-VAE, as keyword arguments of :class:`skiparse.models.WFVAE`.
 
 Source: Open-Sora Plan v1.5 report and its released configuration, for sizes, shift and scale; Li et
 al. 2024, "WF-VAE", for S and L.

@@ -1,7 +1,7 @@
 """What WF-VAE is trained for: each term of the published objective, and how they add up.
 
 With ``x`` the video, ``y`` what the autoencoder made of it, ``W`` wavelet coefficients and ``D``
-the discriminator:
+the discriminator::
 
     reconstruction   sum over a frame of |x - y| + weights.lpips * LPIPS(x, y), mean over frames
     + weights.kl *      sum over a clip of (mean**2 + var - 1 - log var) / 2, mean over clips

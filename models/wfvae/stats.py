@@ -189,8 +189,9 @@ def run(
 
     Args:
         model: a folder of :class:`WFVAE`, such as ``skiparse export`` makes of a run.
-        clips: a folder with videos at any depth, or another source of :meth:`Manifest.open`; those
-            that will not do are named in ``scan.json`` and left out.
+        clips: a folder with videos at any depth, or another source of
+            :meth:`~skiparse.models.data.manifest.Manifest.open`; those that will not do are named
+            in ``scan.json`` and left out.
         out: the folder to make, with ``statistics.json``, which says what was measured.
         frames, size: of the cuts; a multiple of the temporal factor plus 1, and of 8.
         every: take every so many frames of a file.
