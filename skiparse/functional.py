@@ -9,6 +9,7 @@ copy. All calls are differentiable, once: in reverse, and in forward mode
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -193,7 +194,7 @@ def _check(
         if x.dtype != q.dtype and ops.autocast_dtype(x) != dtype:
             raise ValueError(f"{name} is {x.dtype} but q is {q.dtype}; convert one to the other")
         _check_device(name, x, q)
-    shape = q.shape
+    shape: Sequence[int] = q.shape
     for name, x in video.items():
         if x.shape != shape:
             raise ValueError(

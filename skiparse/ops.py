@@ -83,9 +83,10 @@ def _unit(x: Tensor) -> Tensor:
 
 def _inputs(*args: Any) -> Inputs:
     """The problem, from what ``_INPUTS``, ``_SETTINGS`` and ``_GRID`` name."""
-    *rows, mask, text_mask, sparsity, run, scale = args[:11]
-    pattern = pattern_of((sparsity, run, *_grid(args[11:])))
-    return Inputs(*map(_unit, rows), mask, text_mask, pattern, scale)
+    sparsity, run, scale, *grid = args[8:]
+    pattern = pattern_of((sparsity, run, *_grid(grid)))
+    q, k, v, text_q, text_k, text_v = map(_unit, args[:6])
+    return Inputs(q, k, v, text_q, text_k, text_v, args[6], args[7], pattern, scale)
 
 
 def _grid(left: Sequence[Any]) -> Sequence[int]:

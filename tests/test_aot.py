@@ -40,13 +40,20 @@ NAMED = {  # the kernels that spill: (release, architecture, kernel, D, masked) 
     ("3.7.1", "sm_89", "skiparse_dq", 128, True): 8,
     ("3.7.1", "sm_100", "skiparse_dkdv", 64, True): 8,
 }
-NAMED_ELSEWHERE = {  # with masks, for some of the shapes that are not in the table: 8 bytes each
-    ("3.6.0", "sm_80", "skiparse_forward", 128),  # runs of 3, tokens left over, fp16
-    ("3.6.0", "sm_80", "skiparse_dkdv", 64),  # runs of 3 or very long
-    ("3.6.0", "sm_80", "skiparse_dq", 32),  # single-skip
-    ("3.6.0", "sm_90", "skiparse_forward_pingpong", 128),  # very long runs; not in its main loop
-    ("3.7.1", "sm_90", "skiparse_forward_pingpong", 128),  # the same
+# The most that is spilled for some of the shapes that are not in the table: bytes of a thread on
+# NVIDIA, registers on AMD. In the main loop only where that is said.
+NAMED_ELSEWHERE = {
+    ("3.6.0", "sm_80", "skiparse_forward", 128): 8,  # runs of 3, tokens left over, fp16; masked
+    ("3.6.0", "sm_80", "skiparse_dkdv", 64): 8,  # runs of 3 or very long; masked
+    ("3.6.0", "sm_80", "skiparse_dq", 32): 8,  # single-skip; masked
+    ("3.6.0", "sm_90", "skiparse_forward_pingpong", 128): 8,  # very long runs; masked
+    ("3.6.0", "sm_90", "skiparse_dkdv", 256): 16,  # runs of 3
+    ("3.6.0", "gfx942", "skiparse_dq", 256): 11,  # fp32
+    ("3.7.1", "sm_90", "skiparse_forward_pingpong", 128): 8,  # very long runs; masked
+    ("3.7.1", "sm_90", "skiparse_dkdv", 256): 8,  # runs of 3; masked
+    ("3.7.1", "gfx942", "skiparse_dq", 256): 3,  # fp32
 }
+NAMED_IN_THE_LOOP = {("3.6.0", "gfx942", "skiparse_dq", 256)}
 LOCAL_MEMORY = {"LDL", "STL", "scratch_"}
 
 
@@ -224,9 +231,9 @@ def test_other_shapes(arch, options):
     rows = aot_compile(arch, *options)
     fits(rows)
     for row in rows:
-        named = row["masked"] and (RELEASE, arch, row["kernel"], row["D"]) in NAMED_ELSEWHERE
-        assert row["spills"] <= (8 if named else 0), row
-        assert not LOCAL_MEMORY & set(row["loop"]), row
+        key = (RELEASE, arch, row["kernel"], row["D"])
+        assert row["spills"] <= NAMED_ELSEWHERE.get(key, 0), row
+        assert key in NAMED_IN_THE_LOOP or not LOCAL_MEMORY & set(row["loop"]), row
 
 
 @pytest.mark.full

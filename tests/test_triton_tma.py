@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 
 from ran import recorded
 
-from skiparse import SkipPattern
+from skiparse import GridPattern, SkipPattern
 from skiparse.backends import Inputs
 from skiparse.backends.triton import forward_kernel
 from skiparse.backends.triton.device import Config
@@ -30,6 +30,7 @@ HALVES = (torch.float16, torch.bfloat16) if HAS_GPU else (torch.float16,)
 CASES = {
     "single": (SkipPattern.single(2), {"N": 74, "T": 5}),
     "group": (SkipPattern.group(4), {"N": 96, "T": 21}),
+    "no-queries": (SkipPattern.group(4), {"N": 96, "T": 21, "text_queries": False}),
     "group-alone": (SkipPattern.group(2), {"N": 72, "T": 0}),
     "block": (SkipPattern.block(2, 64), {"N": 64, "T": 19}),
     "long-runs": (SkipPattern(2, 32), {"N": 128, "T": 3}),  # several blocks in a run, two runs
@@ -41,6 +42,7 @@ CASES = {
 }
 REFUSED = {
     "not-divided": (SkipPattern.single(2), {"N": 77}),
+    "grid": (GridPattern.group((1, 4, 10), 2), {"N": 40, "T": 3}),
     "runs-of-3": (SkipPattern(2, 3), {"N": 60}),
     "runs-of-24": (SkipPattern(2, 24), {"N": 96}),
     "cut-run": (SkipPattern(1, 8), {"N": 12}),

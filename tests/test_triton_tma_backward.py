@@ -12,7 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 
-from skiparse import SkipPattern
+from skiparse import GridPattern, SkipPattern
 from skiparse.backends import Inputs, Outputs
 from skiparse.backends import triton as backend
 from skiparse.backends.triton import backward_kernel, plans
@@ -29,6 +29,7 @@ HALVES = (torch.float16, torch.bfloat16) if HAS_GPU else (torch.float16,)
 CASES = {
     "single": (SkipPattern.single(2), {"N": 74, "T": 5}),
     "group": (SkipPattern.group(4), {"N": 96, "T": 37}),
+    "no-queries": (SkipPattern.group(4), {"N": 96, "T": 37, "text_queries": False}),
     "group-alone": (SkipPattern.group(2), {"N": 72, "T": 0}),
     "one-text": (SkipPattern.single(3), {"N": 51, "T": 1}),
     "block": (SkipPattern.block(2, 64), {"N": 64, "T": 19}),
@@ -42,6 +43,7 @@ CASES = {
 }
 REFUSED = {
     "not-divided": (SkipPattern.single(2), {"N": 77}),
+    "grid": (GridPattern.group((1, 4, 10), 2), {"N": 40, "T": 3}),
     "runs-of-3": (SkipPattern(2, 3), {"N": 60}),
     "cut-run": (SkipPattern(1, 8), {"N": 12}),
     "none": (SkipPattern.single(2), {"N": 0, "T": 5}),
@@ -209,20 +211,23 @@ def test_every_run_gives_the_same_bits(launched):
 @pytest.mark.full
 @pytest.mark.parametrize("layout", ["contiguous", "packed"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_many(layout, masked, launched):
-    patterns = (
+@pytest.mark.parametrize(
+    "p",
+    [
         SkipPattern.dense(),
         SkipPattern.single(4),
         SkipPattern.group(4),
         SkipPattern(2, 32),
         SkipPattern(3, 2),
         SkipPattern.group(8),
-    )
-    for p in patterns:
-        period = p.sparsity * p.run
-        for N, T in ((period, 0), (3 * period, 1), (2 * period, 33), (4 * period, 70)):
-            for D in (16, 32, 64):
-                arguments = {"B": 2, "N": N, "T": T, "H": 2, "D": D, "layout": layout}
-                problem = problem_of(p, arguments | {"masked": masked})
-                check(gradients(problem), problem)
-                assert launched[-2:] == list(TILES)
+    ],
+    ids=str,
+)
+def test_many(layout, masked, p, launched):
+    period = p.sparsity * p.run
+    for N, T in ((period, 0), (3 * period, 1), (2 * period, 33), (4 * period, 70)):
+        for D in (16, 32, 64):
+            arguments = {"B": 2, "N": N, "T": T, "H": 2, "D": D, "layout": layout}
+            problem = problem_of(p, arguments | {"masked": masked})
+            check(gradients(problem), problem)
+            assert launched[-2:] == list(TILES)

@@ -26,7 +26,7 @@ import torch
 
 from skiparse.backends import Inputs, Outputs
 from skiparse.bench.op.cases import Case
-from skiparse.pattern import SkipPattern
+from skiparse.pattern import GridPattern, SkipPattern
 
 ARCHITECTURE = "sm_90"
 TARGET = ("cuda", 90, 32)
@@ -37,7 +37,7 @@ class Call:
     """One use of a backend with kernels: the same call always compiles the same."""
 
     backend: str  # "triton", "triton.pingpong", "pack", or "triton" with other tiles
-    pattern: SkipPattern
+    pattern: SkipPattern | GridPattern
     B: int
     N: int
     T: int
@@ -110,6 +110,7 @@ def _pack(inputs: Inputs, empty: Any) -> None:
 
     video, text = (inputs.q, inputs.k, inputs.v), (inputs.text_q, inputs.text_k, inputs.text_v)
     (_, N, _, D), p = inputs.q.shape, inputs.pattern
+    assert isinstance(p, SkipPattern)  # a grid is not packed
     norms = [empty(D) for _ in range(2)]
     angles = [empty(N, D // 2, dtype=torch.float32) for _ in range(2)]
     others = (norms, norms, *angles, axis_dims(D), 1e-6, p.sparsity, p.run)

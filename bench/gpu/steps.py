@@ -26,7 +26,7 @@ from skiparse.bench.op.baselines import Contender
 from skiparse.bench.op.cases import Case
 from skiparse.bench.timing import speedup
 from skiparse.models.suv.rope import axis_dims
-from skiparse.pattern import ceiling, skip_order
+from skiparse.pattern import SkipPattern, ceiling, skip_order
 from skiparse.testing import Problem, budget, check_sample, oracle
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -243,6 +243,8 @@ def packing(kind: str) -> Measurement:
         angles = draw(case.N, case.D // 2)
         norms = (1 + draw(4, case.D) / 4).to(setting.dtype)
         rows = [x.detach().requires_grad_() for x in (*problem.inputs, *norms)]
+        pattern = case.pattern
+        assert isinstance(pattern, SkipPattern)  # a grid is not packed
         packed_shape = case.B, case.N + case.k * case.T, case.heads, case.D
         grads = [draw(*packed_shape).to(setting.dtype) for _ in range(3)]
 
@@ -250,7 +252,7 @@ def packing(kind: str) -> Measurement:
             q, k, v, text_q, text_k, text_v, *weights = rows
             norm_q, norm_k, text_norm_q, text_norm_k = weights
             return skiparse.norm_rope_pack(
-                q, k, v, angles.cos(), angles.sin(), norm_q, norm_k, case.pattern,
+                q, k, v, angles.cos(), angles.sin(), norm_q, norm_k, pattern,
                 text_q=text_q, text_k=text_k, text_v=text_v, text_norm_q=text_norm_q,
                 text_norm_k=text_norm_k, axes=axis_dims(case.D), backend=way,
             )[:3]  # fmt: skip

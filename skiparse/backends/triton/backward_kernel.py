@@ -546,7 +546,7 @@ def _launches(
     longest = pattern.length(0, N)
     rows = (triton.cdiv(longest, padded) + triton.cdiv(Q, padded)) * padded
     stats = tuple(q.new_empty(B, H, n, rows, dtype=torch.float32) for _ in range(2))
-    static = {"ROWS": padded, "TEXT_QUERIES": Q == T}
+    static: dict[str, Any] = {"ROWS": padded, "TEXT_QUERIES": Q == T}
 
     launch(
         skiparse_delta, inputs, padded,
@@ -555,16 +555,17 @@ def _launches(
         lse_pair(outputs.lse, outputs.text_lse), stats,
         BLOCK_M=DELTA_ROWS, **static,
     )  # fmt: skip
-    options = {**dkdv._asdict(), **static, "keys": True}
+    options = {**dkdv._asdict(), **static}
     if dkdv_views is None:
         launch(
             skiparse_dkdv, inputs, dkdv.BLOCK_N,
-            query, *keys, mask, grad, stats, into_k, into_v, scale, **options,
+            query, *keys, mask, grad, stats, into_k, into_v, scale, keys=True, **options,
         )  # fmt: skip
     else:
         launch(
             skiparse_dkdv_tma, inputs, dkdv.BLOCK_N,
-            *dkdv_views, *keys, mask, stats, scale, **options, SHARED_GRADS=same_grads,
+            *dkdv_views, *keys, mask, stats, scale,
+            keys=True, **options, SHARED_GRADS=same_grads,
         )  # fmt: skip
     options = {**dq._asdict(), **static}
     if dq_views is None:

@@ -432,6 +432,7 @@ def _launches(tensors: Sequence[Any], pattern: SkipPattern, scale: float) -> Out
         lse_pair(outputs.lse, outputs.text_lse),
         scale,
         inputs.q.shape[0],
+        keys=False,
         persistent=True,
         num_warps=4,
         **TILES,
