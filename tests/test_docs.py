@@ -124,8 +124,20 @@ def test_the_generated_tables_are_fresh(book):
     assert tables.render(text_of(book)) == text_of(book), "run `make readme`"
 
 
+def test_what_is_told_in_short_is_told_at_length():
+    short = tables.benchmark(wanted=tables.in_short).splitlines()
+    assert 0 < len(short) < len(tables.benchmark().splitlines())
+    assert set(short) <= set(text_of("docs/measuring.md").splitlines())
+
+
+@pytest.mark.parametrize("text", ["no table", "<!-- backends -->\nno end"])
+def test_tables_must_be_marked(text):
+    with pytest.raises(ValueError, match="add"):
+        tables.render(text)
+
+
 def test_the_readme_stays_short():
-    assert len(text_of("README.md").splitlines()) <= 140
+    assert len(text_of("README.md").splitlines()) <= 132
 
 
 # Links.
