@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -926,3 +928,34 @@ def test_refuses_a_mask_over_pairs_of_video_tokens():
         said(model, given)
     made.undo()
     said(model, given)
+
+
+@pytest.mark.full
+def test_two_processes_are_one():
+    """Diffusers' context parallelism after a retrofit, and FSDP2 before and after one."""
+    script = Path(__file__).with_name("retrofit_parallel.py")
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*line, str(script)], capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    found = [row.split() for row in done.stdout.splitlines() if row[:5] in ("paral", "FSDP2")]
+    assert len(found) == 6
+    for row in found:
+        errors = [float(word) for word in row if "e-" in word or "e+" in word]
+        assert errors
+        assert max(errors) < 1e-13, row
+
+
+def test_parallelism_over_anything_but_heads_is_refused():
+    from types import SimpleNamespace
+
+    model, given = small()
+    retrofit(model, kinds=KINDS)
+    names = ("ring_degree", "ulysses_degree", "ulysses_anything")
+    for settings in ((2, 1, False), (1, 2, True), (1, 3, False)):
+        config = dict(zip(names, settings, strict=True))
+        parallel = SimpleNamespace(context_parallel_config=SimpleNamespace(**config))
+        model.blocks[1].attn1.processor._parallel_config = parallel
+        with pytest.raises(ValueError, match="run in parallel over heads, in equal parts"):
+            said(model, given)

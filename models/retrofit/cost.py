@@ -76,7 +76,8 @@ def cost_of(
     cls = next(cls for cls in type(model).__mro__ if cls.__name__ == name)
     config = {key: value for key, value in model.config.items() if key != "skiparse"}
     latents = _latents(name, model.config, frames, height, width)
-    counts, tokens, others = [], 0, 0
+    counts: list[int] = []
+    tokens = others = 0
     for sparse in (False, True):
         with torch.device("meta"), torch.no_grad():
             twin = cls.from_config(config)  # type: ignore[attr-defined]  # ConfigMixin's
@@ -85,9 +86,10 @@ def cost_of(
             with FlopCounterMode(display=False) as counter:
                 tokens, others = CALLS[name](twin, latents)
         counts.append(counter.get_total_flops())
-    layers = [attention for depth in family_of(twin).depths for attention in depth]
-    dense = sum(4 * layer.to_q.out_features * (tokens + others) ** 2 for layer in layers)
-    return Cost(tokens, *counts, dense)
+    layers: list[Any] = [attention for depth in family_of(twin).depths for attention in depth]
+    pairs = (tokens + others) ** 2
+    dense = sum(4 * layer.to_q.out_features * pairs for layer in layers)
+    return Cost(tokens, counts[0], counts[1], dense)
 
 
 # One forward of each family, of one sample: (video tokens, other tokens in the same attention).

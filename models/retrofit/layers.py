@@ -487,7 +487,7 @@ class _Functional:
         return _dispatch(q, k, v, attn_mask, dropout_p, is_causal, scale).transpose(1, 2)
 
 
-_STANDS_IN = {
+_STANDS_IN: dict[str, dict[str, Any]] = {
     "dispatch_attention_fn": {"dispatch_attention_fn": _dispatch},
     "scaled_dot_product_attention": {"F": _Functional},
 }
@@ -508,7 +508,8 @@ def rebound(cls: type, call: str) -> type:
         )
     # torch.compile finds globals by the name of their module, or if they have none by themselves.
     # With their name it would take diffusers' own, and sparse layers would be dense, in silence.
-    scope = {k: v for k, v in own.__globals__.items() if k != "__name__"} | _STANDS_IN[call]
+    scope = {**own.__globals__, **_STANDS_IN[call]}
+    del scope["__name__"]
     code = types.FunctionType(own.__code__, scope, own.__name__, own.__defaults__, own.__closure__)
     code.__kwdefaults__ = own.__kwdefaults__
 
@@ -530,7 +531,7 @@ def rebound(cls: type, call: str) -> type:
 def _blank(cls: type, call: str) -> Any:
     """A processor of :func:`rebound` without anything in it: for pickles, and deep copies."""
     made = rebound(cls, call)
-    return made.__new__(made)
+    return object.__new__(made)
 
 
 def processor_of(own: Any, layer: Layer) -> Any:
