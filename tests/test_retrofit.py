@@ -565,7 +565,10 @@ def fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("case", ["wan", "hunyuan", "hunyuan 1.5", "ltx", "cogvideox"])
+LONG = [pytest.param(case, marks=pytest.mark.full) for case in ("hunyuan", "hunyuan 1.5", "ltx2")]
+
+
+@pytest.mark.parametrize("case", ["wan", "ltx", "cogvideox", *LONG])
 def test_compiled_is_eager(case, fresh):
     """A processor that found diffusers' own call again would be dense here, and here alone."""
     model, given = CASES[case](EVEN)
@@ -593,9 +596,7 @@ def test_compiled_first_and_for_other_grids(fresh):
         given = small(grid)[1]
         assert far(said(model, given), said(plain, given)) < 1e-6
         graphs.append(counter.frame_count)
-    print(graphs)
-    assert graphs[0] == 3
-    assert graphs[-1] <= 8
+    assert graphs == [3, 6, 6, 8, 8, 8, 8]  # dense, single, group; then sizes are variables
 
 
 def test_whole_model_compiled_before_it_ever_ran(fresh):

@@ -191,7 +191,7 @@ class Part:
         self.sparsity = sparsity
         self.state = State(family, sparsity.pattern, sparsity.ratio, names, ordered)
         self.config = model.config.get("skiparse")
-        self.processors = []  # (attention, its own, ours)
+        self.processors: list[tuple[Any, Any, Any]] = []  # attention, its own, ours
         for kind, alike in zip(sparsity.kinds, family.depths, strict=True):
             if kind == "dense" and family.processor is None:
                 continue
