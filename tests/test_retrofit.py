@@ -262,15 +262,26 @@ def masked(attention, mask):
     return attention.register_forward_pre_hook(before), attention.register_forward_hook(after)
 
 
+def self_attention(model):
+    """That of each layer, and of a block of VACE's control branch that runs at its depth."""
+    names = ("blocks", "transformer_blocks", "single_transformer_blocks")
+    blocks = [block for name in names for block in getattr(model, name, [])]
+    found = [[getattr(block, "attn1", None) or block.attn] for block in blocks]
+    control = model.config.get("vace_layers", []), getattr(model, "vace_blocks", [])
+    for depth, block in zip(*control, strict=True):
+        found[depth].append(block.attn1)
+    return found
+
+
 def expected(model, given, kinds, pattern, ratio, grid):
-    family = family_of(model)
-    first = family.others == "first"
+    first = type(model).__name__.startswith(("CogVideoX", "LTXVideo"))  # so its pipeline has it
     names = ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
-    others = 0 if family.others is None else sum(given[n].shape[1] for n in names if n in given)
+    joint = type(model).__name__.startswith(("CogVideoX", "Hunyuan"))
+    others = sum(given[n].shape[1] for n in names if n in given) if joint else 0
     if "num_frames" in given:
         others = given["hidden_states"].shape[1] - grid[0] * grid[1] * grid[2]
     handles = []
-    for kind, alike in zip(kinds, family.depths, strict=True):
+    for kind, alike in zip(kinds, self_attention(model), strict=True):
         for attention in alike:
             handles += masked(attention, pairs(kind, pattern, ratio, grid, others, first))
     out = run(model, given)
