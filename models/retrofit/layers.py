@@ -1,10 +1,14 @@
 """What a retrofit puts into a model: an order of its tokens, and the attention call of each layer.
 
 Every layer keeps its own processor: norms, rotary encoding, gates, fused projections and LoRA are
-those of the model, of whatever version. Of the processor's function one global name is another
-one's, that of the attention it calls. Its function is made again with those globals
-(:func:`rebound`), so nothing of diffusers is changed for other models; a processor that makes no
-such call is refused.
+those of the model, of whatever version. One call in it is another one, that of attention: its
+function is made again with other globals (:func:`rebound`).
+
+Why so, and not otherwise. A processor written anew for every family drifts away from diffusers in
+silence. A backend registered there for sparse attention is lost with ``set_attention_backend``, in
+silence too. To put our function into diffusers' modules would be a few lines shorter, but changes
+them for every other model of the process. A function made again changes none, and a processor that
+makes no such call is refused. Its one trap, torch.compile, has a test.
 """
 
 from __future__ import annotations
