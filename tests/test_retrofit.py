@@ -971,3 +971,18 @@ def test_parallelism_over_anything_but_heads_is_refused():
         model.blocks[1].attn1.processor._parallel_config = parallel
         with pytest.raises(ValueError, match="run in parallel over heads, in equal parts"):
             said(model, given)
+
+
+def test_what_is_saved_is_whole_or_refused(tmp_path):
+    sparsity = Sparsity("2d", 2, ("dense", "single"))
+    assert Sparsity.load(sparsity.save(tmp_path / "new").parent) == sparsity
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["skiparse.json"]
+    with pytest.raises(FileNotFoundError, match=r"skiparse\.json is not there; give a folder"):
+        Sparsity.load(tmp_path)
+    for text in ("{", "[]", '{"pattern": "2d"}', '{"pattern": "2d", "ratio": 2, "kinds": 3}'):
+        (tmp_path / "skiparse.json").write_text(text)
+        with pytest.raises(ValueError, match=r"skiparse\.json does not tell what is sparse"):
+            Sparsity.load(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot be written: .*file is a file"):
+        sparsity.save(tmp_path / "file")

@@ -17,9 +17,9 @@ and goes through ``save_pretrained``; after ``from_pretrained``, ``retrofit(mode
 
 from __future__ import annotations
 
-from skiparse.models.retrofit.choose import choose
 from skiparse.models.retrofit.cost import Cost
 from skiparse.models.retrofit.families import FAMILIES, Family
+from skiparse.models.retrofit.greedy import choose
 from skiparse.models.retrofit.model import Retrofit, Sparsity, retrofit, schedule
 
 __all__ = [

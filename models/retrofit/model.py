@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from skiparse.models.data.atomic import check_writable, write_json
 from skiparse.models.retrofit.cost import Cost, cost_of
 from skiparse.models.retrofit.families import FAMILIES, Family, family_of
 from skiparse.models.retrofit.layers import (
@@ -61,18 +62,31 @@ class Sparsity:
         return self.ratio if self.pattern == "1d" else self.ratio * self.ratio
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``skiparse.json`` into a folder, as of a LoRA."""
+        """Write ``skiparse.json`` into a folder, as of a LoRA; it is there whole or not at all.
+
+        Raises:
+            ValueError: if it cannot be written.
+        """
         path = Path(folder, FILE)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        os.replace(aside, path)
+        check_writable(path)
+        write_json(path, asdict(self))
         return path
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Sparsity:
-        """Read what :meth:`save` wrote."""
-        return cls.of(json.loads(Path(folder, FILE).read_text()))
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is damaged, or says something else.
+        """
+        path = Path(folder, FILE)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there; give a folder that save() wrote")
+        try:
+            return cls.of(json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} does not tell what is sparse: {error}") from error
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> Sparsity:
