@@ -22,6 +22,7 @@ COMMANDS = {
     "experiment wavelets": "skiparse.bench.experiments.commands:Wavelets",
     "convert suv": "skiparse.models.suv.commands:Convert",
     "convert vae": "skiparse.models.wfvae.commands:Convert",
+    "convert osp-next": "skiparse.models.wan.commands:Convert",
     "sample": "skiparse.models.commands:Sample",
     "train": "skiparse.models.train.commands:Train",
     "export": "skiparse.models.train.commands:Export",

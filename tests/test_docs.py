@@ -21,6 +21,7 @@ from skiparse import models
 from skiparse.bench.op import cases, tables
 from skiparse.cli import main
 from skiparse.models import train
+from skiparse.models.train.config import load
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 
@@ -29,7 +30,8 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 def test_every_block_is_of_a_kind_that_is_tested(book):
     """And none begins or ends where nobody sees it."""
     if book in GUIDES:
-        assert {language for language, _ in blocks(book)} <= {"python", "bash", "text", "{toctree}"}
+        known = {"python", "bash", "text", "yaml", "{toctree}"}
+        assert {language for language, _ in blocks(book)} <= known
     assert "```" not in prose(book)
 
 
@@ -65,6 +67,16 @@ def test_the_python_blocks_run_one_after_another(book, tmp_path, monkeypatch):
         assert names["again"].shape == names["video"].shape
     if book == "docs/training.md":
         assert names["decision"].action in ("step", "clip")
+
+
+CONFIGS = [(book, code) for book in GUIDES for language, code in blocks(book) if language == "yaml"]
+
+
+@pytest.mark.parametrize(("book", "code"), CONFIGS)
+def test_the_configs_are_such_as_a_run_takes(book, code, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(code)
+    assert load(file, ["--out=runs/x", "--source=clips"]).stages
 
 
 def test_every_guide_with_a_promise_has_code():
@@ -112,8 +124,20 @@ def test_the_generated_tables_are_fresh(book):
     assert tables.render(text_of(book)) == text_of(book), "run `make readme`"
 
 
+def test_what_is_told_in_short_is_told_at_length():
+    short = tables.benchmark(wanted=tables.in_short).splitlines()
+    assert 0 < len(short) < len(tables.benchmark().splitlines())
+    assert set(short) <= set(text_of("docs/measuring.md").splitlines())
+
+
+@pytest.mark.parametrize("text", ["no table", "<!-- backends -->\nno end"])
+def test_tables_must_be_marked(text):
+    with pytest.raises(ValueError, match="add"):
+        tables.render(text)
+
+
 def test_the_readme_stays_short():
-    assert len(text_of("README.md").splitlines()) <= 140
+    assert len(text_of("README.md").splitlines()) <= 132
 
 
 # Links.

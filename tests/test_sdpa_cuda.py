@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import skiparse
-from skiparse import SkipPattern
+from skiparse import GridPattern, SkipPattern
 from skiparse.backends import Inputs, sdpa
 from skiparse.testing import check, make_problem, run
 
@@ -201,6 +201,25 @@ def test_large_gradients_go_in_several_calls(p, T, stand_in, limits):
     assert calls["backward"] > len(p.segments(64))
     if p.run in (1, 16):
         assert calls["forward"] == len(p.segments(64)) or T > 0  # views, not cut
+
+
+@pytest.mark.parametrize("T", [0, 3])
+@pytest.mark.parametrize("text_queries", [True, False])
+def test_a_grid_is_one_call_for_each_length(text_queries, T, stand_in, limits, monkeypatch):
+    """In natural order, wherever the sub-sequences of a length are among the others."""
+    stand_in("flash")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)  # or a CPU cuts what it copies
+    calls = limits(grid=65_535)
+    for p, lengths in (
+        (GridPattern.group((1, 14, 20), 4), 3),
+        (GridPattern.single((2, 5, 6), 2), 2),
+    ):
+        calls.update(forward=0, backward=0)
+        N = p.tokens
+        problem = make_problem(p, B=2, N=N, T=T, H=2, D=16, text_queries=text_queries)
+        check(run(problem, "sdpa"), problem)
+        assert len(set(p.lengths(N))) == lengths
+        assert calls == {"forward": lengths, "backward": lengths}
 
 
 def test_calls_are_no_smaller_than_they_must_be(stand_in, limits):
