@@ -28,7 +28,7 @@ def choose(
         model: a transformer that is not retrofitted; it comes back as it was, also on errors.
         loss: of the model, a number; over the same clips, noise and times at every call.
         budget: how many layers become dense.
-        pattern, ratio: as of :class:`Sparsity`.
+        pattern, ratio: as of :class:`~skiparse.models.retrofit.model.Sparsity`.
         report: told of every pick: how many there are now, the layer, the loss with it.
 
     Returns:
@@ -36,7 +36,7 @@ def choose(
 
     Raises:
         ValueError: unless ``budget`` is from 0 to the number of layers.
-        TypeError, ValueError: as :func:`retrofit`.
+        TypeError, ValueError: as :func:`~skiparse.models.retrofit.model.retrofit`.
     """
     layers = len(family_of(model).depths)
     if not 0 <= budget <= layers:
