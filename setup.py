@@ -85,6 +85,7 @@ setup(
         "skiparse.models": "models",
         "skiparse.bench": "bench",
     },
+    exclude_package_data={"": ["*.md"]},  # the books are in the source archive
     package_data={"skiparse": ["py.typed", "orders/*.json"], "skiparse.models.train": ["*.yaml"]},
     **(ascend() if os.environ.get("SKIPARSE_BUILD_ASCEND") == "1" else PURE),
 )

@@ -36,7 +36,7 @@ def test_the_wheel_is_pure_python_and_small(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     assert wheel.stat().st_size < 500_000
     names = zipfile.ZipFile(wheel).namelist()
-    assert not [n for n in names if n.endswith((".so", ".cpp", ".mp4", ".safetensors"))]
+    assert not [n for n in names if n.endswith((".so", ".cpp", ".md", ".mp4", ".safetensors"))]
     for wanted in ("skiparse/py.typed", "skiparse/backends/triton/__init__.py",
                    "skiparse/models/data/video.py", "skiparse/bench/op/cases.py"):  # fmt: skip
         assert wanted in names
