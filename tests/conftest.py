@@ -40,6 +40,20 @@ def stays_out_of_real_time():
     assert after == before, f"this test changed the process's scheduling: {before} to {after}"
 
 
+SWITCHES = ("cudnn", "flash", "math", "mem_efficient")
+
+
+@pytest.fixture(autouse=True)
+def leaves_the_switches_of_torch():
+    """Which attention kernels torch may take: of the process, and two threads undo each other's."""
+    before = {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in SWITCHES}
+    yield
+    after = {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in SWITCHES}
+    for name in SWITCHES:
+        getattr(torch.backends.cuda, f"enable_{name}_sdp")(before[name])
+    assert after == before, f"this test changed torch's switches: {before} to {after}"
+
+
 def pytest_ignore_collect(collection_path, config):
     """Of `-m smoke` alone, files without any are not imported: that would take half of its time."""
     alone = config.option.markexpr == "smoke" and collection_path.name.startswith("test_")

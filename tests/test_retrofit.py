@@ -12,7 +12,10 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 diffusers = pytest.importorskip("diffusers")
-from diffusers.models.attention_dispatch import dispatch_attention_fn  # noqa: E402
+from diffusers.models.attention_dispatch import (  # noqa: E402
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 
 from skiparse.models.retrofit import Retrofit, Sparsity, choose, retrofit, schedule  # noqa: E402
 from skiparse.models.retrofit.families import family_of  # noqa: E402
@@ -288,6 +291,13 @@ def expected(model, given, kinds, pattern, ratio, grid):
     for handle in handles:
         handle.remove()
     return out
+
+
+@pytest.fixture(autouse=True)
+def active_backend(monkeypatch):
+    """``set_attention_backend`` of one model is that of all others, for good; here of one test."""
+    active = _AttentionBackendRegistry._active_backend
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", active)
 
 
 def run(model, given):
