@@ -46,7 +46,6 @@ def test_rows_and_tables(tmp_path, capsys):
         assert all(value > 0 for value in full["parts_ms"].values())
         assert full["speedup"] == 1
         assert cached["speedup"] == pytest.approx(1 / (1 - cached["measured_gain"]), rel=1e-3)
-        assert full["median_ms"] > cached["median_ms"]
         assert full["rounds"] == 3
         for row in (full, cached):
             low, high = row["spread_ms"]

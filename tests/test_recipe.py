@@ -21,8 +21,8 @@ from skiparse.models.data.manifest import Manifest
 from skiparse.models.data.writer import write_video
 from skiparse.models.train.checkpoint import Checkpoints
 from skiparse.models.train.config import Config, Stage, load
+from skiparse.models.train.core import train
 from skiparse.models.train.ema import EMA
-from skiparse.models.train.loop import train
 from skiparse.models.train.recipe import RECIPES, Recipe
 
 WIDTH = 3

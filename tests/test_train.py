@@ -41,7 +41,7 @@ from skiparse.models.train import log as log_module
 from skiparse.models.train.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from skiparse.models.train.clip import AdaptiveGradClipper
 from skiparse.models.train.config import Optimizer, Samples, load
-from skiparse.models.train.loop import train
+from skiparse.models.train.core import train
 from skiparse.models.train.parallel import World
 from skiparse.models.wfvae.model import WFVAE
 

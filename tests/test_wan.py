@@ -31,8 +31,8 @@ from skiparse.models.data.video import probe
 from skiparse.models.data.writer import write_video
 from skiparse.models.train.checkpoint import Checkpoints
 from skiparse.models.train.config import Samples
+from skiparse.models.train.core import train
 from skiparse.models.train.export import export
-from skiparse.models.train.loop import train
 from skiparse.models.wan.encoders import Encoders
 from skiparse.models.wan.recipe import WanConfig, WanRecipe, WanStage
 

@@ -53,8 +53,8 @@ from skiparse.models.pipeline import SUVPipeline
 from skiparse.models.suv.encoders import Encoders
 from skiparse.models.suv.recipe import SUVConfig, SUVStage
 from skiparse.models.train import config as train_config
+from skiparse.models.train.core import train
 from skiparse.models.train.export import export
-from skiparse.models.train.loop import train
 from skiparse.models.wfvae import evaluate
 
 SCENES = (

@@ -27,7 +27,7 @@ class Train:
     def run(self) -> None:
         """Train, and print the last checkpoint."""
         from skiparse.models.train.config import load
-        from skiparse.models.train.loop import train
+        from skiparse.models.train.core import train
 
         print(train(load(self.config, self.settings)))
 

@@ -23,9 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from skiparse.models.train.checkpoint import FOLDER, Checkpoint, CheckpointError, Checkpoints
+from skiparse.models.train.config import Run
 from skiparse.models.train.guards import alone, told_to_stop
 from skiparse.models.train.log import opened
 from skiparse.models.train.parallel import World
+from skiparse.models.train.recipe import recipe_of
 
 Steps = Generator[Mapping[str, Any]]
 
@@ -68,6 +70,41 @@ class Task(Protocol):
 
     def after(self, done: int) -> None:
         """What else is due after step ``done``."""
+
+
+def train(config: Run) -> Path:
+    """Train from the last checkpoint in ``config.out``, or from the start, to the end of the chain.
+
+    On SIGTERM or Ctrl-C, in whichever process, it saves after the step and returns; called again,
+    it goes on. A checkpoint or a line of the log that cannot be written, say on a full disk, is
+    reported and tried again later.
+
+    While the clipper skips steps, the checkpoints from before stay, and beside them the last one
+    since. Once it gave up, the run may continue with other learning rates of the stage and other
+    samples; ``changes`` in ``about.json`` of what it saves then tells of it.
+
+    Args:
+        config: of a recipe, see :class:`~skiparse.models.train.config.Config`.
+
+    Returns:
+        The folder of the last checkpoint.
+
+    Raises:
+        ValueError: for a config that does not fit the data, the model or the checkpoint, and if
+            another run works in the folder; before any work.
+        DataError: if more than one in a hundred files cannot be read.
+        FloatingPointError: if the clipper gives up. Nothing of that step was applied or saved;
+            ``stopped.json`` names its samples.
+        CheckpointError: if the last checkpoint cannot be written.
+    """
+    return run(
+        recipe_of(config.recipe).task(config),
+        Path(config.out),
+        device=config.device,
+        save_every=config.save_every,
+        keep=config.keep,
+        asynchronous=config.asynchronous,
+    )
 
 
 def run(

@@ -39,7 +39,7 @@ from skiparse.models.train import core
 from skiparse.models.train.checkpoint import FOLDER, Checkpoint, complete_ones, number_of
 from skiparse.models.train.checks import check, check_data, check_resumed, settings_of
 from skiparse.models.train.clip import Decision
-from skiparse.models.train.config import Config, Run, Stage
+from skiparse.models.train.config import Config, Stage
 from skiparse.models.train.guards import undisturbed
 from skiparse.models.train.log import tell
 from skiparse.models.train.parallel import World, local
@@ -48,41 +48,6 @@ from skiparse.models.train.samples import make_samples
 from skiparse.models.train.state import State, entered, prepare
 
 STOPPED = "stopped.json"
-
-
-def train(config: Run) -> Path:
-    """Train from the last checkpoint in ``config.out``, or from the start, to the end of the chain.
-
-    On SIGTERM or Ctrl-C, in whichever process, it saves after the step and returns; called again,
-    it goes on. A checkpoint or a line of the log that cannot be written, say on a full disk, is
-    reported and tried again later.
-
-    While the clipper skips steps, the checkpoints from before stay, and beside them the last one
-    since. Once it gave up, the run may continue with other learning rates of the stage and other
-    samples; ``changes`` in ``about.json`` of what it saves then tells of it.
-
-    Args:
-        config: of a recipe, see :class:`~skiparse.models.train.config.Config`.
-
-    Returns:
-        The folder of the last checkpoint.
-
-    Raises:
-        ValueError: for a config that does not fit the data, the model or the checkpoint, and if
-            another run works in the folder; before any work.
-        DataError: if more than one in a hundred files cannot be read.
-        FloatingPointError: if the clipper gives up. Nothing of that step was applied or saved;
-            ``stopped.json`` names its samples.
-        CheckpointError: if the last checkpoint cannot be written.
-    """
-    return core.run(
-        recipe_of(config.recipe).task(config),
-        Path(config.out),
-        device=config.device,
-        save_every=config.save_every,
-        keep=config.keep,
-        asynchronous=config.asynchronous,
-    )
 
 
 class Denoising:

@@ -41,7 +41,7 @@ from skiparse.models.data.limits import Limits
 from skiparse.models.data.manifest import DataError, Manifest
 from skiparse.models.data.report import NAMED, Report
 from skiparse.models.train import config as train_config
-from skiparse.models.train import core, loop
+from skiparse.models.train import core
 from skiparse.models.train.checkpoint import FOLDER, Checkpoint, complete_ones
 from skiparse.models.train.ema import EMA
 from skiparse.models.train.export import model_of
@@ -714,7 +714,7 @@ def train_folder(
         workers=workers,
         save_every=save_every,
     )
-    return loop.train(config)
+    return core.train(config)
 
 
 def published() -> dict[str, WFVAEStage]:
