@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import time
 
 import pytest
 import torch
@@ -30,7 +31,15 @@ def no_processes(monkeypatch):
     )
 
 
-def test_rows_and_tables(tmp_path, capsys):
+def test_rows_and_tables(tmp_path, capsys, monkeypatch):
+    """With encoders that take their time, or busy cores decide which way is the faster."""
+    features = cache.Encoders.features
+
+    def slowly(self, clip):
+        time.sleep(0.3)
+        return features(self, clip)
+
+    monkeypatch.setattr(cache.Encoders, "features", slowly)
     file = tmp_path / "rows.jsonl"
     rows = cache.run(rounds=3, settings=TINY, results=file)
     assert [json.loads(line) for line in file.read_text().splitlines()] == rows
@@ -46,6 +55,7 @@ def test_rows_and_tables(tmp_path, capsys):
         assert all(value > 0 for value in full["parts_ms"].values())
         assert full["speedup"] == 1
         assert cached["speedup"] == pytest.approx(1 / (1 - cached["measured_gain"]), rel=1e-3)
+        assert full["median_ms"] > cached["median_ms"]
         assert full["rounds"] == 3
         for row in (full, cached):
             low, high = row["spread_ms"]

@@ -20,13 +20,17 @@ from test_wan import tiny_pipeline
 from skiparse import cli
 from skiparse.models import shards
 from skiparse.models.retrofit import Retrofit, retrofit
-from skiparse.models.wan.convert import convert_file, from_released
+from skiparse.models.wan.convert import _config, convert_file, from_released
 
 DATA = Path(__file__).parent / "data" / "osp_next.safetensors"
 CASES = {  # num_full_blocks of the recording, as dense layers at both ends
     "divisible": (2, 2), "h": (2, 2), "w": (2, 2), "both": (2, 2), "both_larger": (2, 2),
     "tiny": (2, 2), "all_sparse": (0, 0), "dense": (4, 4),
 }  # fmt: skip
+STATES = {
+    "h": 5,
+    "tiny": 8,
+}  # recorded behind as many blocks; a ragged grid, and empty sub-sequences
 # Of the largest entry of a tensor. The recordings, in fp32, are within 1.5e-6 of fp64, in which we
 # compute: then what is left for our own faults is half of it.
 LIMIT = 3e-6
@@ -118,7 +122,7 @@ def test_velocity_states_and_gradients(recorded, weights, released, double, tmp_
     velocity = model(latents, given["timestep"], text, return_dict=False)[0]
     close(velocity, given["velocity"])
     compared = [at for at in states if at in given]
-    assert len(compared) >= 5
+    assert len(compared) == STATES.get(name, 0)
     for at in compared:
         close(states[at], given[at])
     velocity.backward(given["cotangent"])
@@ -126,7 +130,7 @@ def test_velocity_states_and_gradients(recorded, weights, released, double, tmp_
     close(text.grad, given["grad.text"])
     called, parameters = names_of_diffusers(weights), dict(model.named_parameters())
     graded = [key for key in given if key.removeprefix("grad.") in called]
-    assert len(graded) >= 5
+    assert len(graded) >= 3
     for key in graded:
         grad = parameters[called[key.removeprefix("grad.")]].grad
         close(grad, given[key].reshape(grad.shape))
@@ -229,6 +233,7 @@ def retrofit_and_sample(pipeline):
         (lambda w: w.update({"head.head.bias": torch.ones(3)}), {}, "misshapen: proj_out.bias"),
         (lambda w: w.update({"head.head.bias": torch.full((16,), torch.nan)}), {}, "not finite"),
         (lambda w: w.pop("time_embedding.0.weight"), {}, "linear_1.weight' is missing"),
+        (lambda w: None, {"heads": None}, "a width of 64 has no heads of 128 channels; give heads"),
         (lambda w: None, {"heads": 5}, "heads must divide the width 64, got 5"),
         (lambda w: None, {"heads": 0}, "heads must divide the width 64, got 0"),
         (lambda w: None, {"ratio": 0}, "ratio must be a whole number above 0, got 0"),
@@ -255,6 +260,8 @@ def test_what_is_refused(weights, tmp_path, change, options, message):
         (lambda base: set_in(base / "model_index.json", _class_name="Flux"), "but a Flux"),
         (lambda base: set_in(base / "model_index.json", expand_timesteps=True), "one transformer"),
         (lambda base: (base / "vae/config.json").unlink(), "vae/config.json is not there"),
+        (lambda base: (base / "vae/config.json").write_text("{"), r"vae/config\.json is damaged"),
+        (lambda base: (base / "model_index.json").write_text("[]"), "holds no table"),
     ],
 )  # fmt: skip
 def test_other_pipelines_are_no_base(released, tmp_path, spoil, message):
@@ -287,8 +294,6 @@ def test_heads_have_128_channels_unless_told(weights):
             "proj_out.weight": (64, 5120),
         }.items()
     }
-    from skiparse.models.wan.convert import _config
-
     assert _config(state, None) == {
         "patch_size": [1, 2, 2], "num_attention_heads": 40, "attention_head_dim": 128,
         "in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256,

@@ -157,6 +157,15 @@ def fingerprint(model: Any, config: Mapping[str, Any]) -> str:
     return found.hexdigest()
 
 
+def refuse_infinite(key: str, dtype: torch.dtype, *values: Tensor) -> None:
+    """ValueError unless all that an autoencoder in ``dtype`` made of the clip ``key`` is finite."""
+    if not all(bool(x.isfinite().all()) for x in values):
+        raise ValueError(
+            f"{key}: the autoencoder in {dtype} gives numbers that are not finite; load it in "
+            "float32, or look at its weights"
+        )
+
+
 def of_text(encoder: Any, tokenizer: Any) -> dict[str, Any]:
     """The config of a text encoder of transformers and its tokenizer, for :func:`fingerprint`.
 

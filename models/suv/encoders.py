@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from skiparse.models.data.features import Features, Text, fingerprint, of_text
+from skiparse.models.data.features import Features, Text, fingerprint, of_text, refuse_infinite
 from skiparse.models.text import TextEncoders, clean
 from skiparse.models.wfvae.model import WFVAE
 
@@ -84,11 +84,7 @@ class Encoders:
         mean, std = self.vae.normalize(found.mean.float()), found.std.float()
         if self.vae.config.scale is not None:
             std = std * std.new_tensor(self.vae.config.scale)[:, None, None, None]
-        if not (mean.isfinite().all() and std.isfinite().all()):
-            raise ValueError(
-                f"{clip.key}: the autoencoder in {self.vae.dtype} gives numbers that are not "
-                "finite; load it in float32, or look at its weights"
-            )
+        refuse_infinite(clip.key, self.vae.dtype, mean, std)
         return mean[0].cpu(), std[0].cpu()
 
     def embed(self, caption: str) -> Text:

@@ -1,1 +1,1 @@
-"""Wan, the text-to-video model of diffusers: how it is trained here."""
+"""Wan, the text-to-video model of diffusers: OSP-Next's weights as one, and how it is trained."""

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ SHIFT = 7.0  # of its sampling
 
 _MUST = frozenset({"patch_embedding", "blocks"})
 _ORIGINAL = "text_embedding.0.weight"  # a name that diffusers has otherwise
+_KEY = "skiparse"  # in the config of a model
+_PARTS = ("vae", "text_encoder", "tokenizer")  # of a pipeline, that are Wan's own
 
 State = Mapping[str, Tensor]
 
@@ -100,7 +102,7 @@ def from_released(
         },
     )
     weights = {name: renamed[name] for name in shapes}
-    return weights, Report(names, "", (), config | {"skiparse": asdict(sparsity)}, sparsity)
+    return weights, Report(names, "", (), config | {_KEY: asdict(sparsity)}, sparsity)
 
 
 def convert_file(
@@ -151,7 +153,7 @@ def convert_file(
         raise ValueError(f"{src} is of {len(files)} ranks; gather the model, and name one file")
     found = checkpoints.find(checkpoints.read(files[0], progress=progress), key, files[0], _MUST)
     weights, report = from_released(found.state, heads=heads, ratio=ratio, dense=dense)
-    report = Report(report.names, found.place, found.others, report.config, report.sparsity)
+    report = replace(report, found=found.place, others=found.others)
     if base is not None:
         _check_base(Path(base), report.config)
     checkpoints.check_values({name: [x] for name, x in weights.items()}, dtype=dtype)
@@ -183,10 +185,6 @@ def convert_file(
     return report
 
 
-_KEY = "skiparse"  # in the config of a model
-_PARTS = ("vae", "text_encoder", "tokenizer")  # that are Wan's own
-
-
 def _config(state: State, heads: int | None) -> dict[str, Any]:
     """The arguments of WanTransformer3DModel that weights of these shapes are of."""
     try:
@@ -200,7 +198,9 @@ def _config(state: State, heads: int | None) -> dict[str, Any]:
             f"these are not the weights of a Wan: {error} is missing, or of another shape"
         ) from error
     if heads is None:
-        heads = max(width // HEAD_DIM, 1)
+        if width % HEAD_DIM:
+            raise ValueError(f"a width of {width} has no heads of {HEAD_DIM} channels; give heads")
+        heads = width // HEAD_DIM
     if heads < 1 or width % heads:
         raise ValueError(f"heads must divide the width {width}, got {heads}; give the model's")
     numbers = {int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))}
@@ -226,13 +226,18 @@ def _index(base: Path) -> dict[str, Any]:
         FileNotFoundError: if it, or a part of it, is not there.
         ValueError: if it is of another pipeline.
     """
-    for name in ("model_index.json", *(f"{part}/." for part in _PARTS), "vae/config.json"):
+    for name in (
+        "model_index.json",
+        *(f"{part}/." for part in _PARTS),
+        "vae/config.json",
+        "text_encoder/config.json",
+    ):
         if not (base / name).exists():
             raise FileNotFoundError(
                 f"base={base}: {name} is not there; give the folder of a WanPipeline"
             )
-    index: dict[str, Any] = json.loads((base / "model_index.json").read_bytes())
-    kind = index.get("_class_name") if isinstance(index, dict) else None
+    index = _table(base / "model_index.json")
+    kind = index.get("_class_name")
     if kind != "WanPipeline" or index.get("expand_timesteps") or index.get("boundary_ratio"):
         raise ValueError(
             f"base={base} is no WanPipeline with one transformer and time by the sample, as those "
@@ -245,11 +250,21 @@ def _index(base: Path) -> dict[str, Any]:
 
 def _check_base(base: Path, config: Mapping[str, Any]) -> None:
     """ValueError unless the encoders of a pipeline fit the model."""
-    vae = json.loads((base / "vae" / "config.json").read_bytes())
-    text = json.loads((base / "text_encoder" / "config.json").read_bytes())
+    vae, text = (_table(base / part / "config.json") for part in ("vae", "text_encoder"))
     for key, of, name in (("in_channels", vae, "z_dim"), ("text_dim", text, "d_model")):
         if of.get(name) != config[key]:
             raise ValueError(
                 f"base={base}: its {name} is {of.get(name)}, but the model has {key}={config[key]};"
                 " give the pipeline of Wan 2.1"
             )
+
+
+def _table(path: Path) -> dict[str, Any]:
+    """A JSON object in a file; ValueError if it is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no table")
+    return found

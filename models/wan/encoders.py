@@ -15,7 +15,7 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
-from skiparse.models.data.features import Features, Text, fingerprint, of_text
+from skiparse.models.data.features import Features, Text, fingerprint, of_text, refuse_infinite
 
 if TYPE_CHECKING:  # features are read from a cache where there is no decoder of videos
     from skiparse.models.data.dataset import Clip
@@ -65,11 +65,7 @@ class Encoders:
             for x in (vae.config.latents_mean, vae.config.latents_std)
         )
         mean, std = (found.mean[0].float() - shift) / spread, found.std[0].float() / spread
-        if not (mean.isfinite().all() and std.isfinite().all()):
-            raise ValueError(
-                f"{clip.key}: the autoencoder in {vae.dtype} gives numbers that are not finite; "
-                "load it in float32, or look at its weights"
-            )
+        refuse_infinite(clip.key, vae.dtype, mean, std)
         texts = tuple(self.embed(caption) for caption in clip.captions)
         return Features(mean.cpu(), std.cpu(), texts, self.null, clip.key, clip.place)
 
