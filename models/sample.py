@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 import skiparse
-from skiparse.models import vbench
+from skiparse.models import vbench, writer
 from skiparse.models.commands import Sample
-from skiparse.models.data import writer
 from skiparse.models.data.atomic import check_writable, write_json
 from skiparse.models.pipeline import NEGATIVE_PROMPT, TEMPLATE, SUVPipeline
 from skiparse.models.text import check_text

@@ -22,8 +22,7 @@ from test_text import tiny_encoders
 
 import skiparse.models
 from skiparse.cli import main
-from skiparse.models import flow, vbench
-from skiparse.models.data import writer
+from skiparse.models import flow, vbench, writer
 from skiparse.models.data.video import probe
 from skiparse.models.pipeline import NEGATIVE_PROMPT, TEMPLATE, SUVPipeline
 from skiparse.models.suv.model import SUV
