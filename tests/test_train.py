@@ -30,7 +30,6 @@ from skiparse.models.data.features import collate
 from skiparse.models.data.limits import Limits
 from skiparse.models.data.manifest import DataError, Manifest
 from skiparse.models.data.sampler import BucketBatchSampler
-from skiparse.models.data.writer import write_video
 from skiparse.models.pipeline import SUVPipeline, SUVPipelineOutput
 from skiparse.models.suv.encoders import Encoders
 from skiparse.models.suv.model import SUV
@@ -44,6 +43,7 @@ from skiparse.models.train.config import Optimizer, Samples, load
 from skiparse.models.train.core import train
 from skiparse.models.train.parallel import World
 from skiparse.models.wfvae.model import WFVAE
+from skiparse.models.writer import write_video
 
 SIZE = (32, 48)
 CLIPS = 6

@@ -28,13 +28,13 @@ from skiparse.models.data.dataset import Clip
 from skiparse.models.data.draws import Place
 from skiparse.models.data.features import collate
 from skiparse.models.data.video import probe
-from skiparse.models.data.writer import write_video
 from skiparse.models.train.checkpoint import Checkpoints
 from skiparse.models.train.config import Samples
 from skiparse.models.train.core import train
 from skiparse.models.train.export import export
 from skiparse.models.wan.encoders import Encoders
 from skiparse.models.wan.recipe import WanConfig, WanRecipe, WanStage
+from skiparse.models.writer import write_video
 
 CHANNELS, TEXT, PROMPT = 4, 24, "A &amp; cat\n walks"
 SCALING = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 1.5, 2.0, 0.7]}

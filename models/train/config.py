@@ -160,7 +160,7 @@ class Clip:
     """How gradients are clipped; see :class:`~skiparse.models.train.AdaptiveGradClipper`.
 
     Args:
-        mode: safe, report or osp15.
+        mode: safe, report, osp15 or osp_next.
         decay: of the averages of the norm.
         sigmas: how many standard deviations above its mean a norm may be.
     """

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 
@@ -22,7 +21,8 @@ from skiparse.models.train.checkpoint import Checkpoint
 from skiparse.models.train.config import HOW, Config, Stage
 from skiparse.models.train.export import check_encoders, model_of
 from skiparse.models.train.recipe import Recipe
-from skiparse.models.wan.encoders import LENGTH, Encoders
+from skiparse.models.wan.encoders import Encoders, padded
+from skiparse.models.wan.sampler import levels
 
 CHECKPOINTS = ("none", "block")
 
@@ -136,8 +136,7 @@ class WanRecipe(Recipe):
 
     def velocity(self, net: nn.Module, noisy: Tensor, levels: Tensor, batch: Batch) -> Tensor:
         """Wan's forward; text is padded by zeros, to which it attends."""
-        states = batch.captions["states"]
-        states = F.pad(states, (0, 0, 0, LENGTH - states.shape[1]))
+        states = padded(batch.captions["states"])
         found: Tensor = net(noisy, flow.timesteps(levels), states, return_dict=False)[0]
         return found
 
@@ -171,7 +170,7 @@ class Sampler:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """As of WanPipeline; ``frames`` is uint8 ``[B, T, H, W, 3]``."""
         found = self._pipeline(*arguments, **options, output_type="pt")
-        found.frames = (found.frames.movedim(2, -1) * 255).round().to(torch.uint8)
+        found.frames = levels(found.frames)
         return found
 
 
