@@ -156,6 +156,40 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """What is trained beside the weights of ``init``, which stay as they are.
+
+    Args:
+        rank: of what is added to a layer.
+        alpha: what is added counts alpha / rank times; null for rank.
+        target_modules: ends of the names of the linear layers that get one; null for those of the
+            recipe, which are the projections of attention.
+    """
+
+    rank: int
+    alpha: float | None = None
+    target_modules: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _refuse_nulls(self)
+        if self.rank < 1:
+            raise ValueError(f"lora.rank must be at least 1, got {self.rank}")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"lora.alpha must be above 0, got {self.alpha}")
+        if self.target_modules is not None and not all(self.target_modules or ("",)):
+            raise ValueError("lora.target_modules must name layers, or be left out")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Lora | None:
+        """The one among the settings that a checkpoint tells of, if there is one."""
+        told = settings.get("lora")
+        if told is None:
+            return None
+        names = told["target_modules"]
+        return cls(**told | {"target_modules": None if names is None else tuple(names)})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Clip:
     """How gradients are clipped; see :class:`~skiparse.models.train.AdaptiveGradClipper`.
 
@@ -220,6 +254,7 @@ class Config(Run):
         cache: folder of ``skiparse cache build`` to train from, instead of ``source``.
         posterior: latents to learn: a sample of the autoencoder's posterior, or its mean.
         drop: share of captions that are dropped, for guidance without a classifier.
+        lora: what is trained instead of the weights themselves; null for none.
         optimizer: AdamW's settings.
         clip: how gradients are clipped.
         ema: decay of the averaged weights, per step.
@@ -234,6 +269,7 @@ class Config(Run):
     cache: str | None = field(default=None, metadata=HOW)
     posterior: Literal["sample", "mean"] = "sample"
     drop: float = 0.1
+    lora: Lora | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
     clip: Clip = field(default_factory=Clip)
     ema: float = 0.9999
@@ -246,6 +282,8 @@ class Config(Run):
         super().__post_init__()
         if not 0 <= self.drop <= 1:
             raise ValueError(f"drop must be in [0, 1], got {self.drop}")
+        if self.lora is not None and self.init is None:
+            raise ValueError("lora needs init: the weights that it is trained beside")
         if not 0 <= self.ema <= 1:
             raise ValueError(f"ema must be in [0, 1], got {self.ema}")
         if not 0 <= self.seed < 2**63:
