@@ -23,6 +23,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from test_text import tiny_tokenizer
+from test_train import as_yaml, launch
 from transformers import UMT5Config, UMT5EncoderModel
 
 from skiparse import cli
@@ -399,6 +400,54 @@ def test_a_lora_is_merged_or_goes_apart(init, source, tmp_path):
     with pytest.raises(ValueError, match="vae: nothing is needed beside a LoRA apart"):
         export(tmp_path / "run", tmp_path / "no", vae=init, lora="apart")
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.full), "fsdp"])
+def test_a_lora_in_two_processes(init, source, tmp_path, parallel):
+    """Beside weights in two types, of which FSDP takes those that are trained alike."""
+    given = lora_run(init, source, tmp_path / "one")
+    train(given)
+    given = replace(given, out=str(tmp_path / "two"), parallel=parallel)
+    launch(2, as_yaml(tmp_path / "config.yaml", given))
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one == pytest.approx(two, rel=2**-8)  # bf16
+    assert last(tmp_path / "one").read("").keys() == last(tmp_path / "two").read("").keys()
+    assert last(tmp_path / "one").about["frozen"] == last(tmp_path / "two").about["frozen"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Lora(rank=0), "lora.rank must be at least 1, got 0"),
+        (lambda: Lora(rank=1, alpha=0.0), "lora.alpha must be above 0, got 0.0"),
+        (lambda: Lora(rank=1, target_modules=()), "lora.target_modules must name layers"),
+        (lambda: Sparse(ratio=0), "ratio must be a whole number above 0, got 0"),
+        (lambda: Sparse(dense=(1, 1), kinds=("dense", "single")), "give kinds or dense="),
+        (lambda: Sparse(kinds=("sparse",)), "kinds must be of"),
+    ],
+)
+def test_settings_that_make_no_sense(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_what_does_not_fit_the_model_is_refused(init, source, tmp_path):
+    for each, told in (
+        (Sparse(dense=(2, 1)), r"stages\.s0\.sparsity: dense must be two numbers >= 0, 2 at most"),
+        (Sparse(kinds=("single",)), r"stages\.s0\.sparsity: kinds has 1 layers, .* has 2"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            train(config(init, source, tmp_path / "out", stages=stages(each)))
+    lora = Lora(rank=1, target_modules=("to_q", "to_z"))
+    with pytest.raises(ValueError, match=r"no linear layer of this Wan.* is called to_z; its"):
+        train(config(init, source, tmp_path / "out", lora=lora))
+    assert last(tmp_path / "out") is None
+    train(config(init, source, tmp_path / "out", steps=1))
+    for given in ({"lora": "merged"}, {"init": init}):
+        with pytest.raises(ValueError, match=r"is of no LoRA; leave it out"):
+            export(tmp_path / "out", tmp_path / "made", vae=init, **given)
+    with pytest.raises(ValueError, match="lora must be one of merged, apart, got 'both'"):
+        export(tmp_path / "out", tmp_path / "made", vae=init, lora="both")
 
 
 def test_a_lora_by_the_command_line(init, source, tmp_path):

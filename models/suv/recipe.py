@@ -235,8 +235,8 @@ class SUVRecipe(Recipe):
         encoders = TextEncoders.from_pretrained(text)
         decoder = WFVAE.from_pretrained(vae)
         if not given["other_encoders"]:
-            given = {"vae": vae, "t5": text, "clip": text}
-            check_encoders(last, fingerprints(decoder, encoders), given)
+            folders = {"vae": vae, "t5": text, "clip": text}
+            check_encoders(last, fingerprints(decoder, encoders), folders)
         model = model_of(last, SUV, last.about["model"], weights, given["init"])
         model.set_sparsity(last.about["model"]["sparsity"])  # which init may have otherwise
         return SUVPipeline(
