@@ -29,25 +29,38 @@ _NAME = "default"  # of the adapter, in the names of its weights
 
 
 def beside(recipe: Recipe, init: str, lora: Lora, seed: int) -> nn.Module:
-    """The model in ``init``, frozen and in float32, with a new LoRA, which changes nothing yet.
+    """The model in ``init``, frozen and in float32, with a new LoRA.
 
     Raises:
-        ValueError: naming those of ``lora.target_modules`` that no linear layer has.
+        ValueError: as :func:`adapt`.
     """
-    model = recipe.pretrained(init).requires_grad_(False)
-    wanted = targets(recipe, lora)
+    model = recipe.pretrained(init)
+    adapt(model, lora, targets(recipe, lora), seed)
+    return model
+
+
+def adapt(model: nn.Module, lora: Lora, names: tuple[str, ...], seed: int) -> None:
+    """Freeze a model, and give it a new LoRA, which changes nothing yet.
+
+    Args:
+        names: ends of the names of the layers that get one.
+        seed: of its weights.
+
+    Raises:
+        ValueError: naming what no linear layer is called; nothing was changed.
+    """
     linear = [f".{name}" for name, each in model.named_modules() if isinstance(each, nn.Linear)]
-    missing = [each for each in wanted if not any(name.endswith(f".{each}") for name in linear)]
-    if missing:
+    missing = [each for each in names if not any(name.endswith(f".{each}") for name in linear)]
+    if missing or not names:
         ends = sorted({name.rpartition(".")[2] for name in linear})
         raise ValueError(
             f"lora.target_modules: no linear layer of this {type(model).__name__} is called "
-            f"{', '.join(missing)}; its names end in {', '.join(ends)}"
+            f"{', '.join(missing) or 'so'}; its names end in {', '.join(ends)}"
         )
+    model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(_settings(lora, wanted), model, _NAME)
-    return model
+        inject_adapter_in_model(_settings(lora, names), model, _NAME)
 
 
 def targets(recipe: Recipe, lora: Lora) -> tuple[str, ...]:
