@@ -521,8 +521,9 @@ def test_an_suv_learns_a_lora(source, tmp_path):
     SUV(**SUV.presets["tiny"] | sizes).save_pretrained(tmp_path / "init")
     only = {"video": dataclasses.replace(stages()["video"], sparsity=(1, 2, 2, 2, 1))}
     given = config(
-        source, tmp_path / "whole", stages=only, init=str(tmp_path / "init"), lora=Lora(rank=2)
-    )
+        source, tmp_path / "whole", stages=only, init=str(tmp_path / "init"), lora=Lora(rank=2),
+        dtype="bfloat16",
+    )  # fmt: skip
     train(given)
     part = {"video": dataclasses.replace(only["video"], steps=3)}
     train(dataclasses.replace(given, out=str(tmp_path / "run"), stages=part))

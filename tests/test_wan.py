@@ -1,6 +1,7 @@
 """Wan is trained by its recipe, from the folder of a WanPipeline to the folder of another."""
 
 import copy
+import itertools
 import json
 import re
 import shutil
@@ -35,7 +36,7 @@ from skiparse.models.data.video import probe
 from skiparse.models.data.writer import write_video
 from skiparse.models.retrofit import Retrofit, Sparsity, retrofit
 from skiparse.models.train.checkpoint import Checkpoints
-from skiparse.models.train.config import Lora, Samples
+from skiparse.models.train.config import Lora, Samples, load
 from skiparse.models.train.core import train
 from skiparse.models.train.export import export
 from skiparse.models.wan.encoders import Encoders
@@ -297,6 +298,27 @@ def test_what_a_stage_says_is_what_its_steps_compute(init, source, tmp_path):
     assert "skiparse" not in last(tmp_path / "2d").about["model"]  # dense again
 
 
+def test_compiled_blocks_follow_the_stages(init, source, tmp_path):
+    """They were compiled dense, and must not stay so; nor sparse."""
+    torch._dynamo.reset()
+    given = stages(None, TWO, ONE, None)
+    told, recipe = config(init, source, tmp_path, stages=given), WanRecipe()
+    model, plain = tiny_transformer().eval(), tiny_transformer().eval()
+    model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    latents, text = torch.randn(1, CHANNELS, 2, 4, 4), torch.randn(1, 5, TEXT)
+    found = []
+    for stage in given.values():
+        for each in (model, plain):
+            recipe.prepare(each, told, stage)
+        with torch.no_grad():
+            ours, theirs = (x(latents, torch.tensor([500]), text)[0] for x in (model, plain))
+        assert torch.equal(ours, theirs)
+        found.append(ours)
+    assert torch.equal(found[0], found[3])
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(found))
+    torch._dynamo.reset()
+
+
 def test_a_pipeline_that_is_sparse_is_trained_so(init, source, tmp_path):
     sparse = tiny_pipeline()
     retrofit(sparse, "2d", ratio=2)
@@ -380,6 +402,7 @@ def test_a_lora_is_merged_or_goes_apart(init, source, tmp_path):
     before = said(pipeline.transformer)
     pipeline.load_lora_weights(tmp_path / "apart")
     assert not torch.equal(said(pipeline.transformer), before)
+    assert pipeline.transformer.blocks[0].attn1.to_q.scaling == {"default_0": 6.0 / 3}
     pipeline.fuse_lora()
     merged = whole.transformer.state_dict()
     for name, x in pipeline.transformer.state_dict().items():
@@ -442,6 +465,13 @@ def test_what_does_not_fit_the_model_is_refused(init, source, tmp_path):
     with pytest.raises(ValueError, match=r"no linear layer of this Wan.* is called to_z; its"):
         train(config(init, source, tmp_path / "out", lora=lora))
     assert last(tmp_path / "out") is None
+    table = {"recipe": "wan", "lora": {"rank": 1, "beta": 2}}
+    table["stages"] = {"only": {"sparsity": {"ration": 2}}}
+    (tmp_path / "run.yaml").write_text(json.dumps(table))
+    with pytest.raises(
+        ValueError, match=r"mean nothing: lora\.beta, stages\.only\.sparsity\.ration"
+    ):
+        load(tmp_path / "run.yaml")
     train(config(init, source, tmp_path / "out", steps=1))
     for given in ({"lora": "merged"}, {"init": init}):
         with pytest.raises(ValueError, match=r"is of no LoRA; leave it out"):

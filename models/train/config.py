@@ -420,6 +420,12 @@ def _is_tables(hint: Any) -> bool:
     return get_origin(hint) in (dict, Mapping) and is_dataclass(get_args(hint)[1])
 
 
+def _present(hint: Any) -> Any:
+    """What ``X | None`` is where it is there, if it is of one kind."""
+    kinds = [each for each in get_args(hint) if each is not type(None)]
+    return kinds[0] if type(None) in get_args(hint) and len(kinds) == 1 else hint
+
+
 def _may_be_null(hint: Any) -> bool:
     return hint is Any or type(None) in get_args(hint)
 
@@ -428,8 +434,8 @@ def null_keys(kind: Any, table: Mapping[Any, Any], path: str = "") -> Iterator[s
     """Paths of the keys in ``table`` that are null though the dataclass ``kind`` wants a value."""
     hints = get_type_hints(kind)
     for key, value in table.items():
-        inner, here = hints.get(key, Any), f"{path}{key}"
-        if value is None and not _may_be_null(inner):
+        inner, here = _present(hints.get(key, Any)), f"{path}{key}"
+        if value is None and not _may_be_null(hints.get(key, Any)):
             yield here
         elif is_dataclass(inner) and isinstance(value, Mapping):
             yield from null_keys(inner, value, f"{here}.")
@@ -450,7 +456,7 @@ def unknown_keys(kind: Any, table: Mapping[Any, Any], path: str = "") -> list[st
         if key not in known:
             wrong.append(here)
             continue
-        inner = hints[key]
+        inner = _present(hints[key])
         if is_dataclass(inner) and isinstance(value, Mapping):
             wrong += unknown_keys(inner, value, f"{here}.")
         elif _is_tables(inner) and isinstance(value, Mapping):
