@@ -1,7 +1,7 @@
 """A dense Wan is made sparse and tuned, in full and with LoRA, beside the dense one that goes on.
 
-1. The latents are toys (:mod:`skiparse.bench.experiments.toy`), of two scenes of the real clip. The
-   first trains, the second judges; they share no frame, but they are of one clip of five seconds.
+1. The latents are toys, told of below, of two scenes of the real clip. The first trains, the second
+   judges; they share no frame, but they are of one clip of five seconds.
 2. The model is diffusers' ``WanTransformer3DModel``, tiny, with random weights. It gets the same
    few rows of text for both scenes, so there is nothing to learn of them.
 3. It trains dense. Then there are five of it: one stays dense, two become 1-D (every 4th token, or

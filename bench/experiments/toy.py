@@ -1,4 +1,4 @@
-"""What the experiments with SUV learn from: a few scenes of the real clip as latents, a tiny model.
+"""What the experiments learn from: a few scenes of the real clip as latents, a tiny model.
 
 There is no autoencoder and no text encoder here:
 
