@@ -39,8 +39,9 @@ from skiparse.models.train import clip, guards, loop
 from skiparse.models.train import log as log_module
 from skiparse.models.train.checkpoint import Checkpoint, CheckpointError, Checkpoints
 from skiparse.models.train.clip import AdaptiveGradClipper
-from skiparse.models.train.config import Optimizer, Samples, load
+from skiparse.models.train.config import Lora, Optimizer, Samples, load
 from skiparse.models.train.core import train
+from skiparse.models.train.export import export
 from skiparse.models.train.parallel import World
 from skiparse.models.wfvae.model import WFVAE
 from skiparse.models.writer import write_video
@@ -514,6 +515,37 @@ def test_another_number_of_processes_continues_the_same_order(source, whole, tmp
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
 
 
+def test_an_suv_learns_a_lora(source, tmp_path):
+    """Its base is in no checkpoint; what is exported is merged, and as sparse as in the run."""
+    sizes = {"in_channels": 4, "out_channels": 4}
+    SUV(**SUV.presets["tiny"] | sizes).save_pretrained(tmp_path / "init")
+    only = {"video": dataclasses.replace(stages()["video"], sparsity=(1, 2, 2, 2, 1))}
+    given = config(
+        source, tmp_path / "whole", stages=only, init=str(tmp_path / "init"), lora=Lora(rank=2),
+        dtype="bfloat16",
+    )  # fmt: skip
+    train(given)
+    part = {"video": dataclasses.replace(only["video"], steps=3)}
+    train(dataclasses.replace(given, out=str(tmp_path / "run"), stages=part))
+    again = {"video": dataclasses.replace(only["video"], checkpointing="block")}
+    train(dataclasses.replace(given, out=str(tmp_path / "run"), stages=again))
+    assert_same(tmp_path / "whole", tmp_path / "run")
+    assert all("lora_" in name for name in tensors(tmp_path / "run"))
+    export(tmp_path / "run", tmp_path / "made", vae=source / "vae", text=source / "text")
+    made = SUV.from_pretrained(tmp_path / "made" / "transformer")
+    assert made.config.sparsity == (1, 2, 2, 2, 1)
+    base = SUV.from_pretrained(tmp_path / "init").state_dict()
+    moved = {name for name, x in made.state_dict().items() if not torch.equal(x, base[name])}
+    changed = {name.rpartition(".")[0].rpartition(".")[2] for name in moved}
+    assert {"to_q", "to_k", "to_v", "to_out", "text_to_k", "text_to_v"} <= changed
+    assert all(name.endswith("weight") and "to_" in name for name in moved)
+    dense = dataclasses.replace(given, out=str(tmp_path / "no"), stages={"i": stages()["image"]})
+    with pytest.raises(ValueError, match="a stage wants another model than init holds"):
+        train(dense)
+    with pytest.raises(ValueError, match="with lora the model stays that of init"):
+        dataclasses.replace(given, stages=stages())
+
+
 def test_training_from_a_cache_is_training_on_line(source, tmp_path):
     """Clips as long as the rule wants leave nothing to chance but what comes after the encoders."""
     cache = pytest.importorskip("skiparse.models.data.cache")
@@ -815,8 +847,6 @@ def test_what_cannot_work_is_said_at_once(source, tmp_path, change, message):
 
 def test_weights_to_start_from(source, whole, tmp_path):
     """An exported run, a dense one, or a folder of SUV; what it is not, it is refused as."""
-    from skiparse.models.train.export import export
-
     only = {"suv": dataclasses.replace(stages()["suv"], steps=1, learning_rate=1e-30)}
     exported = tmp_path / "exported"
     export(whole, exported, vae=source / "vae", text=source / "text")
