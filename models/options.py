@@ -57,6 +57,7 @@ class Asked:
         shift: of the noise.
         schedule: of the noise, linear or linear_quadratic.
         sequential_cfg: less memory: one prompt after the other.
+        hif8: simulate HiF8, eight bits, in the model's products.
     """
 
     height: Annotated[int | None, "PIXELS"] = None
@@ -70,6 +71,7 @@ class Asked:
     shift: Annotated[float | None, "FACTOR"] = None
     schedule: Annotated[str | None, "NAME"] = None
     sequential_cfg: bool | None = None
+    hif8: bool | None = None
 
     def over(self, other: Asked) -> Asked:
         """What is asked here, and where nothing is, what is asked there."""
