@@ -136,6 +136,16 @@ def test_osp_next_says_how_it_is_sampled(osp):
     assert sampler_of(osp, Asked(height=480, fps=8)).asked == Asked(height=480, fps=8).over(SAMPLED)
 
 
+def test_a_folder_may_have_whole_numbers(tmp_path):
+    (tmp_path / OWN).write_text('{"guidance": 5, "height": 480, "hif8": true}')
+    assert Asked.load(tmp_path) == Asked(guidance=5, height=480, hif8=True)
+    assert Asked.load(tmp_path / "none") == Asked()
+    for wrong in ('{"guidance": "5"}', '{"height": 480.5}', '{"negative": 3}'):
+        (tmp_path / OWN).write_text(wrong)
+        with pytest.raises(ValueError, match="is damaged"):
+            Asked.load(tmp_path)
+
+
 def test_osp_next_goes_through_its_own_noise_levels(osp):
     """Recorded; those of the scheduler by itself end at 0.047 instead of 0.125."""
     sampler = sampler_of(osp, Asked())
