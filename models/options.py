@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_hints
 
 from skiparse.models.data.atomic import read_table, write_json
 
@@ -57,6 +57,7 @@ class Asked:
         shift: of the noise.
         schedule: of the noise, linear or linear_quadratic.
         sequential_cfg: less memory: one prompt after the other.
+        hif8: simulate HiF8, eight bits, in the model's products.
     """
 
     height: Annotated[int | None, "PIXELS"] = None
@@ -70,6 +71,7 @@ class Asked:
     shift: Annotated[float | None, "FACTOR"] = None
     schedule: Annotated[str | None, "NAME"] = None
     sequential_cfg: bool | None = None
+    hif8: bool | None = None
 
     def over(self, other: Asked) -> Asked:
         """What is asked here, and where nothing is, what is asked there."""
@@ -97,12 +99,17 @@ class Asked:
         wrong = [
             f"{name}={value!r}"
             for name, value in told.items()
-            if name not in hints or not isinstance(value, hints[name])
+            if name not in hints or not isinstance(value, hints[name] | _wider(hints[name]))
         ]
         if wrong:
             known = ", ".join(each.name for each in fields(cls))
             raise ValueError(f"{file} is damaged: {', '.join(wrong)}; it may have {known}")
         return cls(**told)
+
+
+def _wider(kind: Any) -> Any:
+    """What JSON may have in the place of a type: a whole number for a number."""
+    return int if float in get_args(kind) else kind
 
 
 def height_and_width(text: str) -> tuple[int, int]:

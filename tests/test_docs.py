@@ -171,7 +171,15 @@ def is_there(path, *folders):
     return any(any(folder.glob(path.rstrip("/"))) for folder in folders)
 
 
-OF_USERS = {"data.txt", "errors.txt", "statistics.json", "scan.json"}  # in folders of data and runs
+# In folders of data, runs and models.
+OF_USERS = {
+    "data.txt",
+    "errors.txt",
+    "statistics.json",
+    "scan.json",
+    "sampling.json",
+    "skiparse.json",
+}
 
 
 @pytest.mark.parametrize("book", [*GUIDES, "CONTRIBUTING.md", "tests/ptx/README.md"])

@@ -18,11 +18,12 @@ from diffusers.models.embeddings import Timesteps
 from test_wan import config, last, tiny_pipeline
 
 from skiparse import cli
-from skiparse.models import shards
+from skiparse.models import flow, shards
 from skiparse.models.retrofit import Retrofit, retrofit
 from skiparse.models.train.config import Clip
 from skiparse.models.train.core import train
 from skiparse.models.wan.convert import _config, convert_file, from_released
+from skiparse.models.wan.recipe import WanRecipe
 from skiparse.models.writer import write_video
 
 DATA = Path(__file__).parent / "data" / "osp_next.safetensors"
@@ -303,6 +304,15 @@ def test_heads_have_128_channels_unless_told(weights):
         "ffn_dim": 13824, "num_layers": 40, "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 832), (720, 1280), (768, 1344)])
+def test_noise_levels_of_training_are_those_recorded(height, width):
+    recorded = load_file(DATA.with_name("osp_next_schedule.safetensors"))
+    shift = WanRecipe().shift((16, 21, height // 8, width // 8))
+    found = flow.shift_sigmas(recorded["train.normal"].double().sigmoid(), shift)
+    wanted = recorded[f"train.sigmas.{height}x{width}"].double()
+    assert (found - wanted).abs().max() < 4 * 2**-24  # recorded in fp32
 
 
 def test_a_run_clips_as_osp_next_does_and_goes_on_so(tmp_path):

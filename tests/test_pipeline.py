@@ -470,6 +470,8 @@ def test_sample_writes_nothing_that_is_not_finite(saved, tmp_path, capsys, monke
         (["--out", "x.mp4", "--frames", "1"], "--out x.mp4: --frames 1 makes a .png"),
         (["--frames", "10"], "num_frames=10 must be 8n + 1: take 9 or 17"),
         (["--height", "33"], "height=33 must be a multiple of 16: take 32 or 48"),
+        (["--hif8"], "--hif8: it is known of a Wan alone; leave it out"),
+        (["--negative", "x", "--guidance", "1"], "--negative does nothing at --guidance 1"),
         (["--crf", "60"], "crf must be from 0 to 51, got 60"),
         (["--fps", "0"], "fps must be above 0"),
         (["--samples", "3"], "--samples and --list go with --vbench DIR"),

@@ -21,7 +21,7 @@ from test_osp_next import HEADS, SMALL, tiny_text
 from test_wan import tiny_pipeline, tiny_transformer
 
 from skiparse import cli
-from skiparse.models import vbench, writer
+from skiparse.models import hif8, vbench, writer
 from skiparse.models.data.video import probe
 from skiparse.models.options import OWN, Asked
 from skiparse.models.retrofit import retrofit
@@ -52,11 +52,13 @@ def sample(folder, *arguments):
     return cli.main(["sample", "--model", *map(str, (folder, *sizes, *arguments))])
 
 
-def by_diffusers(folder, seed, sparse, **given):
+def by_diffusers(folder, seed, sparse, *, eight=False, **given):
     """What its own pipeline makes; in the same numbers."""
     pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     if sparse:
         retrofit(pipeline)
+    if eight:
+        hif8.apply(pipeline.transformer)
     noise = torch.Generator().manual_seed(seed)
     return levels(pipeline(**SIZE | given, generator=noise, output_type="pt").frames)[0]
 
@@ -69,6 +71,7 @@ def by_diffusers(folder, seed, sparse, **given):
         ("sparse", ["--negative", "Rain, &amp; more", "--guidance", 3],
          {"negative_prompt": "Rain, &amp; more", "guidance_scale": 3.0}),
         ("sparse", ["--guidance", 1], {"guidance_scale": 1.0}),
+        ("sparse", ["--hif8"], {"eight": True}),
     ],
 )  # fmt: skip
 def test_a_video_is_what_the_pipeline_makes_itself(folders, tmp_path, kind, asked, given):
@@ -79,6 +82,7 @@ def test_a_video_is_what_the_pipeline_makes_itself(folders, tmp_path, kind, aske
     writer.write_video(again, frames, fps=16, crf=0)
     assert out.read_bytes() == again.read_bytes()
     record = json.loads(out.with_suffix(".json").read_text())
+    assert record.get("hif8") == given.get("eight")
     assert record["guidance_scale"] == given.get("guidance_scale", 5.0)
     assert record.get("negative_prompt") == (
         None if record["guidance_scale"] == 1 else given.get("negative_prompt", "")
@@ -87,9 +91,11 @@ def test_a_video_is_what_the_pipeline_makes_itself(folders, tmp_path, kind, aske
     assert record["scheduler"] == "FlowMatchEulerDiscreteScheduler"
 
 
-def test_sparse_layers_make_another_video(folders):
+def test_sparse_layers_and_eight_bits_make_other_videos(folders):
     dense, sparse = (by_diffusers(folders / "sparse", 0, x, prompt="a") for x in (False, True))
     assert not torch.equal(dense, sparse)
+    eight = by_diffusers(folders / "sparse", 0, True, eight=True, prompt="a")
+    assert not torch.equal(sparse, eight)
 
 
 def test_defaults_are_those_of_diffusers():
@@ -128,6 +134,16 @@ def test_osp_next_says_how_it_is_sampled(osp):
     }  # fmt: skip
     assert (sampler.asked.fps, SHIFT, len(SAMPLED.negative)) == (16, 7.0, 137)
     assert sampler_of(osp, Asked(height=480, fps=8)).asked == Asked(height=480, fps=8).over(SAMPLED)
+
+
+def test_a_folder_may_have_whole_numbers(tmp_path):
+    (tmp_path / OWN).write_text('{"guidance": 5, "height": 480, "hif8": true}')
+    assert Asked.load(tmp_path) == Asked(guidance=5, height=480, hif8=True)
+    assert Asked.load(tmp_path / "none") == Asked()
+    for wrong in ('{"guidance": "5"}', '{"height": 480.5}', '{"negative": 3}'):
+        (tmp_path / OWN).write_text(wrong)
+        with pytest.raises(ValueError, match="is damaged"):
+            Asked.load(tmp_path)
 
 
 def test_osp_next_goes_through_its_own_noise_levels(osp):

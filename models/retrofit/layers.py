@@ -541,8 +541,31 @@ def _blank(cls: type, call: str) -> Any:
 def processor_of(own: Any, layer: Layer) -> Any:
     """The processor of a layer, with all that the model's ``own`` was told."""
     family = layer.state.family
-    made = family.processor(layer.dispatch) if family.processor else _blank(type(own), family.call)
+    if family.processor is None:
+        return rebound_to(own, layer, family.call)
+    made = family.processor(layer.dispatch)
     vars(made).update(vars(own))
-    if not family.processor:
-        made.skiparse_layer = layer
     return made
+
+
+def rebound_to(own: Any, layer: Any, call: str) -> Any:
+    """A processor as ``own``, with all that it was told, whose attention is ``layer.dispatch``.
+
+    Raises:
+        TypeError: if ``own`` makes no such call.
+        ValueError: if it is one of these itself.
+    """
+    if hasattr(own, "skiparse_layer"):
+        raise ValueError(
+            f"a layer has a {type(own).__name__}: another attention was put in its place already, "
+            "as by retrofit or hif8; undo() that, and put hif8 last"
+        )
+    made = _blank(type(own), call)
+    vars(made).update(vars(own))
+    made.skiparse_layer = layer
+    return made
+
+
+def told(made: Any) -> dict[str, Any]:
+    """What a processor of ours was told meanwhile that goes back to the model's own."""
+    return {k: v for k, v in vars(made).items() if k not in ("skiparse_layer", "attend")}

@@ -23,6 +23,7 @@ from skiparse.models.retrofit.layers import (
     Layer,
     State,
     processor_of,
+    told,
 )
 
 FILE = "skiparse.json"
@@ -246,6 +247,9 @@ class Part:
         """ValueError if it cannot be undone now."""
         if getattr(self.model, _MARK, None) is not self:
             raise ValueError(f"this retrofit of {type(self.model).__name__} is undone already")
+        layers = [getattr(made, "skiparse_layer", None) for _, _, made in self.processors]
+        if any(layer is not None and not isinstance(layer, Layer) for layer in layers):
+            raise ValueError("hif8 was applied to the layers of this retrofit; undo() that first")
         if getattr(self.model, "_parallel_config", None) is not None:
             raise ValueError(
                 "undo() comes before enable_parallelism, which has told the layers of this retrofit"
@@ -256,8 +260,7 @@ class Part:
         for handle in self.handles:
             handle.remove()
         for attention, own, made in self.processors:
-            told = {k: v for k, v in vars(made).items() if k not in ("skiparse_layer", "attend")}
-            vars(own).update(told)  # as the backend that was set meanwhile
+            vars(own).update(told(made))  # as the backend that was set meanwhile
             attention.set_processor(own)
         delattr(self.model, _MARK)
         config = {k: v for k, v in self.model.config.items() if k != "skiparse"}

@@ -33,6 +33,8 @@ class SUVSampler(Sampler):
 
     def __init__(self, folder: Path, asked: Asked) -> None:
         super().__init__(folder, asked)
+        if asked.hif8:
+            raise ValueError("--hif8: it is known of a Wan alone; leave it out")
         self.settings = {
             "height": asked.height,
             "width": asked.width,

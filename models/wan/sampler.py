@@ -20,7 +20,7 @@ from diffusers import (
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
-from skiparse.models import flow, sizes, strict
+from skiparse.models import flow, hif8, sizes, strict
 from skiparse.models.options import Asked
 from skiparse.models.retrofit import retrofit
 from skiparse.models.sample import Sampler
@@ -50,6 +50,8 @@ class WanSampler(Sampler):
         self.settings = {**told, **self._noise()}
         if asked.guidance != 1:
             self.settings["negative_prompt"] = asked.negative
+        if asked.hif8:
+            self.settings["hif8"] = True
         self.rows: dict[str, Tensor] = {}  # text by prompt, without padding, on the CPU
 
     def _refuse(self) -> None:
@@ -119,6 +121,8 @@ class WanSampler(Sampler):
         for model in (parts[name] for name in TRANSFORMERS if name in parts):
             if model.config.get("skiparse") is not None:
                 retrofit(model)
+            if self.asked.hif8:
+                hif8.apply(model)
         config = self.pipeline.scheduler.config
         if self.asked.schedule is None:
             kind = type(self.pipeline.scheduler)
