@@ -385,6 +385,13 @@ def test_lora_keeps_its_own_numbers():
         assert not any(type(m) is HiF8Linear for m in model.modules())
 
 
+def test_a_class_made_of_the_known_one_is_known():
+    """As FSDP makes one of it."""
+    model = tiny()
+    model.__class__ = type("FSDPWanTransformer3DModel", (WanTransformer3DModel,), {})
+    hif8.apply(model).undo()
+
+
 def test_what_is_refused():
     model = tiny()
     with pytest.raises(TypeError, match="hif8 knows blocks of a WanTransformer3DModel, got a Lin"):

@@ -326,8 +326,8 @@ def test_a_run_clips_as_osp_next_does_and_goes_on_so(tmp_path):
         (source / f"{i}.txt").write_text("a cat")
     tiny_pipeline().save_pretrained(tmp_path / "init")
 
-    def run(name, steps):
-        clip = Clip(mode="osp_next", decay=0.5)
+    def run(name, steps, mode="osp_next"):
+        clip = Clip(mode=mode, decay=0.5)
         train(config(tmp_path / "init", source, tmp_path / name, steps=steps, clip=clip))
         return last(tmp_path / name)
 
@@ -335,6 +335,7 @@ def test_a_run_clips_as_osp_next_does_and_goes_on_so(tmp_path):
     run("parts", 2)
     parts = run("parts", 4)
     assert whole.about["clipper"] == parts.about["clipper"]
+    assert whole.about["clipper"] != run("safe", 4, "safe").about["clipper"]
     assert whole.about["clipper"]["counts"]["clip"] > 0
     assert sum(whole.about["clipper"]["counts"].values()) == 4
     for name, x in whole.read("").items():
