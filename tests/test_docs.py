@@ -171,7 +171,8 @@ def is_there(path, *folders):
     return any(any(folder.glob(path.rstrip("/"))) for folder in folders)
 
 
-OF_USERS = {"data.txt", "errors.txt", "statistics.json", "scan.json"}  # in folders of data and runs
+# In folders of data, of runs and of weights.
+OF_USERS = {"data.txt", "errors.txt", "statistics.json", "scan.json", "skiparse.json"}
 
 
 @pytest.mark.parametrize("book", [*GUIDES, "CONTRIBUTING.md", "tests/ptx/README.md"])
