@@ -21,7 +21,7 @@ from skiparse.bench.experiments import reconstruct, retrofit
 
 
 def run(out: str | os.PathLike[str] = "demo_out", *, quick: bool = False) -> Path:
-    """Do everything; nine to ten minutes on two cores.
+    """Do everything; eight minutes on two cores, and the last part, which is not yet timed.
 
     Args:
         out: folder to write ``report.html`` and all it shows into; made if need be.

@@ -103,7 +103,7 @@ class Tuned(Learner):
 def run(
     out: str | os.PathLike[str] = "demo_out", *, steps: int = STEPS, size: Size = SIZES["full"]
 ) -> Path:
-    """Train, make sparse, tune and draw; two minutes on two cores.
+    """Train, make sparse, tune and draw; some minutes.
 
     Args:
         out: folder to write ``retrofit.png`` and ``retrofit.json`` into; made if need be.
