@@ -111,6 +111,12 @@ class Layout:
         found: np.ndarray = order[self.ranks[order] == rank]
         return found
 
+    @cached_property
+    def natural(self) -> np.ndarray | None:
+        """Takes the tokens of all processes, one behind the other, into natural order."""
+        owned = np.concatenate([self.owned(rank) for rank in range(self.processes)])
+        return _unless_same(np.argsort(owned))
+
     @functools.lru_cache(1024)  # noqa: B019
     def switch(self, after: Layout, rank: int) -> Switch:
         """What process ``rank`` does so that all tokens come from this layout to another."""
@@ -230,6 +236,7 @@ def chunk_sizes(before: Layout, after: Layout) -> np.ndarray:
     return np.bincount(pair, minlength=number * number).reshape(number, number)
 
 
+@functools.lru_cache(1024)
 def moved(before: Layout, after: Layout) -> int:
     """How many tokens change their process from one layout to the other."""
     return int(np.count_nonzero(before.ranks != after.ranks))

@@ -38,6 +38,15 @@ from skiparse.pattern import GridPattern, SkipPattern
 Group = dist.ProcessGroup | DeviceMesh | None
 
 
+def rank_of(group: Group) -> int:
+    """Which process of the group this one is: of ``layout.owned(rank)``.
+
+    Raises:
+        ValueError: as :func:`skip_exchange`, of a group.
+    """
+    return dist.get_rank(_group_of(group))
+
+
 @torch.compiler.disable  # tables of numbers, and collectives
 def skip_exchange(
     x: Tensor, before: Layout, after: Layout, group: Group = None, *, dim: int = 1
@@ -77,6 +86,38 @@ def skip_exchange(
     )
     came = flat.view(sum(switch.received), *rows.shape[1:])
     return _taken(came.transpose(0, dim), dim, unpack)
+
+
+@torch.compiler.disable  # as above
+def gather_tokens(x: Tensor, layout: Layout, group: Group = None, *, dim: int = 1) -> Tensor:
+    """All tokens in natural order, in every process: what a model returns.
+
+    If every process computes the same loss of it, the loss counts once for each process: average
+    the gradients over the processes then, instead of summing them.
+
+    Args:
+        x: this process's tokens along ``dim``, in the order of ``layout.owned(rank)``; any dtype.
+        layout, group: as of :func:`skip_exchange`.
+        dim: where the tokens are.
+
+    Returns:
+        A tensor like ``x`` with ``layout.tokens`` tokens along ``dim``.
+
+    Raises:
+        ValueError: as :func:`skip_exchange`.
+    """
+    rank, group = _joined(layout, group)
+    _check_tokens("x", x, dim, layout, rank)
+    rows = x.transpose(0, dim)
+    width = rows.shape[1:].numel()
+    flat = _all_to_all(
+        rows.reshape(1, -1).expand(layout.processes, -1).reshape(-1),
+        [width * layout.sizes[rank]] * layout.processes,
+        [width * size for size in layout.sizes],
+        group,
+    )
+    came = flat.view(layout.tokens, *rows.shape[1:])
+    return _taken(came.transpose(0, dim), dim, _natural(layout, x.device))
 
 
 def ulysses_attention(
@@ -179,9 +220,10 @@ def _attend(
         q, k, v = _to_heads((q, k, v), meeting, layout.processes, rank, group)
     q, k, v = (_taken(x, 1, gather) for x in (q, k, v))
 
-    # A process without sub-sequences stays in the graph, or the backward pass of others would wait.
-    outs = [] if meeting.blocks else [q + k + v]
-    text_outs = [] if meeting.blocks else [text_q + text_k + text_v]
+    outs, text_outs = [], []
+    if not meeting.blocks:  # it stays in the graph, or the backward pass of others would wait
+        text_outs.append(text_q + text_k + text_v)  # of no heads
+        outs.append(q + k + v + text_outs[0].sum())
     start = 0
     for number, length in meeting.blocks:
         here = slice(start, start + number * length)
@@ -321,6 +363,12 @@ def _orders(
     return tokens, gather, None if gather is None else gather.argsort()
 
 
+@functools.lru_cache(256)
+def _natural(layout: Layout, device: torch.device) -> Tensor | None:
+    """Where each token is when the processes' own lie one behind the other."""
+    return _tensor(layout.natural, device)
+
+
 def _tensor(order: Any, device: torch.device) -> Tensor | None:
     with torch.inference_mode(False):  # or no backward pass could keep it
         return None if order is None else torch.from_numpy(order).to(device)
@@ -337,6 +385,18 @@ def _joined(layout: Layout, group: Group) -> tuple[int, dist.ProcessGroup]:
     """This process's rank in the group, and the group; ValueError unless the layout is for it."""
     if not isinstance(layout, Layout):
         raise ValueError(f"a layout must be a skiparse.layout.Layout, got {layout!r}")
+    group = _group_of(group)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if size != layout.processes:
+        raise ValueError(
+            f"the layout is for {layout.processes} processes, but the group has {size}; make it "
+            f"with Layout.of(pattern, tokens, {size})"
+        )
+    return rank, group
+
+
+def _group_of(group: Group) -> dist.ProcessGroup:
+    """The process group that is meant; ValueError unless this process is in one."""
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(
             "no processes to share tokens with; call torch.distributed.init_process_group, under "
@@ -351,15 +411,9 @@ def _joined(layout: Layout, group: Group) -> tuple[int, dist.ProcessGroup]:
         group = group.get_group()
     elif group is None:
         group = dist.distributed_c10d._get_default_group()
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    if rank < 0:
+    if dist.get_rank(group) < 0:
         raise ValueError("this process is not in the group; call with the group that it is in")
-    if size != layout.processes:
-        raise ValueError(
-            f"the layout is for {layout.processes} processes, but the group has {size}; make it "
-            f"with Layout.of(pattern, tokens, {size})"
-        )
-    return rank, group
+    return group
 
 
 def _check_tokens(name: str, x: Tensor, dim: int, layout: Layout, rank: int) -> None:

@@ -44,6 +44,32 @@ def test_all_cases_in_processes(processes):
     check(lines("parallel_run.py", processes), 66)
 
 
+def check_model(found, number):
+    """Errors as above, then elements of forward and backward, counted and computed."""
+    assert len(found) == number
+    for name, *rest in found:
+        errors, sent = rest[: rest.index("sent")], rest[rest.index("sent") + 1 :]
+        assert max(map(float, errors)) < 1e-12, (name, errors)
+        if "checkpointed" not in name or "2d" in name:
+            assert int(sent[0]) == int(sent[-1]), (name, sent)
+
+
+def test_processes_that_share_an_suv():
+    check_model(lines("parallel_suv.py", 2, "few"), 4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_all_cases_of_an_suv(processes):
+    check_model(lines("parallel_suv.py", processes), 10 if processes == 4 else 9)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_processes_that_share_a_wan(processes):
+    check_model(lines("parallel_wan.py", processes), 4)
+
+
 @pytest.fixture
 def two():
     """Rank 0 of two processes, the other of which is not there: nothing may be sent."""
@@ -139,3 +165,84 @@ def test_half_precision_and_autocast_keep_their_dtypes():
         for pattern in (dense, SkipPattern.single(4)):
             out, text_out = ulysses_joint_attention(*qkv(), *text, pattern, layout)
             assert out.dtype == text_out.dtype == torch.bfloat16
+
+
+def test_what_an_suv_shares_its_tokens_with():
+    from types import SimpleNamespace
+
+    from skiparse.models import SUV
+
+    model = SUV(**SUV.presets["tiny"])
+    for given in (
+        {"config": SimpleNamespace(ring_degree=2, ulysses_degree=1)},
+        {"config": SimpleNamespace(ring_degree=1, ulysses_degree=2), "cp_plan": {"": {}}},
+    ):
+        with pytest.raises(ValueError, match="by layouts of its own: got ring_degree="):
+            model.enable_parallelism(**given)
+
+
+@pytest.mark.usefixtures("two")
+def test_a_copy_of_a_shared_model_is_shared():
+    import copy
+
+    from skiparse.models import SUV
+
+    model = SUV(**SUV.presets["tiny"])
+    model.set_context_parallel(dist.group.WORLD)
+    inputs = (
+        torch.randn(1, 4, 2, 8, 8),
+        torch.tensor([3.0]),
+        torch.randn(1, 5, 24),
+        torch.ones(1, 20),
+    )
+    assert copy.deepcopy(model)(*inputs).shape == model(*inputs).shape == inputs[0].shape
+
+
+def test_wan_alone_shares_tokens():
+    diffusers = pytest.importorskip("diffusers")
+    from skiparse.models.retrofit import retrofit
+
+    model = diffusers.LTXVideoTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
+        cross_attention_dim=32, caption_channels=8, num_layers=2,
+    )  # fmt: skip
+    made = retrofit(model, kinds=("single", "group"))
+    with pytest.raises(ValueError, match=r"call torch\.distributed\.init_process_group"):
+        made.share(None)
+
+
+def test_the_table_of_a_plan(capsys):
+    from skiparse.cli import main
+
+    for preset, shape, number, words in (
+        (
+            "v1.5",
+            "121x576x1024",
+            "8",
+            (
+                "36,864 tokens for 8 processes",
+                "75.00    1.98 GiB",
+                "112.00    2.95 GiB",
+                "1.49x less",
+            ),
+        ),
+        ("v1.5", "121x576x1024", "2", ("22.00    2.32 GiB", "64.00    6.75 GiB", "2.91x less")),
+        ("osp-next", "81x576x1024", "4", ("47.25", "120.00", "2.54x less", "group 2x2")),
+    ):
+        assert (
+            main(["plan", "--preset", preset, "--shape", shape, "--context-parallel", number]) == 0
+        )
+        said = capsys.readouterr().out
+        for word in words:
+            assert word in said, said
+    for arguments, words in (
+        (["--shape", "121x576"], "--shape 121x576: give frames, height and width"),
+        (["--preset", "7B"], "--preset 7B: give one of v1.5"),
+        (["--shape", "80x576x1024"], "does not make whole tokens"),
+        (["--preset", "osp-next", "--shape", "80x576x1024"], "takes 4n + 1 frames"),
+        (["--context-parallel", "1"], "--context-parallel 1: give two processes or more"),
+    ):
+        if "--context-parallel" not in arguments:
+            arguments = [*arguments, "--context-parallel", "2"]
+        assert main(["plan", *arguments]) != 0
+        assert words in capsys.readouterr().err
