@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
-from skiparse.models import flow
+from skiparse.models import flow, sizes
 from skiparse.models.suv.model import SUV
 from skiparse.models.text import TextEmbeddings, TextEncoders, load_encoder
 from skiparse.models.wfvae.model import WFVAE
@@ -143,19 +143,8 @@ class SUVPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers' classe
             )
         space, time = self.vae.spatial_factor, self.vae.temporal_factor
         _, *patch = self.transformer.config.patch_size
-        wrong = []
-        for name, size, step in (
-            ("height", height, space * patch[0]),
-            ("width", width, space * patch[1]),
-        ):
-            if size < step or size % step:
-                near = _nearest(size, step, step)
-                wrong.append(f"{name}={size} must be a multiple of {step}: {near}")
-        if num_frames < 1 or (num_frames - 1) % time:
-            near = _nearest(num_frames, time, 1)
-            wrong.append(f"num_frames={num_frames} must be {time}n + 1: {near}")
-        if wrong:
-            raise ValueError("; ".join(wrong))
+        rows, columns = (space * side for side in patch)
+        sizes.check(height, width, num_frames, rows=rows, columns=columns, time=time)
         return channels, (num_frames - 1) // time + 1, height // space, width // space
 
     @torch.no_grad()
@@ -336,12 +325,6 @@ class SUVPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers' classe
 def _count(texts: Any) -> int:
     """How many prompts there are, encoded or not."""
     return 1 if isinstance(texts, str) else len(texts)
-
-
-def _nearest(value: int, step: int, least: int) -> str:
-    """The nearest of ``least + n * step`` at or around ``value``, for an error message."""
-    below = least + max(0, value - least) // step * step
-    return f"take {below}" if value < least else f"take {below} or {below + step}"
 
 
 def _check_finite(x: Tensor, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diffusers import ConfigMixin, ModelMixin
@@ -72,9 +73,24 @@ class StrictModelMixin(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             raise ValueError(f"{path} is a file; give the folder of a {cls.__name__} that holds it")
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
-        wrong = [f"{kind}: {list(keys)[:10]}" for kind, keys in info.items() if keys]
-        if wrong:
-            raise ValueError(
-                f"{path} does not hold exactly this model's weights; " + "; ".join(wrong)
-            )
+        _refuse_inexact(path, info)
         return (model, info) if wants_info else model
+
+
+def loaded(kind: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """A model of diffusers from a folder, with its ``from_pretrained``, but strict.
+
+    Raises:
+        ValueError: with the first ten keys that are missing, unexpected or misshapen.
+    """
+    model, info = kind.from_pretrained(
+        path, local_files_only=True, output_loading_info=True, **kwargs
+    )
+    _refuse_inexact(path, info)
+    return model
+
+
+def _refuse_inexact(path: Any, info: Mapping[str, Iterable[str]]) -> None:
+    wrong = [f"{kind}: {list(keys)[:10]}" for kind, keys in info.items() if keys]
+    if wrong:
+        raise ValueError(f"{path} does not hold exactly this model's weights; " + "; ".join(wrong))

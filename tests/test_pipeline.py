@@ -22,8 +22,7 @@ from test_text import tiny_encoders
 
 import skiparse.models
 from skiparse.cli import main
-from skiparse.models import flow, vbench
-from skiparse.models.data import writer
+from skiparse.models import flow, vbench, writer
 from skiparse.models.data.video import probe
 from skiparse.models.pipeline import NEGATIVE_PROMPT, TEMPLATE, SUVPipeline
 from skiparse.models.suv.model import SUV
@@ -478,7 +477,7 @@ def test_sample_writes_nothing_that_is_not_finite(saved, tmp_path, capsys, monke
         (["--vbench", "v", "--out", "x.mp4"], "--vbench DIR is for videos"),
         (["--vbench", "v", "--frames", "1"], "--vbench DIR is for videos"),
         (["--vbench", "v", "--samples", "0"], "samples must be at least 1, got 0"),
-        (["--model", "nowhere"], "--model nowhere: nowhere/transformer/config.json is not there"),
+        (["--model", "nowhere"], "--model nowhere: nowhere/model_index.json is not there; give"),
         (["--offload"], "--offload moves models off a GPU"),
         (["--dtype", "int8"], "--dtype int8: give float32"),
         (["--device", "mps"], "--device mps: models run on cpu and cuda alone"),

@@ -147,9 +147,15 @@ class Retrofit:
         Raises:
             ValueError: if it is not.
         """
-        if not hasattr(model, _MARK):
+        found = cls.found(model)
+        if found is None:
             raise ValueError(f"this {type(model).__name__} is not retrofitted")
-        return cls([getattr(model, _MARK)])
+        return found
+
+    @classmethod
+    def found(cls, model: Any) -> Retrofit | None:
+        """The same, or None where there is none."""
+        return cls([getattr(model, _MARK)]) if hasattr(model, _MARK) else None
 
     @property
     def sparsity(self) -> Sparsity:

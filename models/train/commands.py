@@ -43,6 +43,9 @@ class Export:
         text: a folder with the text encoders; default: none, as a denoiser alone needs it.
         weights: averaged ones, or those of the last step.
         other_encoders: take a VAE or text encoders that are not those of the run.
+        lora: of a run with one: merged with the weights beside it, or apart, for pipelines of
+            diffusers to load; default: merged.
+        init: where those weights are by now; default: where they were.
     """
 
     extra: ClassVar[str] = "train"
@@ -52,6 +55,8 @@ class Export:
     text: Annotated[str | None, "DIR"] = None
     weights: Literal["ema", "model"] = "ema"
     other_encoders: bool = False
+    lora: Literal["merged", "apart"] | None = None
+    init: Annotated[str | None, "DIR"] = None
 
     def run(self) -> None:
         """Export, and print the folder made."""
@@ -64,5 +69,7 @@ class Export:
             text=self.text,
             weights=self.weights,
             other_encoders=self.other_encoders,
+            lora=self.lora,
+            init=self.init,
         )
         print(made)

@@ -154,6 +154,19 @@ class _Average(torch.autograd.Function):
         return found
 
 
+def frozen_of(model: nn.Module, dtype: str) -> dict[str, Tensor]:
+    """What of a model takes no gradient, in ``dtype``, by name; without a copy where it is so.
+
+    What a model of diffusers says has to stay in float32 stays so: it is little, such as norms.
+    """
+    precise = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return {
+        name: x.detach() if precise & set(name.split(".")) else x.detach().to(getattr(torch, dtype))
+        for name, x in model.named_parameters()
+        if not x.requires_grad
+    }
+
+
 def bare(model: nn.Module) -> nn.Module:
     """The model inside of what :meth:`World.spread` gave."""
     inner: Any = model.module if isinstance(model, DistributedDataParallel) else model

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:  # what is found by name knows who finds it
     from skiparse.models.data.features import Batch, Coder
+    from skiparse.models.retrofit import Sparsity
     from skiparse.models.train.checkpoint import Checkpoint
     from skiparse.models.train.core import Task
 
@@ -52,6 +53,7 @@ class Recipe(ABC):
 
     config: type[Any]
     blocks: tuple[str, ...]  # class names of the modules that FSDP shards by themselves
+    adapted: tuple[str, ...] = ()  # ends of the names of the layers that get a LoRA, unless told
 
     def task(self, config: Any) -> Task:
         """The chain of stages of ``config``."""
@@ -75,6 +77,14 @@ class Recipe(ABC):
     @abstractmethod
     def initial(self, config: Any, stage: Any) -> nn.Module:
         """The model that the first stage starts from, on the CPU."""
+
+    def pretrained(self, init: str) -> nn.Module:
+        """The model in the folder ``init``, in float32, on the CPU: what a LoRA goes beside.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        raise ValueError(f"the recipe {type(self).__name__} reads no weights, so there is no LoRA")
 
     @abstractmethod
     def remade(self, config: Any, about: Mapping[str, Any]) -> nn.Module:
@@ -124,13 +134,17 @@ class Recipe(ABC):
         Args:
             last: of a run.
             weights: "ema" or "model".
-            given: ``vae``, ``text`` and ``other_encoders`` of
+            given: ``vae``, ``text``, ``init`` and ``other_encoders`` of
                 :func:`~skiparse.models.train.export.export`.
 
         Raises:
             ValueError: if it does not fit what was given.
         """
         raise ValueError(f"{last.path} is of a model that `skiparse export` knows no use for")
+
+    def sparsity(self, about: Mapping[str, Any]) -> Sparsity | None:
+        """What of a model of diffusers is sparse, of which :meth:`about` said ``about``."""
+        return None
 
     @abstractmethod
     def pipeline(self, model: nn.Module, coder: Any) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from skiparse.models.data.writer import write_image, write_video
 from skiparse.models.train.config import Config, Stage
+from skiparse.models.writer import write_image, write_video
 
 
 def make_samples(config: Config, stage: Stage, step: int, pipeline: Any) -> None:
