@@ -23,7 +23,7 @@ from skiparse.models.strict import StrictModelMixin, check_sizes
 from skiparse.models.suv.blocks import Fp32Linear, Norm, Stage, SUVBlock
 from skiparse.models.suv.config import PRESETS
 from skiparse.models.suv.parts import clamp_fp16
-from skiparse.models.suv.plan import NATURAL, Plan, SharedPlan
+from skiparse.models.suv.plan import NATURAL, Plan, Processes, SharedPlan
 from skiparse.models.suv.rope import axis_dims, rotary_angles
 from skiparse.parallel import rank_of
 
@@ -101,7 +101,7 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         self.gradient_checkpointing = False
         self.checkpointing: tuple[str, ...] = ("none",) * len(layers)
         self._tables: dict[tuple[Any, ...], Any] = {}
-        self._group: Any = None  # of the processes that share the tokens
+        self._sharing: Processes | None = None  # that share the tokens
 
         patch = (patch_size[1], patch_size[2])
         self.patch_embed = nn.Conv2d(in_channels, width, patch, stride=patch)
@@ -298,10 +298,11 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
     def _plan(self, tokens: int, reorder: bool) -> Plan | SharedPlan:
         """How the tokens lie: of this process alone, or of those that share them."""
         config = self.config
-        if self._group is None:
+        if self._sharing is None:
             return Plan.of(tokens, config.sparsity, reorder=reorder)
         layers, heads, skips = config.num_layers, config.num_heads, len(self.skips) > 0
-        return SharedPlan.of(tokens, layers, config.sparsity, heads, skips, self._group)
+        group = self._sharing.group
+        return SharedPlan.of(tokens, layers, config.sparsity, heads, skips, group)
 
     def _patterns(
         self, plan: Any, stage: int, grid: tuple[int, int, int], device: torch.device
@@ -390,7 +391,7 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         if group is not None:
             rank_of(group)
         self._tables.clear()
-        self._group = group
+        self._sharing = None if group is None else Processes(group)
 
     def enable_parallelism(self, *, config: Any, cp_plan: Any = None) -> None:
         """Diffusers' way to :meth:`set_context_parallel`, with ``ulysses_degree`` processes.

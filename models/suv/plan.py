@@ -154,6 +154,16 @@ class SharedPlan:
         return gather_tokens(x, before, self.group)
 
 
+@dataclass(frozen=True)
+class Processes:
+    """A process group as a model holds it: a copy of the model has the same."""
+
+    group: Any
+
+    def __deepcopy__(self, memo: Any) -> Processes:
+        return self
+
+
 @dataclass(frozen=True, eq=False)
 class SharedLayer:
     """What a block is told where processes share the tokens: in the place of a pattern."""
