@@ -1,4 +1,4 @@
-"""``skiparse sample``: prompts in, videos out."""
+"""``skiparse sample``: prompts in, videos out. ``skiparse plan``: what many devices send."""
 
 from __future__ import annotations
 
@@ -75,3 +75,33 @@ class Sample(Asked, Computed):
             offload=self.offload,
             resume=self.vbench is not None,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Show where the tokens of a video lie in each layer when several processes share them.
+
+    Which layout a layer has, and what is sent for that, beside Ulysses in every layer. Computed; no
+    process is started.
+
+    Args:
+        preset: of a model: a size of SUV, or osp-next.
+        shape: of a clip, in frames and pixels.
+        context_parallel: processes that share a sequence.
+    """
+
+    extra: ClassVar[str] = "models"
+    context_parallel: Annotated[int, "PROCESSES"]
+    preset: Annotated[str, "NAME"] = "v1.5"
+    shape: Annotated[str, "FRAMESxHEIGHTxWIDTH"] = "121x576x1024"
+
+    def run(self) -> None:
+        """Print the table."""
+        from skiparse.models.planning import Context
+
+        sides = self.shape.split("x")
+        if len(sides) != 3 or not all(side.isdecimal() for side in sides):
+            raise ValueError(
+                f"--shape {self.shape}: give frames, height and width, such as 121x576x1024"
+            )
+        print(Context.of(self.preset, [int(side) for side in sides], self.context_parallel))

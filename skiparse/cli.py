@@ -25,6 +25,7 @@ COMMANDS = {
     "convert vae": "skiparse.models.wfvae.commands:Convert",
     "convert osp-next": "skiparse.models.wan.commands:Convert",
     "sample": "skiparse.models.commands:Sample",
+    "plan": "skiparse.models.commands:Plan",
     "train": "skiparse.models.train.commands:Train",
     "export": "skiparse.models.train.commands:Export",
     "data check": "skiparse.models.data.commands:Check",

@@ -506,6 +506,33 @@ def test_two_processes_equal_one(source, whole, tmp_path, parallel):
     assert one.keys() == two.keys()
 
 
+def test_processes_that_share_tokens_equal_one(source, whole, tmp_path):
+    """Two with one batch; begun by them, and finished by one."""
+    given = config(source, tmp_path / "run", context_parallel=2)
+    launch(2, as_yaml(tmp_path / "config.yaml", given))
+    for a, b in zip(rows(whole), rows(given.out), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+        assert a["norm"] == pytest.approx(b["norm"], rel=1e-4)
+        assert (a["action"], a["stage"]) == (b["action"], b["stage"])
+    assert tensors(whole).keys() == tensors(given.out).keys()
+    begun = config(
+        source, tmp_path / "begun", stages={"image": stages()["image"]}, context_parallel=2
+    )
+    launch(2, as_yaml(tmp_path / "begun.yaml", begun))
+    train(dataclasses.replace(begun, stages=stages(), context_parallel=1))
+    for a, b in zip(rows(whole), rows(begun.out), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+
+
+def test_groups_that_cannot_share_tokens_are_refused(source, tmp_path):
+    with pytest.raises(ValueError, match="context_parallel must be at least 1, got 0"):
+        config(source, tmp_path, context_parallel=0)
+    with pytest.raises(
+        ValueError, match="context_parallel=2 must divide the number of processes, 1"
+    ):
+        train(config(source, tmp_path / "run", context_parallel=2))
+
+
 def test_another_number_of_processes_continues_the_same_order(source, whole, tmp_path):
     """Begun by two, finished by one."""
     given = config(source, tmp_path / "run", stages={"image": stages()["image"]})

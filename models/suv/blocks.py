@@ -24,6 +24,7 @@ from skiparse.models.suv.parts import (
     norm,
     recomputed,
 )
+from skiparse.models.suv.plan import SharedLayer
 from skiparse.models.suv.rope import axis_dims
 
 INIT_STD = 0.02  # of every matrix inside the blocks
@@ -131,7 +132,7 @@ class JointAttention(nn.Module):
         video: Tensor,
         text: Tensor,
         rotary: tuple[Tensor, Tensor],
-        pattern: SkipPattern,
+        pattern: SkipPattern | SharedLayer,
         mask: Tensor | None,
         text_mask: Tensor | None,
         backend: str,
@@ -141,8 +142,13 @@ class JointAttention(nn.Module):
         text_q, text_k, text_v = (
             self._split(linear(text)) for linear in (self.text_to_q, self.text_to_k, self.text_to_v)
         )
-        packs = skiparse.packing_pays(q, pattern, backend) if self.packs is None else self.packs
-        if packs and mask is None and text_mask is None:
+        if isinstance(pattern, SharedLayer):
+            out, text_out = pattern.joint_attention(
+                self.norm_q(q, rotary), self.norm_k(k, rotary), v,
+                self.text_norm_q(text_q), self.text_norm_k(text_k), text_v,
+                mask=mask, text_mask=text_mask, backend=backend,
+            )  # fmt: skip
+        elif self._packs(q, pattern, backend) and mask is None and text_mask is None:
             packed = skiparse.norm_rope_pack(
                 q, k, v, *rotary, self.norm_q(None), self.norm_k(None), pattern,
                 text_q=text_q, text_k=text_k, text_v=text_v,
@@ -159,6 +165,9 @@ class JointAttention(nn.Module):
             )  # fmt: skip
         video = self.to_out(out.flatten(2))
         return video, None if self.text_to_out is None else self.text_to_out(text_out.flatten(2))
+
+    def _packs(self, q: Tensor, pattern: SkipPattern, backend: str) -> bool:
+        return skiparse.packing_pays(q, pattern, backend) if self.packs is None else self.packs
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
@@ -213,7 +222,7 @@ class SUVBlock(nn.Module):
         text: Tensor,
         condition: Tensor,
         rotary: tuple[Tensor, Tensor],
-        pattern: SkipPattern,
+        pattern: SkipPattern | SharedLayer,
         mask: Tensor | None = None,
         text_mask: Tensor | None = None,
         checkpoint_ff: bool = False,
@@ -273,7 +282,7 @@ class Stage(nn.ModuleList):
         text: Tensor,
         condition: Tensor,
         rotary: tuple[Tensor, Tensor],
-        patterns: Sequence[SkipPattern],
+        patterns: Sequence[SkipPattern | SharedLayer],
         mask: Tensor | None,
         text_mask: Tensor | None,
         again: str,
@@ -287,6 +296,8 @@ class Stage(nn.ModuleList):
         """
         again = again if torch.is_grad_enabled() else "none"
         for block, pattern in zip(self, patterns, strict=True):
+            if isinstance(pattern, SharedLayer):
+                video, rotary = pattern.enter(video), pattern.rotary
             if _is_compiled(block):
                 _mark_lengths(video, text, rotary, mask, text_mask)
             arguments = (video, text, condition, rotary, pattern, mask, text_mask)

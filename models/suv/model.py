@@ -15,6 +15,7 @@ from diffusers import ModelMixin  # a pipeline looks for it in the module of a m
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 import skiparse
 from skiparse import SkipPattern
@@ -22,8 +23,9 @@ from skiparse.models.strict import StrictModelMixin, check_sizes
 from skiparse.models.suv.blocks import Fp32Linear, Norm, Stage, SUVBlock
 from skiparse.models.suv.config import PRESETS
 from skiparse.models.suv.parts import clamp_fp16
-from skiparse.models.suv.plan import NATURAL, Plan
+from skiparse.models.suv.plan import NATURAL, Plan, Processes, SharedPlan
 from skiparse.models.suv.rope import axis_dims, rotary_angles
+from skiparse.parallel import rank_of
 
 NORMS = ("layer_norm", "rms_norm")
 CHECKPOINTS = ("none", "feed_forward", "block")
@@ -59,6 +61,7 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["SUVBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["SUVBlock"]
+    _cp_plan: ClassVar[dict[str, Any]] = {}  # diffusers cuts nothing: the forward does
 
     @register_to_config
     def __init__(
@@ -98,6 +101,7 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         self.gradient_checkpointing = False
         self.checkpointing: tuple[str, ...] = ("none",) * len(layers)
         self._tables: dict[tuple[Any, ...], Any] = {}
+        self._sharing: Processes | None = None  # that share the tokens
 
         patch = (patch_size[1], patch_size[2])
         self.patch_embed = nn.Conv2d(in_channels, width, patch, stride=patch)
@@ -169,31 +173,35 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         """
         grid = self._check_inputs(latents, timestep, text, pooled, text_mask, video_mask)
         dtype = self.patch_embed.weight.dtype
-        plan = Plan.of(grid[0] * grid[1] * grid[2], self.config.sparsity, reorder=reorder)
+        plan = self._plan(grid[0] * grid[1] * grid[2], reorder)
         keys, text, text_keys = self._keys(text, text_mask, video_mask, trim_text)
 
-        order = plan.orders[0]
+        order: Any = plan.orders[0]
         patches = self._take(self._patches(latents.to(dtype)), plan, NATURAL, order)
-        keys = self._take(keys, plan, NATURAL, order)
         video = self._embed(patches)
         text = self.text_embed(text.to(dtype))
         condition = self._condition(timestep, pooled.to(dtype))
 
-        passed: list[tuple[Tensor, Tensor, int]] = []
+        passed: list[tuple[Tensor, Tensor, Any]] = []
         middle = len(self.stages) // 2
         for stage, blocks in enumerate(cast(list[Stage], self.stages)):
-            video, keys = (self._take(x, plan, order, plan.orders[stage]) for x in (video, keys))
-            order = plan.orders[stage]
+            video, order = self._take(video, plan, order, plan.orders[stage]), plan.orders[stage]
             if self.skips and stage > middle:
                 before, text_before, its_order = passed.pop()
                 before = self._take(before, plan, its_order, order)
                 video = self.skips[stage - middle - 1](video, before)
                 text = self.text_skips[stage - middle - 1](text, text_before)
             rotary = self._rotary(grid, plan, order, latents.device)
-            patterns = [plan.pattern(stage, layer) for layer in range(len(blocks))]
+            patterns = self._patterns(plan, stage, grid, latents.device)
+            shared = isinstance(plan, SharedPlan)  # attention takes masks of all tokens then
+            its_keys = keys if shared else self._take(keys, plan, NATURAL, order)
             again = "block" if self.gradient_checkpointing else self.checkpointing[stage]
             video, text = blocks(
-                video, text, condition, rotary, patterns, keys, text_keys, again, backend
+                video, text, condition, rotary, patterns, its_keys, text_keys, again, backend
+            )
+            video, order = (
+                self._take(video, plan, plan.ends[stage], plan.kept[stage]),
+                plan.kept[stage],
             )
             if self.skips and stage < middle:
                 passed.append((video, text, order))
@@ -287,10 +295,31 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         sinusoid = timestep_sinusoid(timestep, self.config.timestep_channels).to(pooled.dtype)
         return self.timestep_embed(sinusoid).float() + self.pooled_embed(pooled).float()
 
+    def _plan(self, tokens: int, reorder: bool) -> Plan | SharedPlan:
+        """How the tokens lie: of this process alone, or of those that share them."""
+        config = self.config
+        if self._sharing is None:
+            return Plan.of(tokens, config.sparsity, reorder=reorder)
+        layers, heads, skips = config.num_layers, config.num_heads, len(self.skips) > 0
+        group = self._sharing.group
+        return SharedPlan.of(tokens, layers, config.sparsity, heads, skips, group)
+
+    def _patterns(
+        self, plan: Any, stage: int, grid: tuple[int, int, int], device: torch.device
+    ) -> list[Any]:
+        """What each block of a stage is told of the tokens."""
+        layers = range(self.config.num_layers[stage])
+        if isinstance(plan, Plan):
+            return [plan.pattern(stage, layer) for layer in layers]
+        return [
+            plan.pattern(stage, i, self._rotary(grid, plan, plan.layout(stage, i), device))
+            for i in layers
+        ]
+
     def _rotary(
-        self, grid: tuple[int, int, int], plan: Plan, order: int, device: torch.device
+        self, grid: tuple[int, int, int], plan: Any, order: Any, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin ``[N, head_dim / 2]`` fp32 in a token order, computed once for a shape."""
+        """cos and sin ``[n, head_dim / 2]`` fp32 in a token order, computed once for a shape."""
 
         def make() -> tuple[Tensor, Tensor]:
             angles = rotary_angles(grid, self.config.head_dim)
@@ -300,16 +329,18 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
 
         return self._kept((grid, order, device), make)
 
-    def _take(self, x: Tensor | None, plan: Plan, before: int, after: int) -> Any:
-        """Tokens ``[B, N, ...]`` from one order to another; None stays None."""
+    def _take(self, x: Tensor | None, plan: Any, before: Any, after: Any) -> Any:
+        """Tokens ``[B, n, ...]`` from one order or layout to another; None stays None."""
         if x is None or before == after:
             return x
+        if isinstance(plan, SharedPlan) and before != NATURAL:
+            return plan.moved(x, before, after)
         device = x.device
 
         def make() -> Tensor:
             return torch.from_numpy(plan.permutation(before, after)).to(device)
 
-        return x.index_select(1, self._kept((plan.tokens, before, after, device), make))
+        return x.index_select(1, self._kept((x.shape[1], before, after, device), make))
 
     def _kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What ``make`` makes, from the last time if it was made before."""
@@ -342,6 +373,48 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         skipped = tuple(sparsity)
         _check_sparsity(self.config.num_layers, skipped)
         self.register_to_config(sparsity=skipped)
+
+    def set_context_parallel(self, group: ProcessGroup | None) -> None:
+        """Share the tokens of every forward with the processes of ``group``; None ends that.
+
+        They call the model with the same inputs, and each returns the whole velocity. Weights are
+        not shared out. If each computes the loss of the whole velocity, gradients are to be
+        *averaged* over the processes, as DistributedDataParallel and FSDP do. ``reorder`` of the
+        forward says nothing then: tokens lie as :func:`skiparse.models.suv.plan.route_of` has them.
+
+        Args:
+            group: of torch.distributed, such as ``mesh["context"].get_group()``.
+
+        Raises:
+            ValueError: if this process is not in it.
+        """
+        if group is not None:
+            rank_of(group)
+        self._tables.clear()
+        self._sharing = None if group is None else Processes(group)
+
+    def enable_parallelism(self, *, config: Any, cp_plan: Any = None) -> None:
+        """Diffusers' way to :meth:`set_context_parallel`, with ``ulysses_degree`` processes.
+
+        Args:
+            config: a ``ContextParallelConfig``, or a ``ParallelConfig`` with one. Layers exchange
+                heads only where that is cheapest; any number of tokens and heads will do.
+            cp_plan: none: SUV cuts its tokens by itself.
+
+        Raises:
+            ValueError: for rings, and for a plan.
+            RuntimeError: if it is parallel already.
+        """
+        context = getattr(config, "context_parallel_config", config)
+        if cp_plan is not None or getattr(context, "ring_degree", 1) > 1:
+            raise ValueError(
+                f"SUV shares tokens by layouts of its own: got ring_degree="
+                f"{getattr(context, 'ring_degree', 1)} and cp_plan={cp_plan!r}; give "
+                "ContextParallelConfig(ulysses_degree=...) alone"
+            )
+        super().enable_parallelism(config=config)
+        mesh = self._parallel_config.context_parallel_config._ulysses_mesh
+        self.set_context_parallel(mesh.get_group())
 
     def set_attention_backend(self, backend: str) -> None:
         """Diffusers' way to choose an attention kernel, which has none of this attention.

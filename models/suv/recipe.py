@@ -187,6 +187,12 @@ class SUVRecipe(Recipe):
         if model.training:  # of which the average does none
             model.set_checkpointing((stage.checkpointing,) * len(sparsity))
 
+    shares = True
+
+    def share(self, model: Any, group: Any) -> None:
+        """By layouts of its own."""
+        model.set_context_parallel(group)
+
     def compiled(self, model: Any) -> None:
         """Block by block."""
         model.compile_repeated_blocks()

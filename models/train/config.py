@@ -260,6 +260,7 @@ class Config(Run):
         ema: decay of the averaged weights, per step.
         seed: of everything random.
         parallel: with several processes, copies of the model (ddp), or shards of it (fsdp).
+        context_parallel: processes that share the tokens of a micro-batch, a divisor of all.
         compile: whether to compile the blocks.
         samples: videos made on the way.
     """
@@ -275,6 +276,7 @@ class Config(Run):
     ema: float = 0.9999
     seed: int = 0
     parallel: Literal["ddp", "fsdp"] = field(default="ddp", metadata=HOW)
+    context_parallel: int = field(default=1, metadata=HOW)
     compile: bool = field(default=False, metadata=HOW)
     samples: Samples = field(default_factory=Samples, metadata=HOW)
 
@@ -282,6 +284,8 @@ class Config(Run):
         super().__post_init__()
         if not 0 <= self.drop <= 1:
             raise ValueError(f"drop must be in [0, 1], got {self.drop}")
+        if self.context_parallel < 1:
+            raise ValueError(f"context_parallel must be at least 1, got {self.context_parallel}")
         if self.lora is not None and self.init is None:
             raise ValueError("lora needs init: the weights that it is trained beside")
         if not 0 <= self.ema <= 1:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,12 @@ class Recipe(ABC):
     @abstractmethod
     def prepare(self, model: nn.Module, config: Any, stage: Any) -> None:
         """Set what a stage decides and no checkpoint holds, such as sparsity."""
+
+    shares: ClassVar[bool] = False  # whether processes can share the tokens of its model
+
+    def share(self, model: nn.Module, group: Any) -> None:
+        """Let the processes of ``group`` share the tokens; each returns the whole velocity."""
+        raise NotImplementedError(f"{type(self).__name__} shares no tokens")
 
     def compiled(self, model: nn.Module) -> None:
         """Compile what ``compile: true`` means."""
