@@ -265,7 +265,14 @@ class SUVBlock(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Blocks of one sparsity, one after the other."""
+    """Blocks of one sparsity, one after the other.
+
+    ``gradient_checkpointing`` and the function for it are set by diffusers'
+    ``enable_gradient_checkpointing``; each block then goes through that function.
+    """
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., tuple[Tensor, Tensor]]
 
     def forward(
         self,
@@ -290,7 +297,9 @@ class Stage(nn.ModuleList):
             if _is_compiled(block):
                 _mark_lengths(video, text, rotary, mask, text_mask)
             arguments = (video, text, condition, rotary, pattern, mask, text_mask)
-            if again == "block":
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                video, text = self._gradient_checkpointing_func(block, *arguments, False, backend)
+            elif again == "block":
                 video, text = checkpoint(block, *arguments, False, backend, use_reentrant=False)
             else:
                 video, text = block(*arguments, again == "feed_forward", backend)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin  # a pipeline looks for it in the module of a model
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ CHECKPOINTS = ("none", "feed_forward", "block")
 _TABLES = 64  # rotary tables and permutations that are kept, a dozen for each shape
 
 
-class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are untyped
+class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin):  # type: ignore[misc]  # diffusers' are untyped
     """The denoiser: noisy latents, a time and a text in, a velocity out.
 
     Args:
@@ -59,6 +60,8 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["SUVBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["SUVBlock"]
+    _group_offload_block_modules: ClassVar[list[str]] = ["stages"]  # a group is of blocks
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["_embed", "skips", "norm"]
 
     @register_to_config
     def __init__(
@@ -95,7 +98,6 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         )  # tuples also when they come from JSON
         width = num_heads * head_dim
         pixels = patch_size[1] * patch_size[2]
-        self.gradient_checkpointing = False
         self.checkpointing: tuple[str, ...] = ("none",) * len(layers)
         self._tables: dict[tuple[Any, ...], Any] = {}
 
@@ -168,7 +170,7 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
             ValueError: for shapes that do not fit, before any work.
         """
         grid = self._check_inputs(latents, timestep, text, pooled, text_mask, video_mask)
-        dtype = self.patch_embed.weight.dtype
+        dtype = self.dtype
         plan = Plan.of(grid[0] * grid[1] * grid[2], self.config.sparsity, reorder=reorder)
         keys, text, text_keys = self._keys(text, text_mask, video_mask, trim_text)
 
@@ -191,7 +193,7 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
                 text = self.text_skips[stage - middle - 1](text, text_before)
             rotary = self._rotary(grid, plan, order, latents.device)
             patterns = [plan.pattern(stage, layer) for layer in range(len(blocks))]
-            again = "block" if self.gradient_checkpointing else self.checkpointing[stage]
+            again = self.checkpointing[stage]
             video, text = blocks(
                 video, text, condition, rotary, patterns, keys, text_keys, again, backend
             )
@@ -367,7 +369,8 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
 
         Args:
             stages: for each stage ``"none"``, ``"feed_forward"`` (as the release did) or
-                ``"block"``. ``enable_gradient_checkpointing()`` means ``"block"`` everywhere.
+                ``"block"``. ``enable_gradient_checkpointing()`` means ``"block"`` everywhere, and
+                goes before.
 
         Raises:
             ValueError: for another word, or another number of stages.

@@ -26,6 +26,7 @@ from skiparse.models.wfvae.blocks import (
     FrameConv,
     ResBlock,
     Upsample,
+    convolve,
 )
 from skiparse.models.wfvae.config import PRESETS
 from skiparse.models.wfvae.haar import Haar
@@ -100,12 +101,12 @@ class Encoder(nn.Module):
             return (self.level2(x, stream),)
         level1 = self.wavelets.level1.analyse(coefficients[:, :COLOURS], stream)
         level2 = self.wavelets.level2.analyse(level1[:, :COLOURS], stream)
-        x = self.level2(torch.cat([x, self.inflow1(level1, stream)], 1), stream)
-        return torch.cat([x, self.inflow2(level2, stream)], 1), level1, level2
+        x = self.level2(torch.cat([x, convolve(self.inflow1, level1, stream)], 1), stream)
+        return torch.cat([x, convolve(self.inflow2, level2, stream)], 1), level1, level2
 
     def finish(self, x: Tensor, stream: Stream) -> Tensor:
         """The middle, whose attention sees whole frames, and the moments."""
-        return self.conv_out(F.silu(self.norm_out(self.mid(x, stream))), stream)
+        return convolve(self.conv_out, F.silu(self.norm_out(self.mid(x, stream))), stream)
 
 
 class Decoder(nn.Module):
@@ -147,7 +148,7 @@ class Decoder(nn.Module):
 
     def start(self, latents: Tensor, stream: Stream) -> Tensor:
         """The middle, whose attention sees whole frames."""
-        return self.mid(self.conv_in(latents, stream), stream)
+        return self.mid(convolve(self.conv_in, latents, stream), stream)
 
     def up(self, x: Tensor, stream: Stream) -> tuple[Tensor, ...]:
         """All behind the middle, which sees a neighbourhood of each pixel and no more."""
@@ -166,7 +167,7 @@ class Decoder(nn.Module):
     def _finish(self, x: Tensor, stream: Stream) -> Tensor:
         """From behind ``level2`` to coefficients of the video."""
         x = self.res2(self.res1(self.level1(x, stream), stream), stream)
-        return self.conv_out(F.silu(self.norm_out(x)), stream)
+        return convolve(self.conv_out, F.silu(self.norm_out(x)), stream)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x[:, : -self.energy], x[:, -self.energy :]
@@ -193,10 +194,10 @@ class Down(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         """``[B, C, T, H, W]`` to ``[B, width, T', H / 2, W / 2]``."""
-        x = self.conv_in(x, stream)
+        x = convolve(self.conv_in, x, stream)
         for block in self.res:
             x = block(x, stream)
-        return self.down(x, stream)
+        return convolve(self.down, x, stream)
 
 
 class Up(nn.Module):
@@ -238,7 +239,7 @@ class Outflow(nn.Module):
         """``[B, energy, T, H, W]`` to ``[B, coefficients, T, H, W]``."""
         for block in self.res:
             x = block(x, stream)
-        return self.conv(x, stream)
+        return convolve(self.conv, x, stream)
 
 
 class WFVAE(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are untyped
@@ -269,6 +270,7 @@ class WFVAE(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' a
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
     spatial_factor: ClassVar[int] = 8
     _supports_gradient_checkpointing = False
+    _group_offload_block_modules: ClassVar[list[str]] = ["encoder", "decoder"]
 
     @register_to_config
     def __init__(
