@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_hints
+
+from skiparse.models.data.atomic import read_table, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +36,80 @@ class Computed:
 
         device = str(devices.chosen(self.device, setting="--device "))
         return device, devices.dtype(self.dtype or ("bfloat16" if device != "cpu" else "float32"))
+
+
+OWN = "sampling.json"  # what the videos of a pipeline in a folder are to be, by fields of Asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Of a command that makes videos: what they are to be; None leaves it to the model.
+
+    Args:
+        height: of a video; default: the model's own, as for all that follows.
+        width: of a video.
+        frames: of a video; 1 for a picture.
+        steps: calls of the model, or pairs of them with guidance.
+        fps: of the video.
+        guidance: how much more a prompt counts than none; 1 is no guidance.
+        negative: what to stay away from.
+        rescale: from 0 to 1, more against garish colours.
+        shift: of the noise.
+        schedule: of the noise, linear or linear_quadratic.
+        sequential_cfg: less memory: one prompt after the other.
+        hif8: simulate HiF8, eight bits, in the model's products.
+    """
+
+    height: Annotated[int | None, "PIXELS"] = None
+    width: Annotated[int | None, "PIXELS"] = None
+    frames: Annotated[int | None, "FRAMES"] = None
+    steps: Annotated[int | None, "STEPS"] = None
+    fps: Annotated[int | None, "PER_SECOND"] = None
+    guidance: Annotated[float | None, "FACTOR"] = None
+    negative: Annotated[str | None, "TEXT"] = None
+    rescale: Annotated[float | None, "SHARE"] = None
+    shift: Annotated[float | None, "FACTOR"] = None
+    schedule: Annotated[str | None, "NAME"] = None
+    sequential_cfg: bool | None = None
+    hif8: bool | None = None
+
+    def over(self, other: Asked) -> Asked:
+        """What is asked here, and where nothing is, what is asked there."""
+        told = {each.name: getattr(self, each.name) for each in fields(Asked)}
+        return Asked(
+            **{k: getattr(other, k) if value is None else value for k, value in told.items()}
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write it beside a pipeline, whose videos are so unless something else is asked."""
+        told = {name: value for name, value in asdict(self).items() if value is not None}
+        write_json(folder / OWN, told)
+
+    @classmethod
+    def load(cls, folder: Path) -> Asked:
+        """What :meth:`save` wrote there, if anything.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        file = folder / OWN
+        if not file.is_file():
+            return cls()
+        told, hints = read_table(file), get_type_hints(cls)
+        wrong = [
+            f"{name}={value!r}"
+            for name, value in told.items()
+            if name not in hints or not isinstance(value, hints[name] | _wider(hints[name]))
+        ]
+        if wrong:
+            known = ", ".join(each.name for each in fields(cls))
+            raise ValueError(f"{file} is damaged: {', '.join(wrong)}; it may have {known}")
+        return cls(**told)
+
+
+def _wider(kind: Any) -> Any:
+    """What JSON may have in the place of a type: a whole number for a number."""
+    return int if float in get_args(kind) else kind
 
 
 def height_and_width(text: str) -> tuple[int, int]:

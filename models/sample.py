@@ -1,140 +1,241 @@
-"""What ``skiparse sample`` does: prompts in, videos out, each with a record of how it was made."""
+"""What ``skiparse sample`` does: prompts in, videos out, each with a record of how it was made.
+
+All that it has to know of a pipeline is a :class:`Sampler`, found by the class that the pipeline's
+folder names. What a video is to be, nobody has to say: what is not asked for is as the folder has
+it in ``sampling.json``, if there is one, and else as the model is sampled usually.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
 import skiparse
-from skiparse.models import vbench
-from skiparse.models.commands import Sample
-from skiparse.models.data import writer
-from skiparse.models.data.atomic import check_writable, write_json
-from skiparse.models.pipeline import NEGATIVE_PROMPT, TEMPLATE, SUVPipeline
+from skiparse.models import vbench, writer
+from skiparse.models.data.atomic import check_writable, read_table, write_json
+from skiparse.models.options import Asked
 from skiparse.models.text import check_text
 
-Job = tuple[str, int, Path, Path]  # prompt, seed, video, side-car
+SAMPLERS = {
+    "SUVPipeline": "skiparse.models.suv.sampler:SUVSampler",
+    "WanPipeline": "skiparse.models.wan.sampler:WanSampler",
+}
+CONFIG = "transformer/config.json"  # which model it is; its SHA-256 is noted beside every video
 
 
-def run(options: Sample, device: str, dtype: torch.dtype) -> None:
-    """Make every video of :func:`plan` that is not there yet, from one loading of the models.
+class Job(NamedTuple):
+    """One video to make."""
+
+    prompt: str
+    seed: int
+    video: Path
+    sidecar: Path
+
+
+class Sampler(ABC):
+    """A pipeline in a folder. To make one loads no weights, and finds what it cannot do.
 
     Args:
-        options: of ``skiparse sample``.
-        device, dtype: of the models.
+        folder: of the pipeline.
+        asked: all of it, with what the folder and the model say where nothing was asked.
+
+    Attributes:
+        settings: all that decides a video besides prompt and seed, ready for JSON.
+        pipeline: of diffusers, once it is loaded.
 
     Raises:
-        ValueError, FileNotFoundError: for what cannot be done, before any work.
-        FloatingPointError: if a result is not finite; nothing of that video is written.
+        ValueError: for what this model does not have, or sizes that it cannot take.
+        FileNotFoundError: if a part of the pipeline is missing.
     """
-    jobs = plan(options)
-    if options.offload and device == "cpu":
-        raise ValueError("--offload moves models off a GPU; leave it out on a CPU")
-    writer.check_settings(fps=options.fps, crf=options.crf)
-    config = Path(options.model) / "transformer" / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"--model {options.model}: {config} is not there")
-    negative = NEGATIVE_PROMPT if options.negative is None else options.negative
-    settings: dict[str, Any] = {
-        "height": options.height,
-        "width": options.width,
-        "num_frames": options.frames,
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance,
-        "guidance_rescale": options.rescale,
-        "shift": options.shift,
-        "schedule": options.schedule,
-        "template": TEMPLATE,
-    }
-    if options.guidance != 1:
-        settings["negative_prompt"] = negative
-    record = {
-        **settings,
-        "fps": options.fps,
-        "crf": options.crf,
-        "dtype": str(dtype).removeprefix("torch."),
-        "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest(),
-        "skiparse": skiparse.__version__,
-    }
-    records = [{"prompt": prompt, "seed": seed, **record} for prompt, seed, _, _ in jobs]
-    done = [False] * len(jobs)
-    for i, (_, _, video, sidecar) in enumerate(jobs if options.vbench else ()):
-        if video.exists() and video.stat().st_size:
-            done[i] = sidecar.exists() and json.loads(sidecar.read_text("utf-8")) == records[i]
-            if not done[i]:
-                raise ValueError(
-                    f"{video} is there but was made with other settings, see {sidecar}; take "
-                    "another folder for --vbench, or remove what is old"
-                )
 
-    check_writable(*(file for *_, video, sidecar in jobs for file in (video, sidecar)))
+    defaults: ClassVar[Asked]
+    settings: dict[str, Any]
+    pipeline: Any
 
-    pipeline = SUVPipeline.from_pretrained(options.model, dtype=dtype)
-    pipeline.latent_shape(options.height, options.width, options.frames)  # raises before any work
-    if options.offload:
-        pipeline.enable_model_cpu_offload(device=device)
+    def __init__(self, folder: Path, asked: Asked) -> None:
+        self.folder, self.asked = folder, asked
+        self.table(CONFIG)
+
+    def table(self, name: str) -> dict[str, Any]:
+        """What a JSON file of the folder holds.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+            ValueError: if it is damaged.
+        """
+        path = self.folder / name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"--model {self.folder}: {path} is not there; give the folder of a whole pipeline, "
+                "with its VAE and text encoder"
+            )
+        return read_table(path)
+
+    @abstractmethod
+    def load(self, dtype: torch.dtype) -> None:
+        """Set ``pipeline``, on the CPU.
+
+        Raises:
+            ValueError: if weights are missing.
+        """
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> None:
+        """Encode prompts, and what to stay away from; then let go of the text encoders."""
+
+    @abstractmethod
+    def frames(self, prompt: str, noise: torch.Generator) -> Tensor:
+        """A video of an encoded prompt: uint8 ``[frames, height, width, 3]``, on the CPU.
+
+        Raises:
+            FloatingPointError: if latents or frames are not finite.
+        """
+
+
+def sampler_of(folder: str | os.PathLike[str], asked: Asked) -> Sampler:
+    """The sampler of the pipeline in a folder; no weights are loaded.
+
+    Raises:
+        FileNotFoundError: if there is none, or a part of it is missing.
+        ValueError: if it is of a class that is not known, damaged, or cannot do what is asked.
+    """
+    index = Path(folder) / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"--model {folder}: {index} is not there; give the folder of a pipeline, with its VAE "
+            "and text encoder"
+        )
+    found = read_table(index).get("_class_name")
+    name = found[-1] if isinstance(found, list) else found  # behind the file that imports it
+    if name not in SAMPLERS:
+        raise ValueError(f"--model {folder}: it holds a {name}; known are {', '.join(SAMPLERS)}")
+    module, _, attribute = SAMPLERS[name].partition(":")
+    kind: type[Sampler] = getattr(importlib.import_module(module), attribute)
+    return kind(Path(folder), asked.over(Asked.load(Path(folder))).over(kind.defaults))
+
+
+def check_texts(texts: Sequence[str], seed: int) -> None:
+    """ValueError for texts that hold half a character, and seeds that a generator does not take."""
+    for text in texts:
+        check_text(text)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed {seed}: give a number from 0, below 2**63")
+
+
+def named(
+    prompts: Sequence[str], out: str | None, seed: int, *, frames: int | None, folder: bool
+) -> list[Job]:
+    """A video for each prompt, or a picture if it has one frame: in a folder, or just ``out``.
+
+    Raises:
+        ValueError: if ``out`` names another kind of file.
+    """
+    suffix = ".png" if frames == 1 else ".mp4"
+    if folder:
+        videos = [Path(out or "samples") / f"{i:05d}{suffix}" for i in range(len(prompts))]
     else:
-        pipeline.to(device)
-    pipeline.text.encode([prompt for prompt, *_ in jobs], template=TEMPLATE)
-    if options.guidance != 1:
-        pipeline.text.encode(negative)
-    pipeline.free_text_encoders()
-    for (prompt, seed, video, sidecar), made_from, there in zip(jobs, records, done, strict=True):
-        if there:
-            continue
-        noise = torch.Generator("cpu").manual_seed(seed)  # the same noise on every device
-        frames = pipeline(
-            prompt, generator=noise, sequential_cfg=options.sequential_cfg, **settings
-        ).frames[0]
-        write_json(sidecar, made_from)
-        if len(frames) == 1:
-            writer.write_image(video, frames[0])
-        else:
-            writer.write_video(video, frames, fps=options.fps, crf=options.crf)
-        print(video)
-
-
-def plan(options: Sample) -> list[Job]:
-    """Prompt, seed, video and side-car of everything to make; for VBench, tells what is missing."""
-    prompts = vbench.read_prompts(options.prompts) if options.prompts else [options.prompt or ""]
-    for prompt in (*prompts, options.negative or ""):
-        check_text(prompt)
-    if not 0 <= options.seed < 2**63:
-        raise ValueError(f"--seed {options.seed}: give a number from 0, below 2**63")
-    suffix = ".png" if options.frames == 1 else ".mp4"
-    if options.vbench:
-        if options.out or options.frames == 1:
-            raise ValueError("--vbench DIR is for videos of several frames, and instead of --out")
-        folder = Path(options.vbench)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--vbench {folder} is a file; give a folder")
-        samples = vbench.SAMPLES if options.samples is None else options.samples
-        missing = vbench.missing(folder, prompts, samples=samples)
-        print(f"{folder}: {len(missing)} of {len(prompts) * samples} videos missing")
-        if options.list:
-            print(*missing, sep="\n")
-        strays = vbench.strays(folder, prompts, samples=samples)
-        if strays:
-            print(f"not VBench's, move them elsewhere: {', '.join(strays)}")
-        named = [(p, i, vbench.file_name(p, i)) for p in prompts for i in range(samples)]
-        return [
-            (prompt, options.seed + i, folder / name, vbench.sidecar(folder, name))
-            for prompt, i, name in named
-        ]
-    if options.samples is not None or options.list:
-        raise ValueError("--samples and --list go with --vbench DIR")
-    if options.prompts:
-        folder = Path(options.out or "samples")
-        videos = [folder / f"{i:05d}{suffix}" for i in range(len(prompts))]
-    else:
-        videos = [Path(options.out or f"sample{suffix}")]
+        videos = [Path(out or f"sample{suffix}")]
         if videos[0].suffix.lower() != suffix:
-            raise ValueError(f"--out {options.out}: --frames {options.frames} makes a {suffix}")
+            raise ValueError(f"--out {out}: --frames {frames} makes a {suffix}")
     return [
-        (prompt, options.seed, video, video.with_suffix(".json"))
+        Job(prompt, seed, video, video.with_suffix(".json"))
         for prompt, video in zip(prompts, videos, strict=True)
     ]
+
+
+def for_vbench(
+    prompts: Sequence[str], folder: str, samples: int, seed: int, *, listed: bool
+) -> list[Job]:
+    """The videos that VBench looks for; tells how many are missing, and which if ``listed``.
+
+    Raises:
+        ValueError: if ``folder`` is a file, or a prompt cannot name one.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--vbench {path} is a file; give a folder")
+    missing = vbench.missing(path, prompts, samples=samples)
+    print(f"{path}: {len(missing)} of {len(prompts) * samples} videos missing")
+    if listed:
+        print(*missing, sep="\n")
+    strays = vbench.strays(path, prompts, samples=samples)
+    if strays:
+        print(f"not VBench's, move them elsewhere: {', '.join(strays)}")
+    found = [(p, i, vbench.file_name(p, i)) for p in prompts for i in range(samples)]
+    return [Job(p, seed + i, path / name, vbench.sidecar(path, name)) for p, i, name in found]
+
+
+def run(
+    jobs: Sequence[Job],
+    sampler: Sampler,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    crf: int,
+    offload: bool,
+    resume: bool,
+) -> None:
+    """Make every video, from one loading of the models.
+
+    Args:
+        jobs: what to make.
+        sampler: what makes it.
+        device, dtype: of the models.
+        crf: x264's quality.
+        offload: keep on the GPU only the model that runs.
+        resume: leave videos alone that are there, and were made so.
+
+    Raises:
+        ValueError: for what cannot be done, before any work.
+        FloatingPointError: if a result is not finite; nothing of that video is written.
+    """
+    asked = sampler.asked
+    assert asked.fps is not None  # every sampler has one
+    writer.check_settings(fps=asked.fps, crf=crf)
+    record = {
+        **sampler.settings,
+        "fps": asked.fps,
+        "crf": crf,
+        "dtype": str(dtype).removeprefix("torch."),
+        "config_sha256": hashlib.sha256((sampler.folder / CONFIG).read_bytes()).hexdigest(),
+        "skiparse": skiparse.__version__,
+    }
+    records = [{"prompt": job.prompt, "seed": job.seed, **record} for job in jobs]
+    done = [False] * len(jobs)
+    for i, job in enumerate(jobs if resume else ()):
+        if job.video.exists() and job.video.stat().st_size:
+            there = job.sidecar.exists() and json.loads(job.sidecar.read_text("utf-8"))
+            done[i] = there == records[i]
+            if not done[i]:
+                raise ValueError(
+                    f"{job.video} is there but was made with other settings, see {job.sidecar}; "
+                    "take another folder for --vbench, or remove what is old"
+                )
+    check_writable(*(file for job in jobs for file in (job.video, job.sidecar)))
+
+    sampler.load(dtype)
+    if offload:
+        sampler.pipeline.enable_model_cpu_offload(device=device)
+    else:
+        sampler.pipeline.to(device)
+    sampler.encode([job.prompt for job in jobs])
+    for job, made_from, there in zip(jobs, records, done, strict=True):
+        if there:
+            continue
+        noise = torch.Generator("cpu").manual_seed(job.seed)  # the same on every device
+        frames = sampler.frames(job.prompt, noise)
+        write_json(job.sidecar, made_from)
+        if len(frames) == 1:
+            writer.write_image(job.video, frames[0])
+        else:
+            writer.write_video(job.video, frames, fps=asked.fps, crf=crf)
+        print(job.video)

@@ -39,6 +39,7 @@ SMOKE = {
                "test_wfvae.py::test_decoding_in_pieces_is_the_whole[torch.float32-eval]"),
     "prompts": ("test_text.py::test_neighbours_do_not_matter",),
     "sampling": ("test_pipeline.py::test_sampling_is_the_formulas", "test_flow.py::test_ten_steps"),
+    "eight bits": ("test_hif8.py::test_a_linear_layer_as_recorded",),
     "files of clips": ("test_video.py::test_every_frame_comes_back_exactly",
                        "test_manifest.py::test_records_become_rows",
                        "test_dataset.py::test_a_clip"),

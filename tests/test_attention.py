@@ -8,7 +8,7 @@ from backends import MATRIX, run_if_it_can
 
 import skiparse
 from skiparse import SkipPattern, pattern
-from skiparse.testing import WAYS, Answer, Way, check, check_sample, make_problem, run
+from skiparse.testing import Answer, check, check_sample, make_problem, run
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PATTERNS = (
@@ -50,11 +50,11 @@ def test_any_length(kind, k, backend):
         check(run_if_it_can(problem, backend), problem)
 
 
-# The one problem of the full matrix where sdpa exceeds the budget, by 3 % in grad_text_q (1.5e-6 of
-# the largest value, in two of four layouts). It alone is held to a budget from ten more orders of
-# the sums, in one of which torch's own dense kernel errs by 1.05e-6, twice that of the others.
-EXCEEDS = (SkipPattern(5, 3), 64, 7, 1, True, torch.float32, "sdpa")
-MORE_WAYS = (*WAYS, *(Way("kernel", shuffle) for shuffle in range(6, 16)))
+@pytest.mark.parametrize(("p", "N"), [(SkipPattern(5, 3), 64), (SkipPattern.dense(), 12)])
+def test_a_library_is_held_to_what_it_does_itself(p, N):
+    """Its own order of the sums is among those of the budget: on an EPYC no other errs so much."""
+    problem = make_problem(p, B=1 + (N == 12), N=N, T=7, D=32, dtype=torch.float32, masked=True)
+    check(run(problem, "sdpa"), problem)
 
 
 @pytest.mark.full
@@ -69,8 +69,7 @@ def test_full_matrix(backend, dtype, layout):
         (False, True),
     ):
         problem = make_problem(p, B=B, N=N, T=T, D=32, dtype=dtype, layout=layout, masked=masked)
-        named = (p, N, T, B, masked, dtype, backend) == EXCEEDS
-        check(run_if_it_can(problem, backend), problem, MORE_WAYS if named else WAYS)
+        check(run_if_it_can(problem, backend), problem)
 
 
 @pytest.mark.parametrize("backend", MATRIX)

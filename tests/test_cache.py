@@ -34,10 +34,10 @@ from skiparse.models.data.draws import Place
 from skiparse.models.data.features import collate
 from skiparse.models.data.manifest import DataError, Manifest
 from skiparse.models.data.sampler import BucketBatchSampler
-from skiparse.models.data.writer import write_video
 from skiparse.models.suv.encoders import Encoders
 from skiparse.models.text import TextEncoders
 from skiparse.models.wfvae.model import WFVAE
+from skiparse.models.writer import write_video
 
 RULE = Rule(frames=9, max_pixels=1024, min_pixels=256, minority=0)
 SEED = 3

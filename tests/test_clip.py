@@ -24,8 +24,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from skiparse.models.train import AdaptiveGradClipper, clip
 
-MODES = ("safe", "report", "osp15")
-GOLDEN = load_file(Path(__file__).parent / "data" / "adaptive_clip.safetensors")
+MODES = ("safe", "report", "osp15", "osp_next")
+DATA = Path(__file__).parent / "data"
+GOLDEN = load_file(DATA / "adaptive_clip.safetensors")
+OSP_NEXT = load_file(DATA / "osp_next_clip.safetensors")
 FP32 = 2e-5  # absolute: what fp32 of the original allows at norms of 1
 BOUNDS = {2: 39, 4: 67, 10: 96, 100: 160}  # that the class promises
 
@@ -87,6 +89,15 @@ THIRD = 0.5 + 3 * ROOT
             ],
         ),
         (
+            "osp_next",
+            [
+                ("step", 0.6, 1, 0.4, 0.02),
+                ("step", 0.4 + 3 * math.sqrt(0.02), 1, 0.4, 0.01),
+                ("clip", 0.7, 0.7 / (1 + 1e-6), 0.4, 0.01),
+                ("clip", 0.7, 0.7 / (6 + 1e-6), 0.4, 0.01),
+            ],
+        ),
+        (
             "safe",
             [
                 ("step", 1, 1, 0.6, 0),
@@ -116,6 +127,11 @@ def test_the_first_norm():
         assert told(clipper, [20.0]) == [action]
         assert clipper.mean == 1
         assert AdaptiveGradClipper(mode=mode).decide(20.0).scale == (0.05 if mode == "safe" else 1)
+    clipper = AdaptiveGradClipper(mode="osp_next")
+    decision = clipper.decide(20.0)
+    assert (decision.threshold, decision.scale) == (1, 1 / (20 + 1e-6))
+    assert clipper.state_dict()["mean"] == 1
+    assert clipper.state_dict()["fed"] == 0
 
 
 # Against the original
@@ -144,6 +160,29 @@ def test_golden(mode, prefix, after, tolerance):
     if mode == "osp15":  # the original would have ended at the first
         assert stopped == GOLDEN["main.osp15.extreme"].astype(bool).tolist()
         assert sum(stopped) == 2
+
+
+@pytest.mark.parametrize("run", ["settles", "begins_high", "spike_and_new_level"])
+def test_osp_next_as_recorded(run):
+    """The last two bits of a threshold are free: the original takes a root as a power."""
+    clipper = AdaptiveGradClipper(mode="osp_next")
+    rows = {key.partition(".")[2]: x.tolist() for key, x in OSP_NEXT.items() if key.startswith(run)}
+    for i, norm in enumerate(rows["norm"]):
+        decision = clipper.decide(norm)
+        assert (decision.action == "step") == bool(rows["fed"][i])
+        assert decision.threshold == pytest.approx(rows["threshold"][i], rel=2**-51, abs=0)
+        assert (decision.scale, clipper.mean, clipper.variance) == (
+            rows["scale"][i], rows["mean"][i], rows["variance"][i],
+        )  # fmt: skip
+
+
+def test_osp_next_is_told_apart():
+    """Other rules are not within those recordings."""
+    for mode in ("safe", "report", "osp15"):
+        clipper = AdaptiveGradClipper(mode=mode)
+        for norm in OSP_NEXT["settles.norm"].tolist():
+            clipper.decide(norm)
+        assert clipper.mean != OSP_NEXT["settles.mean"][-1]
 
 
 def test_the_original_without_scaling_decides_alike():
@@ -201,7 +240,7 @@ def test_a_shift_beyond_the_extreme_is_skipped_and_below_it_clipped():
 
 
 def test_the_other_modes_never_follow():
-    for mode in ("report", "osp15"):
+    for mode in ("report", "osp15", "osp_next"):
         assert set(told(settled(0.1, mode=mode), [0.2] * 2000)) == {"clip"}
 
 
@@ -246,7 +285,7 @@ def test_one_spike_barely_moves_the_averages(level, action):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e200])
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_not_finite_leaves_the_averages_alone(mode, bad):
-    action = "stop" if mode == "osp15" else "skip"
+    action = "stop" if mode in ("osp15", "osp_next") else "skip"
     for seen in (0, 1, 200):
         clipper = settled(1.0, 0.1, seen, mode=mode)
         before = clipper.state_dict()
@@ -488,7 +527,9 @@ def test_sigmas_out_of_range(sigmas):
 
 
 def test_an_unknown_mode():
-    with pytest.raises(ValueError, match="mode must be one of safe, report, osp15, got 'fixed'"):
+    with pytest.raises(
+        ValueError, match="mode must be one of safe, report, osp15, osp_next, got 'fixed'"
+    ):
         AdaptiveGradClipper(mode="fixed")
 
 

@@ -15,12 +15,16 @@ pytest.importorskip("transformers")
 
 from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.models.embeddings import Timesteps
-from test_wan import tiny_pipeline
+from test_wan import config, last, tiny_pipeline
 
 from skiparse import cli
-from skiparse.models import shards
+from skiparse.models import flow, shards
 from skiparse.models.retrofit import Retrofit, retrofit
+from skiparse.models.train.config import Clip
+from skiparse.models.train.core import train
 from skiparse.models.wan.convert import _config, convert_file, from_released
+from skiparse.models.wan.recipe import WanRecipe
+from skiparse.models.writer import write_video
 
 DATA = Path(__file__).parent / "data" / "osp_next.safetensors"
 CASES = {  # num_full_blocks of the recording, as dense layers at both ends
@@ -300,3 +304,39 @@ def test_heads_have_128_channels_unless_told(weights):
         "ffn_dim": 13824, "num_layers": 40, "cross_attn_norm": True,
         "qk_norm": "rms_norm_across_heads",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 832), (720, 1280), (768, 1344)])
+def test_noise_levels_of_training_are_those_recorded(height, width):
+    recorded = load_file(DATA.with_name("osp_next_schedule.safetensors"))
+    shift = WanRecipe().shift((16, 21, height // 8, width // 8))
+    found = flow.shift_sigmas(recorded["train.normal"].double().sigmoid(), shift)
+    wanted = recorded[f"train.sigmas.{height}x{width}"].double()
+    assert (found - wanted).abs().max() < 4 * 2**-24  # recorded in fp32
+
+
+def test_a_run_clips_as_osp_next_does_and_goes_on_so(tmp_path):
+    """Chosen in the configuration; continued, it is bit for bit the run that was never stopped."""
+    source = tmp_path / "clips"
+    source.mkdir()
+    for i in range(3):
+        generator = torch.Generator().manual_seed(i)
+        frames = torch.randint(256, (5, 32, 32, 3), dtype=torch.uint8, generator=generator)
+        write_video(source / f"{i}.mp4", frames)
+        (source / f"{i}.txt").write_text("a cat")
+    tiny_pipeline().save_pretrained(tmp_path / "init")
+
+    def run(name, steps, mode="osp_next"):
+        clip = Clip(mode=mode, decay=0.5)
+        train(config(tmp_path / "init", source, tmp_path / name, steps=steps, clip=clip))
+        return last(tmp_path / name)
+
+    whole = run("whole", 4)
+    run("parts", 2)
+    parts = run("parts", 4)
+    assert whole.about["clipper"] == parts.about["clipper"]
+    assert whole.about["clipper"] != run("safe", 4, "safe").about["clipper"]
+    assert whole.about["clipper"]["counts"]["clip"] > 0
+    assert sum(whole.about["clipper"]["counts"].values()) == 4
+    for name, x in whole.read("").items():
+        assert torch.equal(x, parts.read("")[name]), name

@@ -34,8 +34,11 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_is_pure_python_and_small(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert wheel.stat().st_size < 500_000
-    names = zipfile.ZipFile(wheel).namelist()
+    assert wheel.stat().st_size < 1_000_000
+    listed = zipfile.ZipFile(wheel).infolist()
+    large = [x.filename for x in listed if x.file_size > 50_000]  # no file of code is
+    assert not large
+    names = [x.filename for x in listed]
     assert not [n for n in names if n.endswith((".so", ".cpp", ".md", ".mp4", ".safetensors"))]
     for wanted in ("skiparse/py.typed", "skiparse/backends/triton/__init__.py",
                    "skiparse/models/data/video.py", "skiparse/bench/op/cases.py"):  # fmt: skip

@@ -18,12 +18,12 @@ from skiparse.models.data import cache
 from skiparse.models.data.buckets import Rule
 from skiparse.models.data.features import Features, fingerprint
 from skiparse.models.data.manifest import Manifest
-from skiparse.models.data.writer import write_video
 from skiparse.models.train.checkpoint import Checkpoints
 from skiparse.models.train.config import Config, Stage, load
 from skiparse.models.train.core import train
 from skiparse.models.train.ema import EMA
 from skiparse.models.train.recipe import RECIPES, Recipe
+from skiparse.models.writer import write_video
 
 WIDTH = 3
 

@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("av")
 pytest.importorskip("jsonargparse")
 pytest.importorskip("matplotlib")
+pytest.importorskip("peft")
 pytest.importorskip("pyarrow")
 pytest.importorskip("tensorboard")
 
@@ -12,7 +13,7 @@ from test_demo import Page
 
 from skiparse.bench.clip import bundled_clip
 from skiparse.bench.demo import attention, generate, report, tour
-from skiparse.bench.experiments import reconstruct
+from skiparse.bench.experiments import reconstruct, retrofit
 
 
 def test_every_part_is_in_the_report(tmp_path, monkeypatch):
@@ -29,10 +30,12 @@ def test_every_part_is_in_the_report(tmp_path, monkeypatch):
 
     monkeypatch.setattr(report, "write", remembering)
     monkeypatch.setattr(generate, "SAMPLE_STEPS", 1)
+    monkeypatch.setattr(retrofit, "WANS", {"tiny": (2, 64, 2)})
     path = tour.run(tmp_path / "out", quick=True)
-    assert [len(result.sections) for result in results] == [0, 1, 2]
+    assert [len(result.sections) for result in results] == [0, 1, 2, 3]
     text = path.read_text(encoding="utf-8")
-    parts = [text.index(f"<h2>{name}") for name in ("Speed", "What a tiny WF-VAE", "From the clip")]
+    names = ("Speed", "What a tiny WF-VAE", "From the clip", "A Wan made sparse")
+    parts = [text.index(f"<h2>{name}") for name in names]
     assert parts == sorted(parts)
     assert all(load.startswith("data:") for load in Page(text).loads)
     assert text.count("<video") == 2 * len(generate.SCENES)

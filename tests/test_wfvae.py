@@ -353,7 +353,7 @@ def test_the_distribution():
     assert torch.equal(latents.sample(torch.Generator().manual_seed(5)), one)
     assert latents.logvar.min() >= -30
     assert latents.logvar.max() <= 20
-    assert vae(torch.rand(1, 3, 9, 16, 16)).shape == (1, 3, 9, 16, 16)
+    assert vae(torch.rand(1, 3, 9, 16, 16)).sample.shape == (1, 3, 9, 16, 16)
 
 
 def test_one_frame():

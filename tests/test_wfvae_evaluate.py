@@ -17,9 +17,9 @@ import av
 from skiparse.bench.clip import bundled_clip
 from skiparse.cli import main
 from skiparse.models.data.video import read_video
-from skiparse.models.data.writer import write_video
 from skiparse.models.wfvae import evaluate
 from skiparse.models.wfvae.model import WFVAE
+from skiparse.models.writer import write_video
 
 
 class Difference(torch.nn.Module):

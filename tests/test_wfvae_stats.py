@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 pytest.importorskip("av")
 pytest.importorskip("diffusers")
 
-from skiparse.models.data.writer import write_video
 from skiparse.models.wfvae import stats
 from skiparse.models.wfvae.model import WFVAE
 from skiparse.models.wfvae.stats import normalised, run, statistics
+from skiparse.models.writer import write_video
 
 TINY = {
     "base_channels": 8,

@@ -20,7 +20,6 @@ from torch import nn
 
 from skiparse import cli
 from skiparse.models.data import dataset
-from skiparse.models.data.writer import write_video
 from skiparse.models.train import core
 from skiparse.models.train.checkpoint import Checkpoint, CheckpointError, Checkpoints, complete_ones
 from skiparse.models.train.ema import EMA
@@ -29,6 +28,7 @@ from skiparse.models.wfvae import train as training
 from skiparse.models.wfvae.losses import LPIPS, Weights
 from skiparse.models.wfvae.model import WFVAE
 from skiparse.models.wfvae.train import Clips, Settings, WFVAEStage, train
+from skiparse.models.writer import write_video
 
 TINY = {
     "base_channels": 8,

@@ -11,7 +11,8 @@ import torch
 
 av = pytest.importorskip("av")
 
-from skiparse.models.data import atomic, writer  # noqa: E402  # after the check that av is there
+from skiparse.models import writer  # noqa: E402  # after the check that av is there
+from skiparse.models.data import atomic  # noqa: E402
 from skiparse.models.data.video import probe, read_video  # noqa: E402
 
 COLOURS = [[200, 40, 60], [30, 180, 90], [20, 60, 220], [128, 128, 128], [0, 0, 0], [255, 255, 255]]

@@ -48,7 +48,6 @@ from skiparse.models import shards
 from skiparse.models.data import cache
 from skiparse.models.data.manifest import Manifest
 from skiparse.models.data.video import read_video
-from skiparse.models.data.writer import write_video
 from skiparse.models.pipeline import SUVPipeline
 from skiparse.models.suv.encoders import Encoders
 from skiparse.models.suv.recipe import SUVConfig, SUVStage
@@ -56,6 +55,7 @@ from skiparse.models.train import config as train_config
 from skiparse.models.train.core import train
 from skiparse.models.train.export import export
 from skiparse.models.wfvae import evaluate
+from skiparse.models.writer import write_video
 
 SCENES = (
     (0.0, "a rabbit crawls out of its burrow"),
@@ -228,6 +228,7 @@ def make_videos(folder: Path, model: Path, config: SUVConfig) -> list[dict[str, 
             guidance_scale=GUIDANCE,
             template="{prompt}",
             generator=torch.Generator().manual_seed(i),
+            output_type="uint8",
         ).frames[0]
         source = read_video(
             folder / "clips" / f"{i}.mp4",

@@ -59,6 +59,17 @@ class Sparsity(Experiment):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Retrofit(Experiment):
+    """Make a tiny dense Wan sparse and tune it, in full and with LoRA, beside the dense one."""
+
+    def run(self) -> None:
+        """Train and draw."""
+        from skiparse.bench.experiments import retrofit
+
+        retrofit.run(self.out, **self.asked)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Wavelets(Experiment):
     """Train a tiny WF-VAE with and without its wavelet loss and its energy flow."""
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from skiparse.bench.experiments.toy import Scenes
 from skiparse.models import flow
-from skiparse.models.suv.model import SUV
 
 LEVELS = 8  # noise levels that a model is judged at
 
@@ -25,13 +25,13 @@ Point = dict[str, float]  # "step", "loss", and what else there is to say at tha
 class Learner:
     """A model on its way: what it learns from, its optimiser, and its curve."""
 
-    def __init__(self, model: SUV, scenes: Scenes) -> None:
+    def __init__(self, model: Any, scenes: Scenes) -> None:
         self.scenes = scenes
         self.curve: list[Point] = []
         self.seconds: list[float] = []  # of each step
         self.go_on_as(model)
 
-    def go_on_as(self, model: SUV) -> None:
+    def go_on_as(self, model: Any) -> None:
         """From here on this is the model, with a new optimiser."""
         self.model = model
         self.optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
@@ -110,14 +110,15 @@ def rising_and_falling(step: int, steps: int, *, top: float, over: int) -> float
     return rising(step, top=top, over=over) * (1 - 0.9 * step / steps)
 
 
-def loss_of(model: SUV, scenes: Scenes, sigmas: Tensor, noisy: Tensor, velocity: Tensor) -> Tensor:
+def loss_of(
+    model: nn.Module, scenes: Scenes, sigmas: Tensor, noisy: Tensor, velocity: Tensor
+) -> Tensor:
     """The flow-matching loss of all scenes."""
-    found = model(noisy, flow.timesteps(sigmas), scenes.text, scenes.pooled)
-    return flow.loss(found, velocity)
+    return flow.loss(scenes.asked(model, noisy, flow.timesteps(sigmas)), velocity)
 
 
 @torch.no_grad()
-def evaluate(model: SUV, scenes: Scenes) -> float:
+def evaluate(model: nn.Module, scenes: Scenes) -> float:
     """The mean loss over ``LEVELS`` evenly spaced noise levels, each with noise of its own."""
     generator = torch.Generator().manual_seed(2)
     latents, total = scenes.latents, 0.0

@@ -1,4 +1,4 @@
-"""What the experiments with SUV learn from: a few scenes of the real clip as latents, a tiny model.
+"""What the experiments learn from: a few scenes of the real clip as latents, a tiny model.
 
 There is no autoencoder and no text encoder here:
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from skiparse.bench.clip import FPS
 from skiparse.bench.patches import GROUP, PATCH, dct_basis, patches
@@ -68,6 +68,11 @@ class Scenes:
         """Some of the scenes."""
         parts = {name: getattr(self, name)[kept] for name in ("latents", "text", "pooled")}
         return replace(self, **parts)
+
+    def asked(self, model: nn.Module, noisy: Tensor, times: Tensor) -> Tensor:
+        """What a model says to noisy latents of all scenes."""
+        found: Tensor = model(noisy, times, self.text, self.pooled)
+        return found
 
     def pictures(self, latents: Tensor) -> Tensor:
         """``[B, C, t, h, w]`` as RGB in [0, 1], ``[B, t, 16 h, 16 w, 3]``."""

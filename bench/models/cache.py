@@ -49,11 +49,11 @@ from skiparse.models.data.dataset import Clips
 from skiparse.models.data.draws import Place
 from skiparse.models.data.features import Batch, collate
 from skiparse.models.data.manifest import Manifest
-from skiparse.models.data.writer import write_video
 from skiparse.models.suv.encoders import Encoders
 from skiparse.models.suv.model import SUV
 from skiparse.models.text import TextEncoders
 from skiparse.models.wfvae.model import WFVAE
+from skiparse.models.writer import write_video
 
 PARTS = ("read", "text", "vae", "load", "dit")
 AGREE = 0.03  # of a step, within which the predicted and the measured gain should be

@@ -76,6 +76,7 @@ FEW_HEADS = {  # for machines without an accelerator
     "81x576x1024": (1,),
     "81x720x1280": (1,),
     "81x768x1344": (1,),
+    "129x720x1280": (1,),
 }
 BATCHES = {HEADLINE: (8,), REHEARSAL: (2,)}
 

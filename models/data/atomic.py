@@ -77,6 +77,22 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
+def read_table(path: Path) -> dict[str, Any]:
+    """The table that a JSON file holds.
+
+    Raises:
+        ValueError: if it holds none.
+        OSError: if it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no table")
+    return found
+
+
 def seal(table: Mapping[str, Any]) -> str:
     """A checksum of what JSON keeps of ``table``, to be written with it: SHA-256."""
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()

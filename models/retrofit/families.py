@@ -34,6 +34,9 @@ class Family:
         patches: convolutions whose output ``[B, C, frames, rows, columns]`` becomes the tokens.
         last: the module after whose output ``[B, tokens, C]`` the natural order is back; None if
             the model needs it throughout.
+        blocks: where there is one for each depth, and each is called with ``hidden_states`` ``[B,
+            tokens, C]`` and a pair ``rotary_emb`` of ``[1, tokens, ...]``, and does nothing else
+            that is not token by token: then processes can share the tokens.
         call: what its processors call for attention.
         processor: makes the processor of a layer, instead of the model's own.
     """
@@ -45,6 +48,7 @@ class Family:
     outputs: Mapping[str, int] = field(default_factory=dict)
     patches: tuple[str, ...] = ()
     last: str | None = None
+    blocks: str | None = None
     call: str = "dispatch_attention_fn"
     processor: Callable[[Any], Any] | None = None
 
@@ -72,6 +76,7 @@ def _wan(model: Any) -> Family:
         outputs={"rope": 1},
         patches=("patch_embedding",),
         last="proj_out",
+        blocks="blocks",
     )
 
 

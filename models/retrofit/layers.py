@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import skiparse
 from skiparse import GridPattern, SkipPattern
 from skiparse.models.retrofit.families import Family
+from skiparse.models.retrofit.shared import Sharing
 from skiparse.pattern import Segment, grid_order, has_grid_order, has_skip_order, skip_order
 
 KINDS = ("dense", "single", "group")
@@ -96,16 +97,24 @@ class State:
     """
 
     def __init__(
-        self, family: Family, pattern: str, ratio: int, names: Sequence[str], reorder: bool
+        self,
+        family: Family,
+        pattern: str,
+        ratio: int,
+        kinds: tuple[str, ...],
+        names: Sequence[str],
+        reorder: bool,
     ) -> None:
         self.family = family
         self.pattern = pattern
         self.ratio = ratio
+        self.kinds = kinds
         self.names = list(names)  # of the arguments of forward
         self.reorder = reorder
         self.plans: dict[tuple[Grid, torch.device], Plan] = {}
         self.now: Plan | None = None
         self.parallel: Any = None  # diffusers' ContextParallelConfig
+        self.sharing: Sharing | None = None
         self.processors: list[tuple[Any, Any]] = []  # attention modules, and what we gave them
 
     def enter(self, grid: Sequence[int], device: torch.device) -> None:
@@ -113,7 +122,8 @@ class State:
         frames, height, width = grid
         key = ((frames, height, width), device)
         if key not in self.plans:
-            self.plans[key] = _plan(key[0], self.pattern, self.ratio, self.reorder, device)
+            reorder = self.reorder and self.sharing is None
+            self.plans[key] = _plan(key[0], self.pattern, self.ratio, reorder, device)
         self.now = self.plans[key]
 
     @property
@@ -177,10 +187,26 @@ class BeforeForward:
         given = dict(zip(state.names, args, strict=False)) | kwargs
         state.enter(state.family.grid(model.config, given), given["hidden_states"].device)
         state.parallel = getattr(model._parallel_config, "context_parallel_config", None)
+        if state.sharing is not None:
+            _check_shared(state, given)
+            grid, heads = state.plan.grid, state.processors[0][0].heads
+            state.sharing.enter(grid, state.pattern, state.ratio, state.kinds, heads)
         for name, dim in state.family.arguments.items():
             if given.get(name) is not None:
                 given[name] = state.permuted(given[name], state.plan.order, dim)
         return (), given
+
+
+def _check_shared(state: State, given: dict[str, Any]) -> None:
+    """ValueError for what has tokens beside the latents."""
+    times = given.get("timestep")
+    if state.parallel is not None:
+        raise ValueError("the processes share tokens already; do not call enable_parallelism")
+    if isinstance(times, Tensor) and times.ndim > 1:
+        raise ValueError(
+            f"timestep has shape {list(times.shape)}, one for each token, which processes that "
+            "share tokens do not have; give one for each sample"
+        )
 
 
 class AfterModule:
@@ -232,6 +258,7 @@ class Layer:
 
     state: State
     kind: str
+    depth: int = 0
 
     def dispatch(
         self,
@@ -258,6 +285,14 @@ class Layer:
             ValueError: for tokens that are not of the grid, a mask over pairs of video tokens, and
                 parallelism over anything but heads.
         """
+        if self.state.sharing is not None:
+            if attn_mask is not None or backend is not None:
+                raise ValueError(
+                    f"processes that share tokens have no mask and no attention backend of "
+                    f"diffusers; got backend={backend} and a mask of "
+                    f"{None if attn_mask is None else list(attn_mask.shape)}"
+                )
+            return self.state.sharing.attention(self.depth, query, key, value, scale=scale)
         if self.kind == "dense":
             return dispatch_attention_fn(
                 query, key, value, attn_mask, scale=scale, backend=backend, parallel_config=parallel
@@ -541,8 +576,31 @@ def _blank(cls: type, call: str) -> Any:
 def processor_of(own: Any, layer: Layer) -> Any:
     """The processor of a layer, with all that the model's ``own`` was told."""
     family = layer.state.family
-    made = family.processor(layer.dispatch) if family.processor else _blank(type(own), family.call)
+    if family.processor is None:
+        return rebound_to(own, layer, family.call)
+    made = family.processor(layer.dispatch)
     vars(made).update(vars(own))
-    if not family.processor:
-        made.skiparse_layer = layer
     return made
+
+
+def rebound_to(own: Any, layer: Any, call: str) -> Any:
+    """A processor as ``own``, with all that it was told, whose attention is ``layer.dispatch``.
+
+    Raises:
+        TypeError: if ``own`` makes no such call.
+        ValueError: if it is one of these itself.
+    """
+    if hasattr(own, "skiparse_layer"):
+        raise ValueError(
+            f"a layer has a {type(own).__name__}: another attention was put in its place already, "
+            "as by retrofit or hif8; undo() that, and put hif8 last"
+        )
+    made = _blank(type(own), call)
+    vars(made).update(vars(own))
+    made.skiparse_layer = layer
+    return made
+
+
+def told(made: Any) -> dict[str, Any]:
+    """What a processor of ours was told meanwhile that goes back to the model's own."""
+    return {k: v for k, v in vars(made).items() if k not in ("skiparse_layer", "attend")}

@@ -23,7 +23,10 @@ from skiparse.models.retrofit.layers import (
     Layer,
     State,
     processor_of,
+    told,
 )
+from skiparse.models.retrofit.shared import AllTokens, BeforeBlock, OwnPatches, Sharing
+from skiparse.parallel import rank_of
 
 FILE = "skiparse.json"
 _MARK = "_skiparse"  # the attribute of a model that is retrofitted
@@ -145,9 +148,15 @@ class Retrofit:
         Raises:
             ValueError: if it is not.
         """
-        if not hasattr(model, _MARK):
+        found = cls.found(model)
+        if found is None:
             raise ValueError(f"this {type(model).__name__} is not retrofitted")
-        return cls([getattr(model, _MARK)])
+        return found
+
+    @classmethod
+    def found(cls, model: Any) -> Retrofit | None:
+        """The same, or None where there is none."""
+        return cls([getattr(model, _MARK)]) if hasattr(model, _MARK) else None
 
     @property
     def sparsity(self) -> Sparsity:
@@ -179,6 +188,28 @@ class Retrofit:
         """Write ``skiparse.json`` there; ``retrofit(model, Sparsity.load(folder))`` reads it."""
         return self.sparsity.save(folder)
 
+    def share(self, group: Any) -> None:
+        """Let the processes of ``group`` share the tokens of every forward.
+
+        They call the model with the same inputs, and each returns the whole output. If each
+        computes the loss of all of it, gradients are to be *averaged* over the processes, as
+        DistributedDataParallel and FSDP do. Of the layouts the cheapest is taken, layer by layer
+        (:func:`skiparse.layout.route`). This is instead of ``enable_parallelism`` of diffusers,
+        which exchanges heads in every layer; ``undo()`` ends it with the retrofit.
+
+        Args:
+            group: of torch.distributed, such as ``mesh["context"].get_group()``.
+
+        Raises:
+            ValueError: for a model of which it is not known what is token by token (that is known
+                of Wan), if it is parallel already, and if this process is not in the group.
+        """
+        rank_of(group)
+        for part in self.parts:
+            part.check_share()
+        for part in self.parts:
+            part.share(group)
+
     def undo(self) -> None:
         """Make the models as they were: no hook, no attribute and no setting is left.
 
@@ -203,24 +234,25 @@ class Part:
         ordered = reorder and sparse and family.last is not None
         self.model = model
         self.sparsity = sparsity
-        self.state = State(family, sparsity.pattern, sparsity.ratio, names, ordered)
+        self.state = State(family, sparsity.pattern, sparsity.ratio, sparsity.kinds, names, ordered)
         self.config = model.config.get("skiparse")
         self.processors: list[tuple[Any, Any, Any]] = []  # attention, its own, ours
-        for kind, alike in zip(sparsity.kinds, family.depths, strict=True):
-            if kind == "dense" and family.processor is None:
-                continue
-            for attention in alike:
-                own = attention.processor
-                made = processor_of(own, Layer(self.state, kind))
-                self.processors.append((attention, own, made))
+        for depth, kind in enumerate(sparsity.kinds):
+            if kind != "dense" or family.processor is not None:
+                self.processors += self._made(depth, kind)
         self.handles: list[Any] = []
+
+    def _made(self, depth: int, kind: str) -> list[tuple[Any, Any, Any]]:
+        return [
+            (attention, own, processor_of(own, Layer(self.state, kind, depth)))
+            for attention in self.state.family.depths[depth]
+            for own in [attention.processor]
+        ]
 
     def apply(self) -> None:
         """Change the model."""
         state, family, model = self.state, self.state.family, self.model
-        for attention, _, made in self.processors:
-            attention.set_processor(made)
-        state.processors = [(attention, made) for attention, _, made in self.processors]
+        self._set_processors()
         before = BeforeForward(state)
         self.handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
 
@@ -236,10 +268,52 @@ class Part:
         model.register_to_config(skiparse=asdict(self.sparsity))
         setattr(model, _MARK, self)
 
+    def _set_processors(self) -> None:
+        for attention, _, made in self.processors:
+            attention.set_processor(made)
+        self.state.processors = [(attention, made) for attention, _, made in self.processors]
+
+    def check_share(self) -> None:
+        """ValueError if the tokens of this model cannot be shared."""
+        self.check_undo()
+        if self.state.family.blocks is None:
+            raise ValueError(
+                f"the tokens of a {type(self.model).__name__} cannot be shared: it is not known "
+                "what of it is token by token; use enable_parallelism of diffusers instead"
+            )
+        if self.state.sharing is not None:
+            raise ValueError(
+                f"the tokens of this {type(self.model).__name__} are shared already; undo() first"
+            )
+
+    def share(self, group: Any) -> None:
+        """Let the processes of ``group`` share the tokens."""
+        state, family, model = self.state, self.state.family, self.model
+        assert family.blocks is not None
+        assert family.last is not None
+        if family.processor is None:  # dense layers kept their own
+            for depth, kind in enumerate(self.sparsity.kinds):
+                if kind == "dense":
+                    self.processors += self._made(depth, kind)
+            self._set_processors()
+        state.sharing = Sharing(group)
+        state.plans.clear()
+        for name in family.patches:
+            patches = model.get_submodule(name)
+            self.handles.append(patches.register_forward_hook(OwnPatches(state.sharing)))
+        for depth, block in enumerate(model.get_submodule(family.blocks)):
+            before = BeforeBlock(state.sharing, depth)
+            self.handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+        last = model.get_submodule(family.last)
+        self.handles.append(last.register_forward_hook(AllTokens(state.sharing)))
+
     def check_undo(self) -> None:
         """ValueError if it cannot be undone now."""
         if getattr(self.model, _MARK, None) is not self:
             raise ValueError(f"this retrofit of {type(self.model).__name__} is undone already")
+        layers = [getattr(made, "skiparse_layer", None) for _, _, made in self.processors]
+        if any(layer is not None and not isinstance(layer, Layer) for layer in layers):
+            raise ValueError("hif8 was applied to the layers of this retrofit; undo() that first")
         if getattr(self.model, "_parallel_config", None) is not None:
             raise ValueError(
                 "undo() comes before enable_parallelism, which has told the layers of this retrofit"
@@ -250,8 +324,7 @@ class Part:
         for handle in self.handles:
             handle.remove()
         for attention, own, made in self.processors:
-            told = {k: v for k, v in vars(made).items() if k not in ("skiparse_layer", "attend")}
-            vars(own).update(told)  # as the backend that was set meanwhile
+            vars(own).update(told(made))  # as the backend that was set meanwhile
             attention.set_processor(own)
         delattr(self.model, _MARK)
         config = {k: v for k, v in self.model.config.items() if k != "skiparse"}

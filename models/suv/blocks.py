@@ -24,6 +24,7 @@ from skiparse.models.suv.parts import (
     norm,
     recomputed,
 )
+from skiparse.models.suv.plan import SharedLayer
 from skiparse.models.suv.rope import axis_dims
 
 INIT_STD = 0.02  # of every matrix inside the blocks
@@ -131,18 +132,23 @@ class JointAttention(nn.Module):
         video: Tensor,
         text: Tensor,
         rotary: tuple[Tensor, Tensor],
-        pattern: SkipPattern,
+        pattern: SkipPattern | SharedLayer,
         mask: Tensor | None,
         text_mask: Tensor | None,
         backend: str,
-    ) -> tuple[Tensor, Tensor | None]:
-        """``[B, N, C]`` and ``[B, T, C]`` to the same; no text comes out of the last block."""
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """``[B, N, C]`` and ``[B, T, C]`` to the same; of the last block the video alone."""
         q, k, v = (self._split(linear(video)) for linear in (self.to_q, self.to_k, self.to_v))
         text_q, text_k, text_v = (
             self._split(linear(text)) for linear in (self.text_to_q, self.text_to_k, self.text_to_v)
         )
-        packs = skiparse.packing_pays(q, pattern, backend) if self.packs is None else self.packs
-        if packs and mask is None and text_mask is None:
+        if isinstance(pattern, SharedLayer):
+            out, text_out = pattern.joint_attention(
+                self.norm_q(q, rotary), self.norm_k(k, rotary), v,
+                self.text_norm_q(text_q), self.text_norm_k(text_k), text_v,
+                mask=mask, text_mask=text_mask, backend=backend,
+            )  # fmt: skip
+        elif self._packs(q, pattern, backend) and mask is None and text_mask is None:
             packed = skiparse.norm_rope_pack(
                 q, k, v, *rotary, self.norm_q(None), self.norm_k(None), pattern,
                 text_q=text_q, text_k=text_k, text_v=text_v,
@@ -158,7 +164,10 @@ class JointAttention(nn.Module):
                 pattern, mask=mask, text_mask=text_mask, backend=backend,
             )  # fmt: skip
         video = self.to_out(out.flatten(2))
-        return video, None if self.text_to_out is None else self.text_to_out(text_out.flatten(2))
+        return video if self.text_to_out is None else (video, self.text_to_out(text_out.flatten(2)))
+
+    def _packs(self, q: Tensor, pattern: SkipPattern, backend: str) -> bool:
+        return skiparse.packing_pays(q, pattern, backend) if self.packs is None else self.packs
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
@@ -213,7 +222,7 @@ class SUVBlock(nn.Module):
         text: Tensor,
         condition: Tensor,
         rotary: tuple[Tensor, Tensor],
-        pattern: SkipPattern,
+        pattern: SkipPattern | SharedLayer,
         mask: Tensor | None = None,
         text_mask: Tensor | None = None,
         checkpoint_ff: bool = False,
@@ -234,10 +243,10 @@ class SUVBlock(nn.Module):
         """
         video, text = self._finite(video), self._finite(text)
         inner, inner_text, gate, text_gate = self.norm1(video, text, condition)
-        inner, out_text = self.attn(inner, inner_text, rotary, pattern, mask, text_mask, backend)
-        video = gated_residual(video, gate, inner)
-        if out_text is not None:
-            text = gated_residual(text, text_gate, out_text)
+        found = self.attn(inner, inner_text, rotary, pattern, mask, text_mask, backend)
+        video = gated_residual(video, gate, found if self.last else found[0])
+        if not self.last:
+            text = gated_residual(text, text_gate, found[1])
 
         video, text = self._finite(video), self._finite(text)
         inner, inner_text, gate, text_gate = self.norm2(video, text, condition)
@@ -280,7 +289,7 @@ class Stage(nn.ModuleList):
         text: Tensor,
         condition: Tensor,
         rotary: tuple[Tensor, Tensor],
-        patterns: Sequence[SkipPattern],
+        patterns: Sequence[SkipPattern | SharedLayer],
         mask: Tensor | None,
         text_mask: Tensor | None,
         again: str,
@@ -294,6 +303,8 @@ class Stage(nn.ModuleList):
         """
         again = again if torch.is_grad_enabled() else "none"
         for block, pattern in zip(self, patterns, strict=True):
+            if isinstance(pattern, SharedLayer):
+                video, rotary = pattern.enter(video), pattern.rotary
             if _is_compiled(block):
                 _mark_lengths(video, text, rotary, mask, text_mask)
             arguments = (video, text, condition, rotary, pattern, mask, text_mask)

@@ -6,32 +6,39 @@ middle stage; the outputs of the first half's stages come back in the second hal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin  # a pipeline looks for it in the module of a model
 from diffusers.configuration_utils import register_to_config
+from diffusers.hooks import HookRegistry
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import apply_lora_scale
 from einops import rearrange
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 import skiparse
 from skiparse import SkipPattern
 from skiparse.models.strict import StrictModelMixin, check_sizes
+from skiparse.models.suv import caching
 from skiparse.models.suv.blocks import Fp32Linear, Norm, Stage, SUVBlock
 from skiparse.models.suv.config import PRESETS
 from skiparse.models.suv.parts import clamp_fp16
-from skiparse.models.suv.plan import NATURAL, Plan
+from skiparse.models.suv.plan import NATURAL, Plan, Processes, SharedPlan
 from skiparse.models.suv.rope import axis_dims, rotary_angles
+from skiparse.parallel import rank_of
 
 NORMS = ("layer_norm", "rms_norm")
 CHECKPOINTS = ("none", "feed_forward", "block")
 _TABLES = 64  # rotary tables and permutations that are kept, a dozen for each shape
 
 
-class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin):  # type: ignore[misc]  # diffusers' are untyped
+class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: ignore[misc]  # diffusers' are untyped
     """The denoiser: noisy latents, a time and a text in, a velocity out.
 
     Args:
@@ -57,11 +64,14 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin):  # type: ignore[misc]
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+    converted_by = "suv"
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["SUVBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["SUVBlock"]
     _group_offload_block_modules: ClassVar[list[str]] = ["stages"]  # a group is of blocks
+    _cache_config: Any = None
     _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["_embed", "skips", "norm"]
+    _cp_plan: ClassVar[dict[str, Any]] = {}  # diffusers cuts nothing: the forward does
 
     @register_to_config
     def __init__(
@@ -100,6 +110,7 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin):  # type: ignore[misc]
         pixels = patch_size[1] * patch_size[2]
         self.checkpointing: tuple[str, ...] = ("none",) * len(layers)
         self._tables: dict[tuple[Any, ...], Any] = {}
+        self._sharing: Processes | None = None  # that share the tokens
 
         patch = (patch_size[1], patch_size[2])
         self.patch_embed = nn.Conv2d(in_channels, width, patch, stride=patch)
@@ -132,6 +143,7 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin):  # type: ignore[misc]
             for block in stage:
                 block.init_weights()
 
+    @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         latents: Tensor,
@@ -144,7 +156,9 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin):  # type: ignore[misc]
         trim_text: bool = True,
         reorder: bool = True,
         backend: str = "auto",
-    ) -> Tensor:
+        attention_kwargs: Mapping[str, Any] | None = None,
+        return_dict: bool | None = None,
+    ) -> Tensor | Transformer2DModelOutput | tuple[Tensor]:
         """The velocity, ``noise - clean``, at every latent pixel.
 
         Args:
@@ -162,6 +176,9 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin):  # type: ignore[misc]
             reorder: keep tokens in skip order, where both patterns are views. The velocity is the
                 same; False keeps natural order.
             backend: of ``skiparse.joint_attention``.
+            attention_kwargs: ``{"scale": s}`` weighs the adapters of this call.
+            return_dict: True for diffusers' output with ``sample``, False for a tuple of one; None
+                for the velocity itself.
 
         Returns:
             ``[B, out_channels, t, h, w]`` in the model's dtype.
@@ -170,32 +187,38 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin):  # type: ignore[misc]
             ValueError: for shapes that do not fit, before any work.
         """
         grid = self._check_inputs(latents, timestep, text, pooled, text_mask, video_mask)
+        if attention_kwargs:  # the scale is taken out of them before
+            raise ValueError(f"attention_kwargs may have scale, got {sorted(attention_kwargs)} too")
         dtype = self.dtype
-        plan = Plan.of(grid[0] * grid[1] * grid[2], self.config.sparsity, reorder=reorder)
+        plan = self._plan(grid[0] * grid[1] * grid[2], reorder)
         keys, text, text_keys = self._keys(text, text_mask, video_mask, trim_text)
 
-        order = plan.orders[0]
+        order: Any = plan.orders[0]
         patches = self._take(self._patches(latents.to(dtype)), plan, NATURAL, order)
-        keys = self._take(keys, plan, NATURAL, order)
         video = self._embed(patches)
         text = self.text_embed(text.to(dtype))
         condition = self._condition(timestep, pooled.to(dtype))
 
-        passed: list[tuple[Tensor, Tensor, int]] = []
+        passed: list[tuple[Tensor, Tensor, Any]] = []
         middle = len(self.stages) // 2
         for stage, blocks in enumerate(cast(list[Stage], self.stages)):
-            video, keys = (self._take(x, plan, order, plan.orders[stage]) for x in (video, keys))
-            order = plan.orders[stage]
+            video, order = self._take(video, plan, order, plan.orders[stage]), plan.orders[stage]
             if self.skips and stage > middle:
                 before, text_before, its_order = passed.pop()
                 before = self._take(before, plan, its_order, order)
                 video = self.skips[stage - middle - 1](video, before)
                 text = self.text_skips[stage - middle - 1](text, text_before)
             rotary = self._rotary(grid, plan, order, latents.device)
-            patterns = [plan.pattern(stage, layer) for layer in range(len(blocks))]
+            patterns = self._patterns(plan, stage, grid, latents.device)
+            shared = isinstance(plan, SharedPlan)  # attention takes masks of all tokens then
+            its_keys = keys if shared else self._take(keys, plan, NATURAL, order)
             again = self.checkpointing[stage]
             video, text = blocks(
-                video, text, condition, rotary, patterns, keys, text_keys, again, backend
+                video, text, condition, rotary, patterns, its_keys, text_keys, again, backend
+            )
+            video, order = (
+                self._take(video, plan, plan.ends[stage], plan.kept[stage]),
+                plan.kept[stage],
             )
             if self.skips and stage < middle:
                 passed.append((video, text, order))
@@ -203,7 +226,10 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin):  # type: ignore[misc]
         if video.dtype == torch.float16 and not self.training:
             video = clamp_fp16(video)
         video = self.norm_out(self.norm_final(video), condition)
-        return self._unpatchify(self._take(self.proj_out(video), plan, order, NATURAL), grid)
+        out = self._unpatchify(self._take(self.proj_out(video), plan, order, NATURAL), grid)
+        if return_dict is None:
+            return out
+        return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
     def _check_inputs(
         self,
@@ -264,7 +290,7 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin):  # type: ignore[misc]
             keys = _unless_all(valid.flatten(1) > 0)
         if text_mask is not None:
             text_keys = skiparse.key_mask(text_mask, "text_mask")
-            if trim and not torch.compiler.is_compiling():
+            if trim and not torch.compiler.is_compiling() and not text_keys.is_meta:
                 used = text_keys.any(0).nonzero()
                 length = int(used[-1]) + 1 if len(used) else 0
                 text, text_keys = text[:, :length], text_keys[:, :length]
@@ -289,10 +315,31 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin):  # type: ignore[misc]
         sinusoid = timestep_sinusoid(timestep, self.config.timestep_channels).to(pooled.dtype)
         return self.timestep_embed(sinusoid).float() + self.pooled_embed(pooled).float()
 
+    def _plan(self, tokens: int, reorder: bool) -> Plan | SharedPlan:
+        """How the tokens lie: of this process alone, or of those that share them."""
+        config = self.config
+        if self._sharing is None:
+            return Plan.of(tokens, config.sparsity, reorder=reorder)
+        layers, heads, skips = config.num_layers, config.num_heads, len(self.skips) > 0
+        group = self._sharing.group
+        return SharedPlan.of(tokens, layers, config.sparsity, heads, skips, group)
+
+    def _patterns(
+        self, plan: Any, stage: int, grid: tuple[int, int, int], device: torch.device
+    ) -> list[Any]:
+        """What each block of a stage is told of the tokens."""
+        layers = range(self.config.num_layers[stage])
+        if isinstance(plan, Plan):
+            return [plan.pattern(stage, layer) for layer in layers]
+        return [
+            plan.pattern(stage, i, self._rotary(grid, plan, plan.layout(stage, i), device))
+            for i in layers
+        ]
+
     def _rotary(
-        self, grid: tuple[int, int, int], plan: Plan, order: int, device: torch.device
+        self, grid: tuple[int, int, int], plan: Any, order: Any, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin ``[N, head_dim / 2]`` fp32 in a token order, computed once for a shape."""
+        """cos and sin ``[n, head_dim / 2]`` fp32 in a token order, computed once for a shape."""
 
         def make() -> tuple[Tensor, Tensor]:
             angles = rotary_angles(grid, self.config.head_dim)
@@ -302,16 +349,18 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin):  # type: ignore[misc]
 
         return self._kept((grid, order, device), make)
 
-    def _take(self, x: Tensor | None, plan: Plan, before: int, after: int) -> Any:
-        """Tokens ``[B, N, ...]`` from one order to another; None stays None."""
+    def _take(self, x: Tensor | None, plan: Any, before: Any, after: Any) -> Any:
+        """Tokens ``[B, n, ...]`` from one order or layout to another; None stays None."""
         if x is None or before == after:
             return x
+        if isinstance(plan, SharedPlan) and before != NATURAL:
+            return plan.moved(x, before, after)
         device = x.device
 
         def make() -> Tensor:
             return torch.from_numpy(plan.permutation(before, after)).to(device)
 
-        return x.index_select(1, self._kept((plan.tokens, before, after, device), make))
+        return x.index_select(1, self._kept((x.shape[1], before, after, device), make))
 
     def _kept(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What ``make`` makes, from the last time if it was made before."""
@@ -345,6 +394,48 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin):  # type: ignore[misc]
         _check_sparsity(self.config.num_layers, skipped)
         self.register_to_config(sparsity=skipped)
 
+    def set_context_parallel(self, group: ProcessGroup | None) -> None:
+        """Share the tokens of every forward with the processes of ``group``; None ends that.
+
+        They call the model with the same inputs, and each returns the whole velocity. Weights are
+        not shared out. If each computes the loss of the whole velocity, gradients are to be
+        *averaged* over the processes, as DistributedDataParallel and FSDP do. ``reorder`` of the
+        forward says nothing then: tokens lie as :func:`skiparse.models.suv.plan.route_of` has them.
+
+        Args:
+            group: of torch.distributed, such as ``mesh["context"].get_group()``.
+
+        Raises:
+            ValueError: if this process is not in it.
+        """
+        if group is not None:
+            rank_of(group)
+        self._tables.clear()
+        self._sharing = None if group is None else Processes(group)
+
+    def enable_parallelism(self, *, config: Any, cp_plan: Any = None) -> None:
+        """Diffusers' way to :meth:`set_context_parallel`, with ``ulysses_degree`` processes.
+
+        Args:
+            config: a ``ContextParallelConfig``, or a ``ParallelConfig`` with one. Layers exchange
+                heads only where that is cheapest; any number of tokens and heads will do.
+            cp_plan: none: SUV cuts its tokens by itself.
+
+        Raises:
+            ValueError: for rings, and for a plan.
+            RuntimeError: if it is parallel already.
+        """
+        context = getattr(config, "context_parallel_config", config)
+        if cp_plan is not None or getattr(context, "ring_degree", 1) > 1:
+            raise ValueError(
+                f"SUV shares tokens by layouts of its own: got ring_degree="
+                f"{getattr(context, 'ring_degree', 1)} and cp_plan={cp_plan!r}; give "
+                "ContextParallelConfig(ulysses_degree=...) alone"
+            )
+        super().enable_parallelism(config=config)
+        mesh = self._parallel_config.context_parallel_config._ulysses_mesh
+        self.set_context_parallel(mesh.get_group())
+
     def set_attention_backend(self, backend: str) -> None:
         """Diffusers' way to choose an attention kernel, which has none of this attention.
 
@@ -363,6 +454,32 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin):  # type: ignore[misc]
             ValueError: always.
         """
         self.set_attention_backend("xformers")
+
+    def enable_npu_flash_attention(self) -> None:
+        """As :meth:`set_attention_backend`.
+
+        Raises:
+            ValueError: always.
+        """
+        self.set_attention_backend("npu")
+
+    def enable_cache(self, config: Any) -> None:
+        """Take attention from the step before, by a cache of diffusers'; ``disable_cache`` ends it.
+
+        Args:
+            config: a ``PyramidAttentionBroadcastConfig``, whose spatial range and timesteps hold
+                for every attention, or a ``TaylorSeerCacheConfig``. Where that names no modules it
+                predicts every attention; in its lite mode the last projection, and blocks are left
+                out.
+
+        Raises:
+            ValueError: for other caches, which compare what goes in and out of a row of blocks,
+                where the stages of a U come back; for settings that concern nothing here.
+        """
+        if self.is_cache_enabled:
+            raise ValueError(f"{type(self._cache_config).__name__} is on; disable_cache() first")
+        self._cache_config = caching.apply(self, config)
+        HookRegistry.check_if_exists_or_initialize(self).invalidate_child_registries_cache()
 
     def set_checkpointing(self, stages: Sequence[str]) -> None:
         """What each stage computes again in the backward pass instead of keeping it.
@@ -404,7 +521,7 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin):  # type: ignore[misc]
             raise ValueError(
                 "skip_connection=False would drop the skips of the given model; pass True"
             )
-        config = {name: value for name, value in dense.config.items() if not name.startswith("_")}
+        config = dense.arguments
         config |= {"sparsity": tuple(sparsity), "skip_connection": skip_connection}
         if not had:
             config["skip_zero_init"] = True
@@ -482,8 +599,9 @@ def timestep_sinusoid(timestep: Tensor, channels: int) -> Tensor:
 
 
 def _unless_all(mask: Tensor) -> Tensor | None:
-    """The mask, or None if it hides nothing; in a compiler's graph it stays, whatever is in it."""
-    return mask if torch.compiler.is_compiling() or not bool(mask.all()) else None
+    """The mask, or None if it hides nothing; where nobody may look at it, it stays."""
+    blind = torch.compiler.is_compiling() or mask.is_meta
+    return mask if blind or not bool(mask.all()) else None
 
 
 def _check(

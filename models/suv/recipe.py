@@ -82,6 +82,10 @@ class SUVConfig(Config):
                 "stages: one without skip_connection follows one with it, which would drop the "
                 "skips; set skip_connection: true there"
             )
+        if self.lora is not None and len(set(skips)) > 1:
+            raise ValueError(
+                "stages: with lora the model stays that of init; set skip_connection alike in all"
+            )
         if self.needs_encoders and (self.vae is None or self.text is None):
             raise ValueError(
                 "vae and text are needed to encode clips and to make samples; give their folders, "
@@ -94,6 +98,7 @@ class SUVRecipe(Recipe):
 
     config = SUVConfig
     blocks = ("SUVBlock",)
+    adapted = tuple(f"{of}to_{each}" for of in ("", "text_") for each in ("q", "k", "v", "out"))
 
     def typed(self, config: SUVConfig) -> Mapping[str, tuple[type[Any], Mapping[str, Any]]]:
         """The arguments of SUV."""
@@ -142,12 +147,17 @@ class SUVRecipe(Recipe):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 return skeleton(config, stage)
-        model: SUV = SUV.from_pretrained(_weights(config.init), torch_dtype=torch.float32)
+        model = self.pretrained(config.init)
         if model.config.skip_connection == stage.skip_connection:
             return model
         return SUV.from_dense(
             model, sparsity=model.config.sparsity, skip_connection=stage.skip_connection
         )
+
+    def pretrained(self, init: str) -> SUV:
+        """As the folder has it."""
+        model: SUV = SUV.from_pretrained(_weights(init), torch_dtype=torch.float32)
+        return model
 
     def remade(self, config: SUVConfig, about: Mapping[str, Any]) -> SUV:
         """All of it is trained, so it has any weights."""
@@ -176,6 +186,12 @@ class SUVRecipe(Recipe):
         model.set_sparsity(sparsity)
         if model.training:  # of which the average does none
             model.set_checkpointing((stage.checkpointing,) * len(sparsity))
+
+    shares = True
+
+    def share(self, model: Any, group: Any) -> None:
+        """By layouts of its own."""
+        model.set_context_parallel(group)
 
     def compiled(self, model: Any) -> None:
         """Block by block."""
@@ -225,10 +241,12 @@ class SUVRecipe(Recipe):
         encoders = TextEncoders.from_pretrained(text)
         decoder = WFVAE.from_pretrained(vae)
         if not given["other_encoders"]:
-            given = {"vae": vae, "t5": text, "clip": text}
-            check_encoders(last, fingerprints(decoder, encoders), given)
+            folders = {"vae": vae, "t5": text, "clip": text}
+            check_encoders(last, fingerprints(decoder, encoders), folders)
+        model = model_of(last, SUV, last.about["model"], weights, given["init"])
+        model.set_sparsity(last.about["model"]["sparsity"])  # which init may have otherwise
         return SUVPipeline(
-            model_of(last, SUV, last.about["model"], weights),
+            model,
             decoder,
             encoders.tokenizer,
             encoders.encoder,

@@ -20,12 +20,23 @@ def check(config: Config, world: World, coder: Coder | None) -> None:
         ValueError: naming the setting.
         FileNotFoundError: if ``config.init`` does not hold weights.
     """
+    shared = config.context_parallel
+    if world.size % shared:
+        raise ValueError(
+            f"context_parallel={shared} must divide the number of processes, {world.size}"
+        )
+    if shared > 1 and not recipe_of(config.recipe).shares:
+        raise ValueError(
+            f"context_parallel={shared}: the recipe {config.recipe} does not let processes share "
+            "tokens; leave it out"
+        )
     for name, stage in config.stages.items():
-        parts = world.size * stage.accumulate
+        parts = world.size // shared * stage.accumulate
         if stage.global_batch % parts:
+            among = f" in groups of context_parallel={shared}" if shared > 1 else ""
             raise ValueError(
                 f"stages.{name}.global_batch={stage.global_batch} must be a multiple of {parts}: "
-                f"{world.size} processes times accumulate={stage.accumulate}"
+                f"{world.size} processes{among} times accumulate={stage.accumulate}"
             )
         cache = config.cache_of(stage)
         if cache is not None and Cache(cache).rule != stage.rule:

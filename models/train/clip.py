@@ -3,15 +3,15 @@
 Two averages run along, the mean and the variance of the gradient norms seen so far. A norm above
 ``mean + 3 sigma`` is unusual. What happens then is the mode's:
 
-============================  ==================  ====================  =======================
-norm                          "safe"              "report"              "osp15"
-============================  ==================  ====================  =======================
-up to the threshold           step, fed           step, fed             step, fed
-above it                      clip, thr. fed      clip, not fed         clip, not fed
-above the extreme             skip, thr. fed      clip, not fed         stop
-not finite                    skip; 50th: stop    skip; 50th: stop      stop
-the first                     clip at 1           step                  step
-============================  ==================  ====================  =======================
+===================  ================  ================  =============  =============
+norm                 "safe"            "report"          "osp15"        "osp_next"
+===================  ================  ================  =============  =============
+up to the threshold  step, fed         step, fed         step, fed      step, fed
+above it             clip, thr. fed    clip, not fed     clip, not fed  clip, not fed
+above the extreme    skip, thr. fed    clip, not fed     stop           clip, not fed
+not finite           skip; 50th: stop  skip; 50th: stop  stop           stop
+the first            clip at 1         step              step           as any other
+===================  ================  ================  =============  =============
 
 "Fed" means taken into the averages; the extreme is ``max(mean + 5 sigma, 5)``. Not feeding what is
 clipped has a price: after the level of the norms has grown by more than the threshold allows, every
@@ -24,7 +24,13 @@ on "stop" nothing was applied (it made the step, then ended the run); a first no
 finite stops too (it turned clipping off for ever, without a word); and a norm of 0 is not fed, in
 any mode (a first one made the threshold 0, to which every gradient was then clipped).
 
-Source: Open-Sora Plan v1.5 report, "Adaptive Gradient Clipping", and its released code.
+"osp_next" is the rule of OSP-Next's code. It differs from "osp15" in four things: nothing is
+extreme; a norm that is not finite always stopped its run; the first norm is held against the
+threshold and fed like any other, after it has set the mean; and the scale is
+``threshold / (norm + 1e-6)``.
+
+Source: Open-Sora Plan v1.5 report, "Adaptive Gradient Clipping", and its released code; the code of
+OSP-Next.
 """
 
 from __future__ import annotations
@@ -40,13 +46,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 Action = Literal["step", "clip", "skip", "stop"]
-Mode = Literal["safe", "report", "osp15"]
+Mode = Literal["safe", "report", "osp15", "osp_next"]
 
 FIRST_SLACK, FIRST_CAP = 3.0, 1.0  # the mean starts at min(3 norm, 1)
 EXTREME_SIGMAS, EXTREME_LEAST = 5.0, 5.0
 LEAST_SIGMA = 0.1  # of the mean, in "safe"
 PATIENCE = 50  # norms in a row that are not finite
-OSP15_EPS = 1e-6  # in the scale of "osp15"
+EPS = 1e-6  # in the scales of "osp15" and "osp_next"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,12 +144,18 @@ class AdaptiveGradClipper:
         """
         if norm < 0:
             raise ValueError(f"norm must not be negative, got {norm}")
+        if self.mode == "osp_next" and self.mean is None and norm > 0 and _usable(norm):
+            self.mean = _first_mean(norm)
         threshold = self.threshold
         action = self._act(norm)
         scale = 1.0
         if action == "clip":
-            osp15 = self.mode == "osp15"
-            scale = 1 / (norm / threshold + OSP15_EPS) if osp15 else threshold / norm
+            if self.mode == "osp15":
+                scale = 1 / (norm / threshold + EPS)
+            elif self.mode == "osp_next":
+                scale = threshold / (norm + EPS)
+            else:
+                scale = threshold / norm
         self.counts[action] += 1
         return Decision(action=action, norm=norm, threshold=threshold, scale=scale)
 
@@ -205,10 +217,10 @@ class AdaptiveGradClipper:
 
     def _act(self, norm: float) -> Action:
         """The table of the module."""
-        if not math.isfinite(norm * norm):  # the variance takes the square
+        if not _usable(norm):
             self.counts["nonfinite"] += 1
             self._nonfinite_in_a_row += 1
-            patient = self.mode != "osp15" and self._nonfinite_in_a_row < PATIENCE
+            patient = self.mode in ("safe", "report") and self._nonfinite_in_a_row < PATIENCE
             return "skip" if patient else "stop"
         self._nonfinite_in_a_row = 0
         if norm == 0:
@@ -244,12 +256,21 @@ class AdaptiveGradClipper:
 
     def _feed(self, norm: float) -> None:
         if self.mean is None:
-            self.mean = min(FIRST_SLACK * norm, FIRST_CAP)
+            self.mean = _first_mean(norm)
         else:
             weight = 1 / (self._fed + 1) if self._warming_up else 1 - self.decay
             self.mean = (1 - weight) * self.mean + weight * norm
             self.variance = (1 - weight) * self.variance + weight * (self.mean - norm) ** 2
         self._fed += 1
+
+
+def _usable(norm: float) -> bool:
+    """Whether it is finite, and its square, which the variance takes."""
+    return math.isfinite(norm * norm)
+
+
+def _first_mean(norm: float) -> float:
+    return min(FIRST_SLACK * norm, FIRST_CAP)
 
 
 def _total_norm(gradients: Iterable[Tensor]) -> Tensor:

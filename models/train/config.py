@@ -156,11 +156,45 @@ class Optimizer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """What is trained beside the weights of ``init``, which stay as they are.
+
+    Args:
+        rank: of what is added to a layer.
+        alpha: what is added counts alpha / rank times; null for rank.
+        target_modules: ends of the names of the linear layers that get one; null for those of the
+            recipe, which are the projections of attention.
+    """
+
+    rank: int
+    alpha: float | None = None
+    target_modules: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _refuse_nulls(self)
+        if self.rank < 1:
+            raise ValueError(f"lora.rank must be at least 1, got {self.rank}")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"lora.alpha must be above 0, got {self.alpha}")
+        if self.target_modules is not None and not all(self.target_modules or ("",)):
+            raise ValueError("lora.target_modules must name layers, or be left out")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Lora | None:
+        """The one among the settings that a checkpoint tells of, if there is one."""
+        told = settings.get("lora")
+        if told is None:
+            return None
+        names = told["target_modules"]
+        return cls(**told | {"target_modules": None if names is None else tuple(names)})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Clip:
     """How gradients are clipped; see :class:`~skiparse.models.train.AdaptiveGradClipper`.
 
     Args:
-        mode: safe, report or osp15.
+        mode: safe, report, osp15 or osp_next.
         decay: of the averages of the norm.
         sigmas: how many standard deviations above its mean a norm may be.
     """
@@ -220,11 +254,13 @@ class Config(Run):
         cache: folder of ``skiparse cache build`` to train from, instead of ``source``.
         posterior: latents to learn: a sample of the autoencoder's posterior, or its mean.
         drop: share of captions that are dropped, for guidance without a classifier.
+        lora: what is trained instead of the weights themselves; null for none.
         optimizer: AdamW's settings.
         clip: how gradients are clipped.
         ema: decay of the averaged weights, per step.
         seed: of everything random.
         parallel: with several processes, copies of the model (ddp), or shards of it (fsdp).
+        context_parallel: processes that share the tokens of a micro-batch, a divisor of all.
         compile: whether to compile the blocks.
         samples: videos made on the way.
     """
@@ -234,11 +270,13 @@ class Config(Run):
     cache: str | None = field(default=None, metadata=HOW)
     posterior: Literal["sample", "mean"] = "sample"
     drop: float = 0.1
+    lora: Lora | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
     clip: Clip = field(default_factory=Clip)
     ema: float = 0.9999
     seed: int = 0
     parallel: Literal["ddp", "fsdp"] = field(default="ddp", metadata=HOW)
+    context_parallel: int = field(default=1, metadata=HOW)
     compile: bool = field(default=False, metadata=HOW)
     samples: Samples = field(default_factory=Samples, metadata=HOW)
 
@@ -246,6 +284,10 @@ class Config(Run):
         super().__post_init__()
         if not 0 <= self.drop <= 1:
             raise ValueError(f"drop must be in [0, 1], got {self.drop}")
+        if self.context_parallel < 1:
+            raise ValueError(f"context_parallel must be at least 1, got {self.context_parallel}")
+        if self.lora is not None and self.init is None:
+            raise ValueError("lora needs init: the weights that it is trained beside")
         if not 0 <= self.ema <= 1:
             raise ValueError(f"ema must be in [0, 1], got {self.ema}")
         if not 0 <= self.seed < 2**63:
@@ -382,6 +424,12 @@ def _is_tables(hint: Any) -> bool:
     return get_origin(hint) in (dict, Mapping) and is_dataclass(get_args(hint)[1])
 
 
+def _present(hint: Any) -> Any:
+    """What ``X | None`` is where it is there, if it is of one kind."""
+    kinds = [each for each in get_args(hint) if each is not type(None)]
+    return kinds[0] if type(None) in get_args(hint) and len(kinds) == 1 else hint
+
+
 def _may_be_null(hint: Any) -> bool:
     return hint is Any or type(None) in get_args(hint)
 
@@ -390,8 +438,8 @@ def null_keys(kind: Any, table: Mapping[Any, Any], path: str = "") -> Iterator[s
     """Paths of the keys in ``table`` that are null though the dataclass ``kind`` wants a value."""
     hints = get_type_hints(kind)
     for key, value in table.items():
-        inner, here = hints.get(key, Any), f"{path}{key}"
-        if value is None and not _may_be_null(inner):
+        inner, here = _present(hints.get(key, Any)), f"{path}{key}"
+        if value is None and not _may_be_null(hints.get(key, Any)):
             yield here
         elif is_dataclass(inner) and isinstance(value, Mapping):
             yield from null_keys(inner, value, f"{here}.")
@@ -412,7 +460,7 @@ def unknown_keys(kind: Any, table: Mapping[Any, Any], path: str = "") -> list[st
         if key not in known:
             wrong.append(here)
             continue
-        inner = hints[key]
+        inner = _present(hints[key])
         if is_dataclass(inner) and isinstance(value, Mapping):
             wrong += unknown_keys(inner, value, f"{here}.")
         elif _is_tables(inner) and isinstance(value, Mapping):

@@ -11,9 +11,11 @@ import torch
 
 from skiparse.models import shards
 from skiparse.models.train.checkpoint import FOLDER, Checkpoint, Checkpoints
+from skiparse.models.train.config import Lora
 from skiparse.models.train.recipe import recipe_of
 
 Weights = Literal["ema", "model"]
+Form = Literal["merged", "apart"]
 
 
 def export(
@@ -24,6 +26,9 @@ def export(
     text: str | os.PathLike[str] | None = None,
     weights: Weights = "ema",
     other_encoders: bool = False,
+    dtype: torch.dtype | None = None,
+    lora: Form | None = None,
+    init: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write the newest checkpoint of a run as what it is used as, which its recipe knows.
 
@@ -32,13 +37,19 @@ def export(
 
     Args:
         run: the ``out`` of a training run.
-        out: folder to make, whole or not at all, by ``save_pretrained``, weights in fp32.
+        out: folder to make, whole or not at all, by ``save_pretrained``.
         vae: folder of the WFVAE that a denoiser was trained with; for a Wan, that of the
             WanPipeline it was trained from.
         text: folder that holds its text encoders, as a pipeline keeps them; none for a Wan.
         weights: the averaged ones, or those of the last step.
         other_encoders: whether ``vae`` and ``text`` may be others than the run's, such as a VAE
             whose decoder was trained further. The model sees then what it was not trained on.
+        dtype: of all weights; fp32 if None, as they were trained.
+        lora: of a run with one: ``merged`` with the weights that it was trained beside, into a
+            whole pipeline, which is what None means too; or ``apart``, the file that
+            ``load_lora_weights`` of a pipeline reads, with ``skiparse.json`` if the model is
+            sparse. Then none of ``vae``, ``text``, ``init`` is needed, or taken.
+        init: where the weights that it was trained beside are by now, if not where they were.
 
     Returns:
         ``out``.
@@ -52,27 +63,56 @@ def export(
     """
     if weights not in get_args(Weights):
         raise ValueError(f"weights must be one of {', '.join(get_args(Weights))}, got {weights!r}")
+    if lora is not None and lora not in get_args(Form):
+        raise ValueError(f"lora must be one of {', '.join(get_args(Form))}, got {lora!r}")
     shards.refuse_existing(out)
     checkpoints = Path(run) / FOLDER
     last = Checkpoints(checkpoints).latest()
     if last is None:
         raise FileNotFoundError(f"no complete checkpoint in {checkpoints}; give the out of a run")
     recipe = recipe_of(last.about.get("recipe", "suv"))  # there was no other once
-    made = recipe.exported(last, weights, vae=vae, text=text, other_encoders=other_encoders)
+    given = {"vae": vae, "text": text, "init": init, "other_encoders": other_encoders}
+    if Lora.of(last.about.get("settings", {})) is None:
+        for name, value in (("lora", lora), ("init", init)):
+            if value is not None:
+                raise ValueError(f"{name}={value}: {last.path} is of no LoRA; leave it out")
+    elif lora == "apart" and (any(given.values()) or dtype is not None):
+        names = ", ".join(name for name, value in (given | {"dtype": dtype}).items() if value)
+        raise ValueError(f"{names}: nothing is needed beside a LoRA apart; leave it out")
+    made = None if lora == "apart" else recipe.exported(last, weights, **given)
+    if made is not None and dtype is not None:
+        made.to(dtype)
     with shards.new_folder(out) as folder:
-        made.save_pretrained(folder)
+        if made is None:
+            from skiparse.models.train.lora import save_apart  # peft is needed with a LoRA alone
+
+            save_apart(last, weights, folder)
+        else:
+            made.save_pretrained(folder)
         for file in folder.rglob("*"):
             shards.sync(file)
     return Path(out)
 
 
-def model_of(checkpoint: Checkpoint, kind: type[Any], config: dict[str, Any], prefix: str) -> Any:
+def model_of(
+    checkpoint: Checkpoint,
+    kind: type[Any],
+    config: dict[str, Any],
+    prefix: str,
+    init: str | os.PathLike[str] | None = None,
+) -> Any:
     """The model of that class and config in a checkpoint of a run, under ``prefix``.
 
+    Of a run with a LoRA it is merged with the weights in ``init``.
+
     Raises:
-        ValueError: if it holds another.
+        ValueError: if it holds another, or ``init`` does.
         CheckpointError: if it is damaged.
     """
+    if Lora.of(checkpoint.about.get("settings", {})) is not None:
+        from skiparse.models.train.lora import merged  # peft is needed with a LoRA alone
+
+        return merged(checkpoint, prefix, init)
     with torch.device("meta"):
         model = kind(**config)
     try:

@@ -42,7 +42,7 @@ from skiparse.models.train.clip import Decision
 from skiparse.models.train.config import Config, Stage
 from skiparse.models.train.guards import undisturbed
 from skiparse.models.train.log import tell
-from skiparse.models.train.parallel import World, local
+from skiparse.models.train.parallel import Context, World, local
 from skiparse.models.train.recipe import Recipe, recipe_of
 from skiparse.models.train.samples import make_samples
 from skiparse.models.train.state import State, entered, prepare
@@ -71,6 +71,7 @@ class Denoising:
             self._change(last.step, check_resumed(config, last, gave_up=self._gave_up))
         self._coder = self.recipe.coder(config, world.device) if config.needs_encoders else None
         check(config, world, self._coder)
+        self._context = world.context(config.context_parallel)
         self._state = State.resumed(last, config, world) if last else None
 
     def steps(self, done: int) -> core.Steps:
@@ -85,11 +86,15 @@ class Denoising:
             assert self._state is not None
             state, self._stage = self._state, name
             prepare(state, stage, config)
+            if self._context.group is not None:
+                self.recipe.share(state.model, self._context.group)
             seed = draws.stage_seed(config.seed, number)
             data, self._source = data_of(config, name, seed, self._coder, world)
             if last is not None and last.about["stage"] == name:
                 self._change(done, check_data(self._source, last, gave_up=self._gave_up))
-            batches = batches_of(config, stage, data, seed, done - begin, self._coder, world)
+            batches = batches_of(
+                config, stage, data, seed, done - begin, self._coder, self._context
+            )
             parameters = list(state.trained.values())
 
             for step in range(done, end):
@@ -103,7 +108,7 @@ class Denoising:
                     parts.append(part.detach())
                 decision = state.clipper.clip_(parameters)
                 if decision.action == "stop":
-                    self._give_up(step, decision, world.all(keys))
+                    self._give_up(step, decision, self._all(keys))
                 if decision.action != "skip":
                     self.hold = None
                 elif self.hold is None:
@@ -124,7 +129,7 @@ class Denoising:
                     "action": decision.action,
                 }
                 if decision.action == "skip":
-                    row["keys"] = world.all(keys)
+                    row["keys"] = self._all(keys)
                 yield row
             done = end
 
@@ -166,6 +171,10 @@ class Denoising:
                 pipeline = self.recipe.pipeline(self._state.ema.model, self._coder)
                 make_samples(config, stage, done, pipeline)
             self._world.wait()
+
+    def _all(self, keys: list[str]) -> list[str]:
+        """Those of all processes, once of such as share them."""
+        return self._world.all(keys if self._context.first else [])
 
     def _change(self, done: int, changed: Mapping[str, Any]) -> None:
         if changed:
@@ -244,14 +253,14 @@ def batches_of(
     seed: int,
     start: int,
     coder: Coder | None,
-    world: World,
+    context: Context,
 ) -> Iterator[Batch]:
     """The micro-batches of this process, from step ``start`` of the stage to its end."""
     sampler = BucketBatchSampler(
         data.buckets.bucket,
-        stage.global_batch // (world.size * stage.accumulate),
-        world=world.size,
-        rank=world.rank,
+        stage.global_batch // (context.count * stage.accumulate),
+        world=context.count,
+        rank=context.index,
         accumulate=stage.accumulate,
         seed=seed,
         start=start,

@@ -23,6 +23,19 @@ from skiparse.models import devices
 
 
 @dataclass(frozen=True)
+class Context:
+    """Processes that share tokens: number ``index`` of ``count`` such groups, each with its data.
+
+    ``first`` is one process of each. A group of one is None.
+    """
+
+    index: int
+    count: int
+    first: bool
+    group: Any
+
+
+@dataclass(frozen=True)
 class World:
     """This process among ``size``; ``device`` is its own."""
 
@@ -68,6 +81,21 @@ class World:
         """Which samples of a batch of all processes are this one's."""
         own = batch // self.size
         return slice(self.rank * own, (self.rank + 1) * own)
+
+    def context(self, number: int) -> Context:
+        """The groups of ``number`` processes that share tokens, and which of them is this one's.
+
+        Neighbours in rank are one group, so that on machines with several devices they are near.
+        """
+        if number == 1:
+            return Context(self.rank, self.size, True, None)
+        mesh = init_device_mesh(
+            self.device.type, (self.size // number, number), mesh_dim_names=("data", "context")
+        )
+        group = mesh["context"].get_group()
+        return Context(
+            mesh.get_local_rank("data"), mesh.size(0), mesh.get_local_rank("context") == 0, group
+        )
 
     def all(self, mine: list[str]) -> list[str]:
         """The lists of all processes in one, in the order of their ranks."""
@@ -124,6 +152,19 @@ class _Average(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         found: Tensor = _Average.apply(gradients[0])
         return found
+
+
+def frozen_of(model: nn.Module, dtype: str) -> dict[str, Tensor]:
+    """What of a model takes no gradient, in ``dtype``, by name; without a copy where it is so.
+
+    What a model of diffusers says has to stay in float32 stays so: it is little, such as norms.
+    """
+    precise = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return {
+        name: x.detach() if precise & set(name.split(".")) else x.detach().to(getattr(torch, dtype))
+        for name, x in model.named_parameters()
+        if not x.requires_grad
+    }
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:  # what is found by name knows who finds it
     from skiparse.models.data.features import Batch, Coder
+    from skiparse.models.retrofit import Sparsity
     from skiparse.models.train.checkpoint import Checkpoint
     from skiparse.models.train.core import Task
 
@@ -52,6 +53,7 @@ class Recipe(ABC):
 
     config: type[Any]
     blocks: tuple[str, ...]  # class names of the modules that FSDP shards by themselves
+    adapted: tuple[str, ...] = ()  # ends of the names of the layers that get a LoRA, unless told
 
     def task(self, config: Any) -> Task:
         """The chain of stages of ``config``."""
@@ -76,6 +78,14 @@ class Recipe(ABC):
     def initial(self, config: Any, stage: Any) -> nn.Module:
         """The model that the first stage starts from, on the CPU."""
 
+    def pretrained(self, init: str) -> nn.Module:
+        """The model in the folder ``init``, in float32, on the CPU: what a LoRA goes beside.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        raise ValueError(f"the recipe {type(self).__name__} reads no weights, so there is no LoRA")
+
     @abstractmethod
     def remade(self, config: Any, about: Mapping[str, Any]) -> nn.Module:
         """A model of what :meth:`about` said of one, with any weights where they are trained."""
@@ -95,6 +105,12 @@ class Recipe(ABC):
     @abstractmethod
     def prepare(self, model: nn.Module, config: Any, stage: Any) -> None:
         """Set what a stage decides and no checkpoint holds, such as sparsity."""
+
+    shares: ClassVar[bool] = False  # whether processes can share the tokens of its model
+
+    def share(self, model: nn.Module, group: Any) -> None:
+        """Let the processes of ``group`` share the tokens; each returns the whole velocity."""
+        raise NotImplementedError(f"{type(self).__name__} shares no tokens")
 
     def compiled(self, model: nn.Module) -> None:
         """Compile what ``compile: true`` means."""
@@ -118,13 +134,17 @@ class Recipe(ABC):
         Args:
             last: of a run.
             weights: "ema" or "model".
-            given: ``vae``, ``text`` and ``other_encoders`` of
+            given: ``vae``, ``text``, ``init`` and ``other_encoders`` of
                 :func:`~skiparse.models.train.export.export`.
 
         Raises:
             ValueError: if it does not fit what was given.
         """
         raise ValueError(f"{last.path} is of a model that `skiparse export` knows no use for")
+
+    def sparsity(self, about: Mapping[str, Any]) -> Sparsity | None:
+        """What of a model of diffusers is sparse, of which :meth:`about` said ``about``."""
+        return None
 
     @abstractmethod
     def pipeline(self, model: nn.Module, coder: Any) -> Any:

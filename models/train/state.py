@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -16,7 +15,7 @@ from skiparse.models.train.clip import AdaptiveGradClipper
 from skiparse.models.train.config import Config, Stage
 from skiparse.models.train.ema import EMA
 from skiparse.models.train.optimizer import adamw, state_of
-from skiparse.models.train.parallel import World, bare, gathered
+from skiparse.models.train.parallel import World, bare, frozen_of, gathered
 from skiparse.models.train.recipe import Recipe, recipe_of
 
 
@@ -49,14 +48,15 @@ class State:
     def made(cls, model: nn.Module, average: nn.Module, config: Config, world: World) -> State:
         """Around a model in one piece, with an optimiser and a clipper that know nothing yet."""
         recipe = recipe_of(config.recipe)
-        frozen = {name: x for name, x in model.named_parameters() if not x.requires_grad}
-        for parameter in frozen.values():
-            parameter.data = parameter.data.to(getattr(torch, config.dtype))
-        held = digest(frozen) if frozen else None
+        frozen = frozen_of(model, config.dtype)
+        for name, x in frozen.items():
+            model.get_parameter(name).data = x
+        held, names = digest(frozen) if frozen else None, [*frozen]
+        del frozen
         model.to(world.device)
         average.to(world.device)
-        for name, parameter in frozen.items():
-            average.get_parameter(name).requires_grad_(False).data = parameter.data
+        for name in names:
+            average.get_parameter(name).requires_grad_(False).data = model.get_parameter(name).data
         ema = EMA(average, decay=config.ema)
         ema.model.eval()
         net = world.spread(model.train(), config.parallel, recipe.blocks)
@@ -80,7 +80,10 @@ class State:
         Raises:
             ValueError: if what is not trained is not what it was.
         """
-        model = recipe_of(config.recipe).remade(config, last.about["model"])
+        if config.lora is None:
+            model = recipe_of(config.recipe).remade(config, last.about["model"])
+        else:
+            model = _beside(config)
         state = cls.made(model, model, config, world)
         if last.about.get("frozen") != state.frozen:
             raise ValueError(
@@ -115,8 +118,14 @@ def entered(state: State | None, stage: Stage, config: Config, world: World) -> 
     """
     recipe = recipe_of(config.recipe)
     if state is None:
-        model = recipe.initial(config, stage)
+        if config.lora is None:
+            model = recipe.initial(config, stage)
+        else:
+            model = _beside(config)
+            _refuse_changes(model, stage, recipe)
         state = State.made(model, model, config, world)
+    elif config.lora is not None:
+        _refuse_changes(state.model, stage, recipe)
     elif recipe.changes(state.model, stage):
         again = partial(recipe.remade, config, recipe.about(state.model))
         model, average = (
@@ -134,3 +143,21 @@ def prepare(state: State, stage: Stage, config: Config) -> None:
     """Set what a stage decides and no checkpoint holds."""
     for model in (state.model, state.ema.model):
         state.recipe.prepare(model, config, stage)
+
+
+def _beside(config: Config) -> nn.Module:
+    """The model in ``config.init`` with a new LoRA."""
+    from skiparse.models.train.lora import beside  # peft is needed with a LoRA alone
+
+    assert config.init is not None
+    assert config.lora is not None
+    return beside(recipe_of(config.recipe), config.init, config.lora, config.seed)
+
+
+def _refuse_changes(model: nn.Module, stage: Stage, recipe: Recipe) -> None:
+    """ValueError if the weights beside a LoRA would have to be others."""
+    if recipe.changes(model, stage):
+        raise ValueError(
+            "lora: a stage wants another model than init holds, whose weights stay as they are; "
+            "let all stages have that of init, or convert it first"
+        )

@@ -10,7 +10,6 @@ Source: OSP-Next, arXiv 2605.28691, and its release.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -27,12 +26,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from skiparse.models import checkpoints, shards
-from skiparse.models.data.atomic import write_json
+from skiparse.models.data.atomic import read_table, write_json
+from skiparse.models.options import Asked
 from skiparse.models.retrofit import Sparsity, schedule
 
+# Of Wan 2.1's settings, Apache-2.0: what OSP-Next was evaluated with.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
+    "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，"
+    "毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
 HEAD_DIM = 128  # of all Wan models
 RATIO, DENSE = 2, (4, 4)  # of the released 14B
 SHIFT = 7.0  # of its sampling
+SAMPLED = Asked(
+    height=720,
+    width=1280,
+    frames=81,
+    steps=50,
+    fps=16,
+    guidance=5.0,
+    negative=NEGATIVE_PROMPT,
+    shift=SHIFT,
+    schedule="linear",
+)
 
 _MUST = frozenset({"patch_embedding", "blocks"})
 _ORIGINAL = "text_embedding.0.weight"  # a name that diffusers has otherwise
@@ -180,6 +197,7 @@ def convert_file(
             for name in _PARTS:
                 shutil.copytree(Path(base) / name, folder / name)
             write_json(folder / "model_index.json", index)
+            SAMPLED.save(folder)
         for file in folder.rglob("*"):
             shards.sync(file)
     return report
@@ -236,7 +254,7 @@ def _index(base: Path) -> dict[str, Any]:
             raise FileNotFoundError(
                 f"base={base}: {name} is not there; give the folder of a WanPipeline"
             )
-    index = _table(base / "model_index.json")
+    index = read_table(base / "model_index.json")
     kind = index.get("_class_name")
     if kind != "WanPipeline" or index.get("expand_timesteps") or index.get("boundary_ratio"):
         raise ValueError(
@@ -250,21 +268,10 @@ def _index(base: Path) -> dict[str, Any]:
 
 def _check_base(base: Path, config: Mapping[str, Any]) -> None:
     """ValueError unless the encoders of a pipeline fit the model."""
-    vae, text = (_table(base / part / "config.json") for part in ("vae", "text_encoder"))
+    vae, text = (read_table(base / part / "config.json") for part in ("vae", "text_encoder"))
     for key, of, name in (("in_channels", vae, "z_dim"), ("text_dim", text, "d_model")):
         if of.get(name) != config[key]:
             raise ValueError(
                 f"base={base}: its {name} is {of.get(name)}, but the model has {key}={config[key]};"
                 " give the pipeline of Wan 2.1"
             )
-
-
-def _table(path: Path) -> dict[str, Any]:
-    """A JSON object in a file; ValueError if it is none."""
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it holds no table")
-    return found

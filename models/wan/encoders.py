@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import WanPipeline
 from torch import Tensor
 
@@ -78,9 +79,7 @@ class Encoders:
             max_sequence_length=LENGTH,
             device=self.device,
         )
-        told: Tensor = rows[0].float().cpu()
-        last = int(told.any(1).nonzero().max()) if told.any() else 0
-        return {"states": told[: last + 1].clone()}  # [l, D]
+        return {"states": trimmed(rows[0].float().cpu())}  # [l, D]
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of what features depend on, by ``vae`` and ``umt5``."""
@@ -89,6 +88,17 @@ class Encoders:
             "vae": fingerprint(vae, vae.config),
             "umt5": fingerprint(encoder, of_text(encoder, self.pipeline.tokenizer)),
         }
+
+
+def trimmed(rows: Tensor) -> Tensor:
+    """Rows of text ``[L, D]`` without the zeros behind them, one row at least."""
+    last = int(rows.any(1).nonzero().max()) if rows.any() else 0
+    return rows[: last + 1].clone()
+
+
+def padded(rows: Tensor) -> Tensor:
+    """What was :func:`trimmed`, ``[..., L, D]``, with :data:`LENGTH` rows again."""
+    return F.pad(rows, (0, 0, 0, LENGTH - rows.shape[-2]))
 
 
 def loaded(folder: str | os.PathLike[str], **without: None) -> WanPipeline:

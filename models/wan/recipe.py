@@ -1,6 +1,7 @@
 """How a Wan is trained: what the trainer has to know of it, and what it can be told besides.
 
-It begins from the folder of a WanPipeline, whose autoencoder and text encoder make the features.
+It begins from the folder of a WanPipeline, whose autoencoder and text encoder make the features. In
+every stage it may be sparse, by :mod:`skiparse.models.retrofit`: its weights stay what they are.
 Of the models of that family it is those that get text alone, and time by the sample.
 """
 
@@ -12,29 +13,60 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from diffusers import WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
 
 from skiparse.models import flow
 from skiparse.models.data.features import Batch
+from skiparse.models.retrofit import Retrofit, Sparsity, retrofit, schedule
 from skiparse.models.train.checkpoint import Checkpoint
 from skiparse.models.train.config import HOW, Config, Stage
 from skiparse.models.train.export import check_encoders, model_of
 from skiparse.models.train.recipe import Recipe
-from skiparse.models.wan.encoders import LENGTH, Encoders
+from skiparse.models.wan.encoders import Encoders, padded
 
 CHECKPOINTS = ("none", "block")
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanStage(Stage):
-    """A part of a run with one kind of data and one schedule.
+class Sparse:
+    """What of a model is sparse in a stage; see :func:`~skiparse.models.retrofit.retrofit`.
 
     Args:
+        pattern: 2d deals out rows and columns of every frame, 1d the tokens.
+        ratio: p in 2d, for p * p sub-sequences; k in 1d, for k.
+        dense: layers that stay dense at the beginning and at the end; null for a tenth each.
+        kinds: instead of dense, of every layer: dense, single or group.
+    """
+
+    pattern: Literal["2d", "1d"] = "2d"
+    ratio: int = 2
+    dense: tuple[int, int] | None = None
+    kinds: tuple[Literal["dense", "single", "group"], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kinds is not None and self.dense is not None:
+            raise ValueError(f"sparsity: give kinds or dense={self.dense}, not both")
+        Sparsity(self.pattern, self.ratio, self.kinds or ())
+
+    def of(self, layers: int) -> Sparsity:
+        """The same, of a model with that many layers; ValueError if it cannot be."""
+        kinds = schedule(layers, self.dense) if self.kinds is None else self.kinds
+        if len(kinds) != layers:
+            raise ValueError(f"kinds has {len(kinds)} layers, but the model has {layers}")
+        return Sparsity(self.pattern, self.ratio, kinds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanStage(Stage):
+    """A part of a run with one kind of data, one sparsity and one schedule.
+
+    Args:
+        sparsity: what tokens attend to; null for what ``init`` says, which may be dense.
         checkpointing: what is computed again in the backward pass: none or block.
     """
 
+    sparsity: Sparse | None = None
     checkpointing: str = field(default="none", metadata=HOW)
 
     def __post_init__(self) -> None:
@@ -63,19 +95,25 @@ class WanConfig(Config):
 
 
 class WanRecipe(Recipe):
-    """The recipe of Wan's denoiser, dense as it is."""
+    """The recipe of Wan's denoiser, dense or sparse."""
 
     config = WanConfig
     blocks = ("WanTransformerBlock",)
+    adapted = ("to_q", "to_k", "to_v", "to_out.0")
 
     def check(self, config: WanConfig, coder: Any) -> None:
         """Whether the model is one that is trained here, and fits its encoders."""
-        model = WanTransformer3DModel.load_config(_transformer(config), local_files_only=True)
+        model = _config(config)
         if model.get("image_dim") is not None or model["in_channels"] != model["out_channels"]:
             raise ValueError(
                 f"init={config.init}: its transformer takes images too; the models that are "
                 "trained here get text alone"
             )
+        for name, stage in config.stages.items():
+            try:
+                _sparsity(config, stage)
+            except ValueError as error:
+                raise ValueError(f"stages.{name}.sparsity: {error}") from error
         if coder is None:
             return
         pipeline = coder.pipeline
@@ -98,13 +136,18 @@ class WanRecipe(Recipe):
 
     def initial(self, config: WanConfig, stage: WanStage) -> Any:
         """As ``config.init`` has it, in float32."""
+        assert config.init is not None
+        return self.pretrained(config.init)
+
+    def pretrained(self, init: str) -> Any:
+        """As the folder has it, dense whatever its config says."""
         return WanTransformer3DModel.from_pretrained(
-            _transformer(config), torch_dtype=torch.float32, local_files_only=True
+            _transformer(init), torch_dtype=torch.float32, local_files_only=True
         )
 
     def remade(self, config: WanConfig, about: Mapping[str, Any]) -> Any:
         """All of it is trained, so it has any weights."""
-        return WanTransformer3DModel.from_config(dict(about))
+        return WanTransformer3DModel(**_parted(about)[0])
 
     def about(self, model: Any) -> dict[str, Any]:
         """Its config."""
@@ -115,7 +158,12 @@ class WanRecipe(Recipe):
         }
 
     def prepare(self, model: Any, config: WanConfig, stage: WanStage) -> None:
-        """What is computed again in the backward pass."""
+        """What is sparse, and what is computed again in the backward pass."""
+        wanted, made = _sparsity(config, stage), Retrofit.found(model)
+        if made is not None and made.sparsity != wanted:
+            made.undo()
+        if wanted is not None and (made is None or made.sparsity != wanted):
+            retrofit(model, wanted)
         if model.training and stage.checkpointing == "block":  # of which the average does none
             model.enable_gradient_checkpointing()
         else:
@@ -136,14 +184,13 @@ class WanRecipe(Recipe):
 
     def velocity(self, net: nn.Module, noisy: Tensor, levels: Tensor, batch: Batch) -> Tensor:
         """Wan's forward; text is padded by zeros, to which it attends."""
-        states = batch.captions["states"]
-        states = F.pad(states, (0, 0, 0, LENGTH - states.shape[1]))
+        states = padded(batch.captions["states"])
         found: Tensor = net(noisy, flow.timesteps(levels), states, return_dict=False)[0]
         return found
 
-    def pipeline(self, model: Any, coder: Encoders) -> Sampler:
+    def pipeline(self, model: Any, coder: Encoders) -> WanPipeline:
         """With the encoders it is trained with, and the pipeline's own scheduler."""
-        return Sampler(WanPipeline(**coder.pipeline.components | {"transformer": model}))
+        return WanPipeline(**coder.pipeline.components | {"transformer": model})
 
     def exported(self, last: Checkpoint, weights: str, **given: Any) -> WanPipeline:
         """The pipeline in the folder ``vae``, with the run's transformer."""
@@ -157,35 +204,47 @@ class WanRecipe(Recipe):
         if not given["other_encoders"]:
             found = encoders.fingerprints()
             check_encoders(last, found, dict.fromkeys(found, folder))
-        model = model_of(last, WanTransformer3DModel, last.about["model"], weights)
+        about, sparsity = _parted(last.about["model"])
+        model = model_of(last, WanTransformer3DModel, about, weights, given["init"])
+        if sparsity is not None:
+            retrofit(model, sparsity)
         return WanPipeline(**encoders.pipeline.components | {"transformer": model})
 
-
-class Sampler:
-    """A WanPipeline whose videos are uint8, as those of all our pipelines."""
-
-    def __init__(self, pipeline: WanPipeline) -> None:
-        self._pipeline = pipeline
-        self.set_progress_bar_config = pipeline.set_progress_bar_config
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """As of WanPipeline; ``frames`` is uint8 ``[B, T, H, W, 3]``."""
-        found = self._pipeline(*arguments, **options, output_type="pt")
-        found.frames = (found.frames.movedim(2, -1) * 255).round().to(torch.uint8)
-        return found
+    def sparsity(self, about: Mapping[str, Any]) -> Sparsity | None:
+        """As its config says."""
+        return _parted(about)[1]
 
 
-def _transformer(config: WanConfig) -> Path:
-    """The folder of the model in ``config.init``.
+def _sparsity(config: WanConfig, stage: WanStage) -> Sparsity | None:
+    """What is sparse in a stage: as it says, or as the model in ``config.init`` does."""
+    about, own = _parted(_config(config))
+    return own if stage.sparsity is None else stage.sparsity.of(about["num_layers"])
+
+
+def _parted(about: Mapping[str, Any]) -> tuple[dict[str, Any], Sparsity | None]:
+    """The config of a model without what it says of its sparsity, and that."""
+    rest = {name: value for name, value in about.items() if name != "skiparse"}
+    told = about.get("skiparse")
+    return rest, None if told is None else Sparsity.of(dict(told))
+
+
+def _config(config: WanConfig) -> dict[str, Any]:
+    """That of the model in ``config.init``."""
+    assert config.init is not None
+    found = WanTransformer3DModel.load_config(_transformer(config.init), local_files_only=True)
+    return dict(found)
+
+
+def _transformer(init: str) -> Path:
+    """The folder of the model in ``init``.
 
     Raises:
         FileNotFoundError: if there is none.
     """
-    assert config.init is not None
-    folder = Path(config.init) / "transformer"
+    folder = Path(init) / "transformer"
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"init={config.init} holds no Wan: transformer/config.json is not there; give the "
+            f"init={init} holds no Wan: transformer/config.json is not there; give the "
             "folder of a WanPipeline"
         )
     return folder

@@ -33,10 +33,10 @@ from skiparse.models import shards
 from skiparse.models.data.atomic import check_writable, write_json
 from skiparse.models.data.limits import Limits
 from skiparse.models.data.video import probe, read_video
-from skiparse.models.data.writer import MAX_FPS, write_image
 from skiparse.models.wfvae.losses import LPIPS
 from skiparse.models.wfvae.model import WFVAE
 from skiparse.models.wfvae.tiling import decode_tiled, encode_tiled
+from skiparse.models.writer import MAX_FPS, write_image
 
 FRAMES, SIZE = 33, (256, 256)  # of the published protocol
 BEST_PSNR = 100.0  # of frames that do not differ

@@ -47,6 +47,7 @@ from skiparse.backends.triton.device import (
     pair_pointers,
     program,
     rows_of,
+    rows_of_program,
     shared,
     store_tile,
     tensors_of,
@@ -171,6 +172,31 @@ def add_keys(q_tile, grad_tile, row_lse, row_delta, k_tile, v_tile, attend, acc,
     return tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
 
+@device_function
+def stats_rows(is_video, block, video_blocks, text, BLOCK_M: tl.constexpr):
+    """Where in :func:`stats_at` the rows of a block are, whose text begins at ``text``."""
+    first = tl.where(is_video, block * BLOCK_M, text + (block - video_blocks) * BLOCK_M)
+    return (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+
+
+@device_function
+def own_keys(k, v, mask, b, h, s, keys, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The keys and values ``[N, D]`` that a program gives gradients, and which are attended to."""
+    is_video, key, exists = keys
+    k_tile = load_tile(k, is_video, b, s, key, h, exists, HEAD_DIM, BLOCK_D)  # [N, D]
+    v_tile = load_tile(v, is_video, b, s, key, h, exists, HEAD_DIM, BLOCK_D)  # [N, D]
+    return k_tile, v_tile, attended(mask, is_video, b, s, key, h, exists)
+
+
+@device_function
+def of_attended_keys(dk_acc, dv_acc, mask, attend, scale):
+    """dk and dv, after the last query: 0 for keys that are masked."""
+    if mask is not None:
+        dk_acc = tl.where(attend[:, None], dk_acc, 0.0)
+        dv_acc = tl.where(attend[:, None], dv_acc, 0.0)
+    return dk_acc * scale, dv_acc
+
+
 @triton.jit(do_not_specialize=SIZES)
 def skiparse_dkdv(
     q,
@@ -201,37 +227,26 @@ def skiparse_dkdv(
     Masked keys need no care before the end: a key's scores reach no gradient but its own, and that
     is dropped.
     """
-    video_key_blocks = tl.cdiv(longest, BLOCK_N)
-    b, h, s, key_block = program(video_key_blocks + tl.cdiv(T, BLOCK_N), n, H)
-    L = length_in(s, N, n, w)
     Q = T if TEXT_QUERIES else 0
-    sizes = (L, T, n, w)
-    key_is_video, key, key_exists = rows_of(
-        key_block, video_key_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
-    )
-    k_tile = load_tile(k, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
-    v_tile = load_tile(v, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
-    attend = attended(mask, key_is_video, b, s, key, h, key_exists)  # [N]
+    b, h, s, _, _, sizes, keys = rows_of_program(T, N, T, H, longest, n, w, WHOLE_RUNS, BLOCK_N)
+    k_tile, v_tile, attend = own_keys(k, v, mask, b, h, s, keys, HEAD_DIM, BLOCK_D)  # [N, D], [N]
     log2_scale = scale * LOG2E
 
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [N, D]
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [N, D]
     stats, text = stats_at(stats, b, h, s, H, n, longest, Q, ROWS)
-    video_blocks = tl.cdiv(L, BLOCK_M)
+    video_blocks = tl.cdiv(sizes[0], BLOCK_M)
     for block in range(video_blocks + tl.cdiv(Q, BLOCK_M)):
         is_video, row, exists = rows_of(block, video_blocks, s, sizes, WHOLE_RUNS, BLOCK_M)
         q_tile = load_tile(q, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
         grad_tile = load_tile(grad, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
-        first = tl.where(is_video, block * BLOCK_M, text + (block - video_blocks) * BLOCK_M)
-        row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+        row = stats_rows(is_video, block, video_blocks, text, BLOCK_M)  # [M]
         dk_acc, dv_acc = add_queries(
             q_tile, grad_tile, stats, row, k_tile, v_tile, dk_acc, dv_acc, log2_scale
         )
 
-    if mask is not None:
-        dk_acc = tl.where(attend[:, None], dk_acc, 0.0)
-        dv_acc = tl.where(attend[:, None], dv_acc, 0.0)
-    dk_acc *= scale
+    dk_acc, dv_acc = of_attended_keys(dk_acc, dv_acc, mask, attend, scale)
+    key_is_video, key, key_exists = keys
     store_tile(dk, key_is_video, b, s, key, h, key_exists, dk_acc, HEAD_DIM, BLOCK_D)
     store_tile(dv, key_is_video, b, s, key, h, key_exists, dv_acc, HEAD_DIM, BLOCK_D)
 
@@ -270,17 +285,11 @@ def skiparse_dkdv_tma(
 
     ``SHARED_GRADS``: all sub-sequences have the same gradients of their text rows, as of a mean.
     """
-    video_key_blocks = tl.cdiv(longest, BLOCK_N)
-    b, h, s, key_block = program(video_key_blocks + tl.cdiv(T, BLOCK_N), n, H)
-    L = length_in(s, N, n, w)
     Q = T if TEXT_QUERIES else 0
-    sizes = (L, T, n, w)
-    key_is_video, key, key_exists = rows_of(
-        key_block, video_key_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
+    b, h, s, key_block, video_key_blocks, sizes, keys = rows_of_program(
+        T, N, T, H, longest, n, w, WHOLE_RUNS, BLOCK_N
     )
-    k_tile = load_tile(k, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
-    v_tile = load_tile(v, key_is_video, b, s, key, h, key_exists, HEAD_DIM, BLOCK_D)  # [N, D]
-    attend = attended(mask, key_is_video, b, s, key, h, key_exists)  # [N]
+    k_tile, v_tile, attend = own_keys(k, v, mask, b, h, s, keys, HEAD_DIM, BLOCK_D)  # [N, D], [N]
     log2_scale = scale * LOG2E
     batch, head = b.to(tl.int32), h.to(tl.int32)
 
@@ -288,7 +297,7 @@ def skiparse_dkdv_tma(
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)  # [N, D]
     stats, text = stats_at(stats, b, h, s, H, n, longest, Q, ROWS)
     text_s = 0 if SHARED_GRADS else s
-    for block in range(tl.cdiv(L, BLOCK_M)):
+    for block in range(tl.cdiv(sizes[0], BLOCK_M)):
         q_tile = video_tile(q, batch, block, s, w, head, BLOCK_M, HEAD_DIM)  # [M, D]
         grad_tile = video_tile(grad, batch, block, s, w, head, BLOCK_M, HEAD_DIM)  # [M, D]
         row = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -303,10 +312,7 @@ def skiparse_dkdv_tma(
             q_tile, grad_tile, stats, row, k_tile, v_tile, dk_acc, dv_acc, log2_scale
         )
 
-    if mask is not None:
-        dk_acc = tl.where(attend[:, None], dk_acc, 0.0)
-        dv_acc = tl.where(attend[:, None], dv_acc, 0.0)
-    dk_acc *= scale
+    dk_acc, dv_acc = of_attended_keys(dk_acc, dv_acc, mask, attend, scale)
     if key_block < video_key_blocks:
         store_video_tile(dk, batch, key_block, s, w, head, dk_acc, BLOCK_N, HEAD_DIM)
         store_video_tile(dv, batch, key_block, s, w, head, dv_acc, BLOCK_N, HEAD_DIM)
@@ -344,22 +350,20 @@ def skiparse_dq(
     ROWS: tl.constexpr,
 ):
     """dq of one block of query rows of one sub-sequence, from all of its keys."""
-    video_blocks = tl.cdiv(longest, BLOCK_M)
     Q = T if TEXT_QUERIES else 0
-    b, h, s, block = program(video_blocks + tl.cdiv(Q, BLOCK_M), n, H)
-    L = length_in(s, N, n, w)
-    sizes = (L, T, n, w)
-    is_video, row, exists = rows_of(block, video_blocks, s, sizes, WHOLE_RUNS, BLOCK_M)
+    b, h, s, block, video_blocks, sizes, rows = rows_of_program(
+        Q, N, T, H, longest, n, w, WHOLE_RUNS, BLOCK_M
+    )
+    is_video, row, exists = rows
     q_tile = load_tile(q, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     grad_tile = load_tile(grad, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     stats, text = stats_at(stats, b, h, s, H, n, longest, Q, ROWS)
-    first = tl.where(is_video, block * BLOCK_M, text + (block - video_blocks) * BLOCK_M)
-    place = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
-    row_lse, row_delta = tl.load(stats[0] + place), tl.load(stats[1] + place)  # [M]
+    stats_row = stats_rows(is_video, block, video_blocks, text, BLOCK_M)  # [M]
+    row_lse, row_delta = tl.load(stats[0] + stats_row), tl.load(stats[1] + stats_row)  # [M]
     log2_scale = scale * LOG2E
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [M, D]
-    video_key_blocks = tl.cdiv(L, BLOCK_N)
+    video_key_blocks = tl.cdiv(sizes[0], BLOCK_N)
     for key_block in range(video_key_blocks + tl.cdiv(T, BLOCK_N)):
         key_is_video, key, key_exists = rows_of(
             key_block, video_key_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
@@ -404,24 +408,22 @@ def skiparse_dq_tma(
 
     Blocks of video keys that all exist go without a mask, if there is none.
     """
-    video_blocks = tl.cdiv(longest, BLOCK_M)
     Q = T if TEXT_QUERIES else 0
-    b, h, s, block = program(video_blocks + tl.cdiv(Q, BLOCK_M), n, H)
-    L = length_in(s, N, n, w)
-    sizes = (L, T, n, w)
-    is_video, row, exists = rows_of(block, video_blocks, s, sizes, WHOLE_RUNS, BLOCK_M)
+    b, h, s, block, video_blocks, sizes, rows = rows_of_program(
+        Q, N, T, H, longest, n, w, WHOLE_RUNS, BLOCK_M
+    )
+    is_video, row, exists = rows
     q_tile = load_tile(q, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     grad_tile = load_tile(grad, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     stats, text = stats_at(stats, b, h, s, H, n, longest, Q, ROWS)
-    first = tl.where(is_video, block * BLOCK_M, text + (block - video_blocks) * BLOCK_M)
-    place = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
-    row_lse, row_delta = tl.load(stats[0] + place), tl.load(stats[1] + place)  # [M]
+    stats_row = stats_rows(is_video, block, video_blocks, text, BLOCK_M)  # [M]
+    row_lse, row_delta = tl.load(stats[0] + stats_row), tl.load(stats[1] + stats_row)  # [M]
     log2_scale = scale * LOG2E
     batch, head = b.to(tl.int32), h.to(tl.int32)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # [M, D]
-    video_key_blocks = tl.cdiv(L, BLOCK_N)
-    whole = L // BLOCK_N if mask is None else 0
+    video_key_blocks = tl.cdiv(sizes[0], BLOCK_N)
+    whole = sizes[0] // BLOCK_N if mask is None else 0
     for key_block in range(whole):
         k_tile = video_tile(k, batch, key_block, s, w, head, BLOCK_N, HEAD_DIM)  # [N, D]
         v_tile = video_tile(v, batch, key_block, s, w, head, BLOCK_N, HEAD_DIM)  # [N, D]

@@ -128,6 +128,22 @@ def rows_at(block, lane, video_blocks, s, sizes, WHOLE_RUNS: tl.constexpr, BLOCK
 
 
 @device_function
+def rows_of_program(
+    text_rows, N, T, H, longest, n, w, WHOLE_RUNS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The block of rows that is a program's own, where ``text_rows`` come after the video's.
+
+    Returned are batch, head, sub-sequence, block, how many blocks the video has, ``sizes``, and
+    what :func:`rows_of` says of the block.
+    """
+    video_blocks = tl.cdiv(longest, BLOCK)
+    b, h, s, block = program(video_blocks + tl.cdiv(text_rows, BLOCK), n, H)
+    sizes = (length_in(s, N, n, w), T, n, w)
+    rows = rows_of(block, video_blocks, s, sizes, WHOLE_RUNS, BLOCK)
+    return b, h, s, block, video_blocks, sizes, rows
+
+
+@device_function
 def source_pointers(source, b, s, row, h):
     """Pointers ``[BLOCK]`` to the rows of one source."""
     pointer, batch_stride, sub_stride, row_stride, head_stride = source

@@ -34,14 +34,13 @@ from skiparse.backends.triton.device import (
     device_function,
     inputs_of,
     launch,
-    length_in,
     load_tile,
     lse_pair,
     mask_pair,
     own,
     pair_pointers,
-    program,
     rows_of,
+    rows_of_program,
     shared,
     store_tile,
     tensors_of,
@@ -134,18 +133,16 @@ def skiparse_forward(
 
     Without ``TEXT_QUERIES`` no text token queries.
     """
-    video_blocks = tl.cdiv(longest, BLOCK_M)
-    text_blocks = tl.cdiv(T, BLOCK_M) if TEXT_QUERIES else 0
-    b, h, s, block = program(video_blocks + text_blocks, n, H)
-    L = length_in(s, N, n, w)
-    sizes = (L, T, n, w)
-    is_video, row, exists = rows_of(block, video_blocks, s, sizes, WHOLE_RUNS, BLOCK_M)
+    b, h, s, _, _, sizes, rows = rows_of_program(
+        T if TEXT_QUERIES else 0, N, T, H, longest, n, w, WHOLE_RUNS, BLOCK_M
+    )
+    is_video, row, exists = rows
     q_tile = load_tile(q, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     log2_scale = scale * LOG2E
 
     top, total, acc = no_sums(BLOCK_M, BLOCK_D)
 
-    video_key_blocks = tl.cdiv(L, BLOCK_N)
+    video_key_blocks = tl.cdiv(sizes[0], BLOCK_N)
     for key_block in range(video_key_blocks + tl.cdiv(T, BLOCK_N)):
         key_is_video, key, key_exists = rows_of(
             key_block, video_key_blocks, s, sizes, WHOLE_RUNS, BLOCK_N
@@ -272,23 +269,21 @@ def skiparse_forward_tma(
     BLOCK_N: tl.constexpr,
 ):
     """The same, keys and values as tiles: first those of the video, then those of the text."""
-    video_blocks = tl.cdiv(longest, BLOCK_M)
-    text_blocks = tl.cdiv(T, BLOCK_M) if TEXT_QUERIES else 0
-    b, h, s, block = program(video_blocks + text_blocks, n, H)
-    L = length_in(s, N, n, w)
-    sizes = (L, T, n, w)
-    is_video, row, exists = rows_of(block, video_blocks, s, sizes, WHOLE_RUNS, BLOCK_M)
+    b, h, s, _, _, sizes, rows = rows_of_program(
+        T if TEXT_QUERIES else 0, N, T, H, longest, n, w, WHOLE_RUNS, BLOCK_M
+    )
+    is_video, row, exists = rows
     q_tile = load_tile(q, is_video, b, s, row, h, exists, HEAD_DIM, BLOCK_D)  # [M, D]
     log2_scale = scale * LOG2E
 
     top, total, acc = no_sums(BLOCK_M, BLOCK_D)
     place = (b, h, s, w)
     top, total, acc = attend_tiles(
-        L, 0, (k, v), place, sizes, mask, q_tile, log2_scale, (top, total, acc),
+        sizes[0], 0, (k, v), place, sizes, mask, q_tile, log2_scale, (top, total, acc),
         False, POSITIVE, WHOLE_RUNS, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
     top, total, acc = attend_tiles(
-        T, tl.cdiv(L, BLOCK_N), (text_k, text_v), place, sizes, mask, q_tile, log2_scale,
+        T, tl.cdiv(sizes[0], BLOCK_N), (text_k, text_v), place, sizes, mask, q_tile, log2_scale,
         (top, total, acc), True, POSITIVE, WHOLE_RUNS, HEAD_DIM, BLOCK_N,
     )  # fmt: skip
 

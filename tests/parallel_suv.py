@@ -1,0 +1,167 @@
+"""Processes that share the tokens of an SUV: `torchrun --nproc-per-node P tests/parallel_suv.py`.
+
+Each case is compared with one process alone; `test_parallel.py` reads what the first one prints.
+"""
+
+import copy
+import functools
+import sys
+
+import diffusers
+import torch
+import torch.distributed as dist
+from parallel_run import far, grads
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from volumes import Sent, elements
+
+from skiparse.models import SUV
+from skiparse.models.suv.plan import route_of
+
+torch.accelerator.device_count = lambda: 1  # diffusers 0.42 divides by it, which is 0 on a CPU
+torch.Tensor.float = torch.Tensor.double  # the model's islands of fp32
+WIDTH = {"num_heads": 3, "head_dim": 16}
+SMALL = {"num_layers": (1, 2, 1), "sparsity": (1, 2, 1)}
+DEEP = {"num_layers": (1, 2, 3, 2, 3, 2, 1), "sparsity": (1, 2, 4, 8, 4, 2, 1)}
+EVEN, RAGGED = (2, 16, 16), (3, 10, 14)  # 128 and 105 tokens
+
+CASES = {
+    "two blocks": (SMALL, EVEN, {}),
+    "deep": (DEEP, EVEN, {}),
+    "deep ragged masks": (DEEP, RAGGED, {"masks": True}),
+    "no skips": (DEEP | {"skip_connection": False}, EVEN, {}),
+    "checkpointed": (DEEP, RAGGED, {"checkpointing": "block"}),
+    "feed-forward again": (DEEP, EVEN, {"checkpointing": "feed_forward"}),
+    "by diffusers": (SMALL, EVEN, {"diffusers": True}),
+    "compiled": (SMALL, RAGGED, {"compiled": "aot_eager"}),
+    "compiled deep": (DEEP, EVEN, {"compiled": "aot_eager"}),
+}
+FEW = ("two blocks", "deep ragged masks", "checkpointed", "compiled")
+
+
+@functools.cache
+def model(case):
+    torch.manual_seed(0)
+    made = SUV(**SUV.presets["tiny"] | WIDTH | CASES[case][0]).double()
+    with torch.no_grad():
+        for x in made.parameters():
+            x.add_(torch.randn_like(x) * 0.05)
+    return made
+
+
+def inputs(case):
+    _, size, how = CASES[case]
+    made = torch.Generator().manual_seed(1)
+    draw = lambda *s: torch.randn(*s, generator=made, dtype=torch.float64)  # noqa: E731
+    given = [draw(2, 4, *size), torch.tensor([300.0, 700.0]).double(), draw(2, 5, 24), draw(2, 20)]
+    for x in given:
+        x.requires_grad_()
+    masks = {}
+    if how.get("masks"):
+        masks = {
+            "text_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]),
+            "video_mask": (torch.rand(2, *size, generator=made) > 0.2).int(),
+        }
+    return given, masks
+
+
+def run(case):
+    """The velocity, and gradients of inputs and parameters: of a loss that all processes have."""
+    given, masks = inputs(case)
+    its = model(case)
+    its.zero_grad()
+    out = its(*given, **masks)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).double()
+    (out * weights).sum().backward()
+    return (
+        out.detach(),
+        [g.clone() for g in grads(*given)],
+        [g.clone() for g in grads(*its.parameters())],
+    )
+
+
+def averaged(xs):
+    for x in xs:
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return xs
+
+
+def compare(case):
+    sizes, size, how = CASES[case]
+    wanted = run(case)
+    rank, P = dist.get_rank(), dist.get_world_size()
+    its = model(case)
+    if how.get("diffusers"):
+        its.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=P))
+    else:
+        its.set_context_parallel(dist.group.WORLD)
+    if "checkpointing" in how:
+        its.set_checkpointing((how["checkpointing"],) * len(sizes["num_layers"]))
+    if "compiled" in how:
+        torch._dynamo.reset()
+        its.compile_repeated_blocks(backend=how["compiled"])
+    with Sent(rank) as sent:
+        found = run(case)
+    errors = [
+        far([found[0]], [wanted[0]]),
+        far(averaged(found[1]), wanted[1]),
+        0.0,
+        far(averaged(found[2]), wanted[2]),
+    ]
+    worst = torch.tensor(errors, dtype=torch.float64)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    exchanged, reduced = elements(sent.exchanged, sent.reduced)
+    tokens = size[0] * size[1] * size[2] // 4
+    skips = sizes.get("skip_connection", True)
+    made = route_of(tokens, sizes["num_layers"], sizes["sparsity"], 3, skips, P)
+    # Forward and backward of batches of 2; 16 numbers of each token go to all others at the end.
+    formula = 2 * 2 * (made.sent * 16 + tokens * 16 * (P - 1))
+    if dist.get_rank() == 0:
+        print("case", case.replace(" ", "_"), *(f"{e:.2e}" for e in worst.tolist()),
+              "sent", exchanged, reduced, "formula", formula, flush=True)  # fmt: skip
+
+
+def sharded():
+    """Two groups of two on one mesh, each with a batch of its own, and FSDP2 over all four."""
+    case = "deep ragged masks"
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    everyone = mesh["data", "context"]._flatten("everyone")
+    its = model(case)
+    its.set_context_parallel(None)
+    its.zero_grad()
+    for sample in range(2):
+        given, masks = inputs(case)
+        loss_of(its, given, masks, sample).div(2).backward()
+    whole = grads(*its.parameters())
+    split = copy.deepcopy(its)
+    split.zero_grad()
+    for stage in split.stages:
+        for block in stage:
+            fully_shard(block, mesh=everyone)
+    fully_shard(split, mesh=everyone)
+    split.set_context_parallel(mesh["context"].get_group())
+    given, masks = inputs(case)
+    loss_of(split, given, masks, mesh["data"].get_local_rank()).backward()
+    found = [x.grad.full_tensor() for x in split.parameters()]
+    error = far(found, whole)
+    if dist.get_rank() == 0:
+        print("case", "FSDP2_on_a_mesh", f"{error:.2e}", "sent", 0, 0, "formula", 0, flush=True)
+
+
+def loss_of(its, given, masks, sample):
+    """That of one sample of the batch."""
+    own = slice(sample, sample + 1)
+    out = its(*(x[own].detach() for x in given), **{name: x[own] for name, x in masks.items()})
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(sample)).double()
+    return (out * weights).sum()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for case in FEW if sys.argv[1:] == ["few"] else CASES:
+        compare(case)
+    if dist.get_world_size() == 4 and sys.argv[1:] != ["few"]:
+        sharded()
+    dist.destroy_process_group()

@@ -1,0 +1,248 @@
+"""Several processes that share tokens are one, and send what the formula says."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import lines
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from skiparse import GridPattern, SkipPattern
+from skiparse.layout import Layout
+from skiparse.parallel import skip_exchange, ulysses_attention, ulysses_joint_attention
+
+N = 16
+SINGLE, GROUP = (Layout.of(p, N, 2) for p in (SkipPattern.single(4), SkipPattern.group(4)))
+
+
+def check(found, number):
+    """Outputs, gradients of inputs, text and parameters; then elements, counted and computed."""
+    assert len(found) == number
+    for name, *rest in found:
+        errors, sent = rest[: rest.index("sent")], rest[rest.index("sent") + 1 :]
+        assert len(errors) == 4
+        assert max(map(float, errors)) < 1e-12, (name, errors)
+        *counts, _, formula, per_text = sent
+        forward, backward, reduced, reduced_back = map(int, counts)
+        again = "_again" in name  # a checkpoint computes and sends once more
+        assert forward == int(formula), name
+        assert reduced == int(per_text), name
+        assert reduced_back == (1 + again) * reduced, name
+        if again:
+            assert forward <= backward <= 2 * forward, name
+        else:
+            assert backward == forward, name
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_are_one(processes):
+    check(lines("parallel_run.py", processes, "few"), 26)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [2, 3, 4, 6])
+def test_all_cases_in_processes(processes):
+    check(lines("parallel_run.py", processes), 66)
+
+
+def check_model(found, number):
+    """Errors as above, then elements of forward and backward, counted and computed."""
+    assert len(found) == number
+    for name, *rest in found:
+        errors, sent = rest[: rest.index("sent")], rest[rest.index("sent") + 1 :]
+        assert max(map(float, errors)) < 1e-12, (name, errors)
+        if "checkpointed" not in name or "2d" in name:
+            assert int(sent[0]) == int(sent[-1]), (name, sent)
+
+
+def test_processes_that_share_an_suv():
+    check_model(lines("parallel_suv.py", 2, "few"), 4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_all_cases_of_an_suv(processes):
+    check_model(lines("parallel_suv.py", processes), 10 if processes == 4 else 9)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_processes_that_share_a_wan(processes):
+    check_model(lines("parallel_wan.py", processes), 4)
+
+
+@pytest.fixture
+def two():
+    """Rank 0 of two processes, the other of which is not there: nothing may be sent."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+def qkv(n=N // 2, heads=2):
+    return torch.ones(3, 1, n, heads, 8).unbind(0)
+
+
+@pytest.mark.usefixtures("two")
+def test_bad_arguments_are_named():
+    text = torch.ones(3, 1, 4, 2, 8).unbind(0)
+    attend = lambda *a, **k: ulysses_attention(*a, SkipPattern.single(4), SINGLE, **k)  # noqa: E731
+    q, k, v = qkv()
+    for call, words in (
+        (lambda: attend(*qkv(7)), r"q has 7 tokens along dim=1, but process 0 owns 8 of 16"),
+        (lambda: attend(q, k, v[..., :4]), r"v has shape \[1, 8, 2, 4\] but q has"),
+        (
+            lambda: attend(q, k, v, mask=torch.ones(1, 8) > 0),
+            r"mask has shape \[1, 8\], expected \[1, 16\]",
+        ),
+        (lambda: attend(q, k, v, scale=float("nan")), "scale must be a finite number"),
+        (lambda: attend(q, k, v, backend="none"), "none"),
+        (
+            lambda: ulysses_attention(q, k, v, GridPattern.single((1, 3, 5), 2), SINGLE),
+            "has 15 tokens, not 16",
+        ),
+        (
+            lambda: ulysses_joint_attention(
+                q, k, v, *text, SkipPattern.single(4), SINGLE, text_mask=torch.ones(1, 5) > 0
+            ),
+            r"text_mask has shape \[1, 5\], expected \[1, 4\]",
+        ),
+        (lambda: ulysses_attention(q, k, v, "dense", SINGLE), "pattern must be a SkipPattern"),
+        (lambda: ulysses_attention(q, k, v, SkipPattern(1), "rows"), "a layout must be a"),
+        (
+            lambda: ulysses_attention(q, k, v, SkipPattern(1), Layout.of(SkipPattern(4), N, 4)),
+            "the layout is for 4 processes, but the group has 2; make it with Layout.of",
+        ),
+        (
+            lambda: skip_exchange(q, SINGLE, GROUP, dim=4),
+            "x must be a tensor with tokens along dim=4",
+        ),
+        (
+            lambda: skip_exchange(q[:, :5], SINGLE, GROUP),
+            r"x has 5 tokens .* give x\[:, layout.owned",
+        ),
+        (
+            lambda: skip_exchange(q, SINGLE, Layout.of(SkipPattern(4), 17, 2)),
+            "as many tokens and processes; got 16 and 17",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+@pytest.mark.usefixtures("two")
+def test_the_group_may_be_a_mesh_of_one_dimension():
+    from torch.distributed.device_mesh import init_device_mesh
+
+    x = torch.ones(1, N // 2, 3)
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "context"))
+    assert skip_exchange(x, SINGLE, GROUP, mesh["context"]).shape == x.shape
+    with pytest.raises(
+        ValueError, match=r'mesh of 2 dimensions; give the one .* mesh\["context"\]'
+    ):
+        skip_exchange(x, SINGLE, GROUP, mesh)
+
+
+def test_without_processes_there_is_nothing_to_share():
+    with pytest.raises(
+        ValueError, match=r"call torch\.distributed\.init_process_group, under torchrun"
+    ):
+        skip_exchange(torch.ones(1, N // 2, 3), SINGLE, GROUP)
+
+
+@pytest.mark.usefixtures("two")
+def test_half_precision_and_autocast_keep_their_dtypes():
+    dense, layout = SkipPattern.dense(), SINGLE
+    text = torch.ones(3, 1, 4, 2, 8)
+    for dtype in (torch.bfloat16, torch.float16):
+        q, k, v = (x.to(dtype) for x in qkv())
+        out, text_out = ulysses_joint_attention(q, k, v, *text.to(dtype), dense, layout)
+        assert out.dtype == text_out.dtype == dtype
+        assert skip_exchange(q, SINGLE, GROUP).dtype == dtype
+    nothing = Layout(SkipPattern.single(2), 0, 2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        none, no_text = ulysses_joint_attention(*qkv(0), *text, dense, nothing)
+        assert none.dtype == no_text.dtype == torch.bfloat16
+        for pattern in (dense, SkipPattern.single(4)):
+            out, text_out = ulysses_joint_attention(*qkv(), *text, pattern, layout)
+            assert out.dtype == text_out.dtype == torch.bfloat16
+
+
+def test_what_an_suv_shares_its_tokens_with():
+    from types import SimpleNamespace
+
+    from skiparse.models import SUV
+
+    model = SUV(**SUV.presets["tiny"])
+    for given in (
+        {"config": SimpleNamespace(ring_degree=2, ulysses_degree=1)},
+        {"config": SimpleNamespace(ring_degree=1, ulysses_degree=2), "cp_plan": {"": {}}},
+    ):
+        with pytest.raises(ValueError, match="by layouts of its own: got ring_degree="):
+            model.enable_parallelism(**given)
+
+
+@pytest.mark.usefixtures("two")
+def test_a_copy_of_a_shared_model_is_shared():
+    import copy
+
+    from skiparse.models import SUV
+
+    model = SUV(**SUV.presets["tiny"])
+    model.set_context_parallel(dist.group.WORLD)
+    inputs = (
+        torch.randn(1, 4, 2, 8, 8),
+        torch.tensor([3.0]),
+        torch.randn(1, 5, 24),
+        torch.ones(1, 20),
+    )
+    assert copy.deepcopy(model)(*inputs).shape == model(*inputs).shape == inputs[0].shape
+
+
+def test_wan_alone_shares_tokens():
+    diffusers = pytest.importorskip("diffusers")
+    from skiparse.models.retrofit import retrofit
+
+    model = diffusers.LTXVideoTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
+        cross_attention_dim=32, caption_channels=8, num_layers=2,
+    )  # fmt: skip
+    made = retrofit(model, kinds=("single", "group"))
+    with pytest.raises(ValueError, match=r"call torch\.distributed\.init_process_group"):
+        made.share(None)
+
+
+def test_the_table_of_a_plan(capsys):
+    from skiparse.cli import main
+
+    for preset, shape, number, words in (
+        (
+            "v1.5",
+            "121x576x1024",
+            "8",
+            (
+                "36,864 tokens for 8 processes",
+                "75.00    1.98 GiB",
+                "112.00    2.95 GiB",
+                "1.49x less",
+            ),
+        ),
+        ("v1.5", "121x576x1024", "2", ("22.00    2.32 GiB", "64.00    6.75 GiB", "2.91x less")),
+        ("osp-next", "81x576x1024", "4", ("47.25", "120.00", "2.54x less", "group 2x2")),
+    ):
+        assert (
+            main(["plan", "--preset", preset, "--shape", shape, "--context-parallel", number]) == 0
+        )
+        said = capsys.readouterr().out
+        for word in words:
+            assert word in said, said
+    for arguments, words in (
+        (["--shape", "121x576"], "--shape 121x576: give frames, height and width"),
+        (["--preset", "7B"], "--preset 7B: give one of v1.5"),
+        (["--shape", "80x576x1024"], "does not make whole tokens"),
+        (["--preset", "osp-next", "--shape", "80x576x1024"], "takes 4n + 1 frames"),
+        (["--context-parallel", "1"], "--context-parallel 1: give two processes or more"),
+    ):
+        if "--context-parallel" not in arguments:
+            arguments = [*arguments, "--context-parallel", "2"]
+        assert main(["plan", *arguments]) != 0
+        assert words in capsys.readouterr().err
