@@ -47,6 +47,7 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffu
             flow_shift=shift,
             use_flow_sigmas=True,
             prediction_type="flow_prediction",
+            _use_default_values=[],  # a shift that was not asked for is one for others too
         )
         self.set_timesteps(2)
 

@@ -33,7 +33,7 @@ def check(found, number):
             assert backward == forward, name
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_processes_are_one(processes):
     check(lines("parallel_run.py", processes, "few"), 26)
 
