@@ -26,6 +26,7 @@ from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T
 
 import skiparse
 from skiparse.models import flow, sizes
+from skiparse.models.data.atomic import read_table, write_json
 from skiparse.models.scheduler import FlowScheduler, check_scheduler
 from skiparse.models.strict import write_import
 from skiparse.models.suv.model import SUV
@@ -177,9 +178,7 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
         super().save_pretrained(save_directory, **kwargs)
         write_import(save_directory, "pipeline", SUVPipeline)
         index = Path(save_directory) / self.config_name
-        config = json.loads(index.read_text(encoding="utf-8"))
-        config["_class_name"] = ["pipeline", SUVPipeline.__name__]
-        index.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(index, read_table(index) | {"_class_name": ["pipeline", SUVPipeline.__name__]})
 
     def free_text_encoders(self) -> None:
         """Let go of both text encoders; prompts encoded before, by ``text.encode``, still work."""

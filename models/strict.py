@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from diffusers import ConfigMixin, ModelMixin
 
+from skiparse.models.data.atomic import replacing
+
 # What diffusers writes into configs: of quantized models, of averages, and where code is.
 WRITTEN_BY_DIFFUSERS = frozenset(
     {
@@ -42,7 +44,8 @@ def write_import(folder: str | os.PathLike[str], module: str, kind: type) -> Non
     """
     os.makedirs(folder, exist_ok=True)
     line = f"from {kind.__module__} import {kind.__name__}  # noqa: F401\n"
-    (Path(folder) / f"{module}.py").write_text(line, encoding="utf-8")
+    with replacing(Path(folder) / f"{module}.py") as temporary:
+        temporary.write_text(line, encoding="utf-8")
 
 
 class StrictModelMixin(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' are untyped
