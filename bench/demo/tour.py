@@ -21,7 +21,7 @@ from skiparse.bench.experiments import reconstruct, retrofit
 
 
 def run(out: str | os.PathLike[str] = "demo_out", *, quick: bool = False) -> Path:
-    """Do everything; eight minutes on two cores, and the last part, which is not yet timed.
+    """Do everything; eleven and a half minutes on two cores that had a little else to do.
 
     Args:
         out: folder to write ``report.html`` and all it shows into; made if need be.
