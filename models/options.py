@@ -46,16 +46,16 @@ class Asked:
     """Of a command that makes videos: what they are to be; None leaves it to the model.
 
     Args:
-        height: of a video; default: the model's own, as for all that follows.
-        width: of a video.
-        frames: of a video; 1 for a picture.
-        steps: calls of the model, or pairs of them with guidance.
-        fps: of the video.
-        guidance: how much more a prompt counts than none; 1 is no guidance.
-        negative: what to stay away from.
-        rescale: from 0 to 1, more against garish colours.
-        shift: of the noise.
-        schedule: of the noise, linear or linear_quadratic.
+        height: of a video; default: the model's own, as of all that follows.
+        width: of a video; default: its own.
+        frames: of a video; 1 for a picture; default: its own.
+        steps: calls of the model, or pairs of them with guidance; default: its own.
+        fps: of the video; default: its own.
+        guidance: how much more a prompt counts than none; 1 is no guidance; default: its own.
+        negative: what to stay away from; default: its own.
+        rescale: from 0 to 1, more against garish colours; default: its own.
+        shift: of the noise; default: its own.
+        schedule: of the noise, linear or linear_quadratic; default: its own.
         sequential_cfg: less memory: one prompt after the other.
         hif8: simulate HiF8, eight bits, in the model's products.
     """

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from skiparse import GridPattern, SkipPattern
 from skiparse.layout import Layout, Route, Shared, route
 from skiparse.models.retrofit.model import schedule
+from skiparse.models.sizes import check as check_size
 from skiparse.models.suv import sparsity
 from skiparse.models.suv.config import PRESETS
 from skiparse.models.suv.plan import route_of
@@ -120,11 +121,7 @@ class Context:
 
 def _osp_next(shape: tuple[int, int, int], processes: int) -> Route:
     frames, height, width = shape
-    if frames % 4 != 1 or height % 16 or width % 16 or min(shape) < 1:
-        raise ValueError(
-            f"--shape {frames}x{height}x{width}: {OSP_NEXT} takes 4n + 1 frames, and sides that "
-            "are multiples of 16"
-        )
+    check_size(height, width, frames, rows=16, columns=16, time=4)
     grid = ((frames - 1) // 4 + 1, height // 16, width // 16)
     layers: list[Shared] = [
         SkipPattern.dense() if kind == "dense" else GridPattern(grid, 2, kind)

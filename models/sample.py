@@ -114,7 +114,8 @@ def sampler_of(folder: str | os.PathLike[str], asked: Asked) -> Sampler:
             f"--model {folder}: {index} is not there; give the folder of a pipeline, with its VAE "
             "and text encoder"
         )
-    name = read_table(index).get("_class_name")
+    found = read_table(index).get("_class_name")
+    name = found[-1] if isinstance(found, list) else found  # behind the file that imports it
     if name not in SAMPLERS:
         raise ValueError(f"--model {folder}: it holds a {name}; known are {', '.join(SAMPLERS)}")
     module, _, attribute = SAMPLERS[name].partition(":")

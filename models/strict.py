@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
+import torch
 from diffusers import ConfigMixin, ModelMixin
+
+from skiparse.models.data.atomic import replacing
+
+# What diffusers writes into configs: of quantized models, of averages, and where code is.
+WRITTEN_BY_DIFFUSERS = frozenset(
+    {
+        "quantization_config",
+        "decay",
+        "inv_gamma",
+        "min_decay",
+        "optimization_step",
+        "power",
+        "update_after_step",
+        "use_ema_warmup",
+        "auto_map",
+    }
+)
 
 
 def check_sizes(**sizes: int) -> None:
@@ -17,21 +37,35 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be a whole number above 0, got {size!r}")
 
 
+def write_import(folder: str | os.PathLike[str], module: str, kind: type) -> None:
+    """``module.py`` in ``folder``, of one import: where diffusers looks for others' classes.
+
+    It is run if somebody passes ``trust_remote_code=True``.
+    """
+    os.makedirs(folder, exist_ok=True)
+    line = f"from {kind.__module__} import {kind.__name__}  # noqa: F401\n"
+    with replacing(Path(folder) / f"{module}.py") as temporary:
+        temporary.write_text(line, encoding="utf-8")
+
+
 class StrictModelMixin(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' are untyped
     """diffusers' ``ModelMixin`` and ``ConfigMixin``, which by themselves warn and go on.
 
     Models come from folders alone, unless ``local_files_only=False`` asks for the network.
     """
 
+    converted_by: ClassVar[str]  # its command in `skiparse convert`
+
     @classmethod
-    def load_config(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_config(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers, but from a folder.
 
         Raises:
-            FileNotFoundError: if ``path`` is no folder with a ``config.json``.
+            FileNotFoundError: if the path is no folder with a ``config.json``.
             ValueError: if that holds no config.
         """
-        local = kwargs.setdefault("local_files_only", True)
+        path = pretrained_model_name_or_path
+        local = kwargs["local_files_only"] = kwargs.get("local_files_only") is not False
         folder = os.path.join(path, kwargs.get("subfolder") or "")
         if local and not os.path.isfile(path) and not os.path.isfile(f"{folder}/config.json"):
             raise FileNotFoundError(
@@ -48,33 +82,73 @@ class StrictModelMixin(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
         """As in diffusers, but unknown keys are refused.
 
         Raises:
-            ValueError: naming the keys that are not arguments of the model.
+            ValueError: naming the keys that are not arguments of the model, nor written by
+                diffusers.
         """
         if isinstance(config, dict):
-            known = set(inspect.signature(cls.__init__).parameters)
+            known = cls._arguments() | WRITTEN_BY_DIFFUSERS
             unknown = [k for k in config if not k.startswith("_") and k not in known]
             if unknown:
                 raise ValueError(
                     f"the config has keys that {cls.__name__} does not know: {unknown}"
                 )
+            noted = WRITTEN_BY_DIFFUSERS - {"quantization_config"}  # of a folder, not of a model
+            config = {name: value for name, value in config.items() if name not in noted}
         return super().from_config(config, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """As in diffusers, but strict: every weight must be in the files, and nothing else.
 
         Raises:
-            FileNotFoundError: if ``path`` is no folder with a ``config.json``.
+            FileNotFoundError: if the path is no folder with a ``config.json``.
             ValueError: with the first ten keys that are missing, unexpected or misshapen, or if
-                ``path`` is a file.
+                the path is a file. torch's default dtype is then what it was.
         """
-        kwargs.setdefault("local_files_only", True)
+        path = pretrained_model_name_or_path
+        kwargs["local_files_only"] = kwargs.get("local_files_only") is not False
         if os.path.isfile(path):
             raise ValueError(f"{path} is a file; give the folder of a {cls.__name__} that holds it")
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
+        default = torch.get_default_dtype()
+        try:
+            model, info = super().from_pretrained(path, output_loading_info=True, **kwargs)
+        finally:
+            torch.set_default_dtype(default)  # which diffusers changes on the way
         _refuse_inexact(path, info)
         return (model, info) if wants_info else model
+
+    @classmethod
+    def from_single_file(cls, *_: Any, **__: Any) -> Any:
+        """diffusers' way to load a released checkpoint, for which there is a command here.
+
+        Raises:
+            ValueError: always, naming it.
+        """
+        raise ValueError(
+            f"a {cls.__name__} is not loaded from a single file; `skiparse convert "
+            f"{cls.converted_by} IN OUT` makes a folder of it, for from_pretrained"
+        )
+
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in diffusers; beside it ``model.py``, which imports this class for ``AutoModel``."""
+        write_import(save_directory, "model", type(self))
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The config, with where ``AutoModel`` finds the class."""
+        config = json.loads(super().to_json_string())
+        config["auto_map"] = {"AutoModel": f"model.{type(self).__name__}"}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def _arguments(cls) -> set[str]:
+        return set(inspect.signature(cls.__init__).parameters)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What of the config makes another model of its kind."""
+        return {name: value for name, value in self.config.items() if name in self._arguments()}
 
 
 def loaded(kind: Any, path: str | os.PathLike[str], **kwargs: Any) -> Any:

@@ -10,12 +10,14 @@ import html
 import logging
 import os
 import re
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 from torch.nn import functional
 from transformers import (
@@ -76,13 +78,22 @@ class TextEmbeddings:
             pooled=self.pooled.to(device, dtype),
         )
 
+    def repeated(self, times: int) -> TextEmbeddings:
+        """Each prompt so many times, one after the other."""
+        return TextEmbeddings(
+            *(x.repeat_interleave(times, 0) for x in (self.text, self.text_mask, self.pooled))
+        )
+
     @staticmethod
     def cat(parts: Sequence[TextEmbeddings]) -> TextEmbeddings:
-        """All the prompts of ``parts``, in order; their ``L`` must agree."""
+        """All the prompts of ``parts``, in order; shorter texts are padded to the longest."""
+        length = max(part.text.shape[1] for part in parts)
         return TextEmbeddings(
-            torch.cat([part.text for part in parts]),
-            torch.cat([part.text_mask for part in parts]),
-            torch.cat([part.pooled for part in parts]),
+            torch.cat([functional.pad(p.text, (0, 0, 0, length - p.text.shape[1])) for p in parts]),
+            torch.cat(
+                [functional.pad(p.text_mask, (0, length - p.text_mask.shape[1])) for p in parts]
+            ),
+            torch.cat([p.pooled for p in parts]),
         )
 
 
@@ -96,6 +107,9 @@ class TextEncoders:
         tokenizer, encoder: T5's; None if the prompts to come were encoded before.
         tokenizer_2, encoder_2: CLIP's.
 
+    Attributes:
+        tokenizer, encoder, tokenizer_2, encoder_2: the four, now; see :meth:`take`.
+
     Source: Open-Sora Plan v1.5 report, "text encoders".
     """
 
@@ -106,9 +120,28 @@ class TextEncoders:
         tokenizer_2: PreTrainedTokenizerBase | None,
         encoder_2: CLIPTextModelWithProjection | None,
     ) -> None:
-        self.tokenizer, self.encoder = tokenizer, encoder
-        self.tokenizer_2, self.encoder_2 = tokenizer_2, encoder_2
         self._cache: dict[str, tuple[Tensor, Tensor]] = {}
+        self._made_by: list[Any] = [None] * len(PARTS)  # which four, weakly, so that they may go
+        self.take(tokenizer, encoder, tokenizer_2, encoder_2)
+
+    def take(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        encoder: T5EncoderModel | None,
+        tokenizer_2: PreTrainedTokenizerBase | None,
+        encoder_2: CLIPTextModelWithProjection | None,
+    ) -> None:
+        """Encode with these from now on.
+
+        What was encoded before is forgotten where one is another than it was; one that is None has
+        gone, and what it made stays.
+        """
+        parts = tokenizer, encoder, tokenizer_2, encoder_2
+        self.tokenizer, self.encoder, self.tokenizer_2, self.encoder_2 = parts
+        before = [part and part() for part in self._made_by]
+        if any(new is not None and new is not old for new, old in zip(parts, before, strict=True)):
+            self._cache.clear()
+            self._made_by = [None if part is None else weakref.ref(part) for part in parts]
 
     @classmethod
     def from_pretrained(
@@ -193,11 +226,10 @@ class TextEncoders:
                 "it before they are freed, or load them again"
             )
         ids, mask = _tokens(self.tokenizer, prompt, TEXT_LENGTH)
-        states = t5(
-            input_ids=ids.to(t5.device), attention_mask=mask.to(t5.device)
-        ).last_hidden_state
+        device = get_module_execution_device(t5)  # where its weights come to, if they move
+        states = t5(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
         ids, _ = _tokens(self.tokenizer_2, prompt, POOLED_LENGTH)
-        pooled = clip(input_ids=ids.to(clip.device)).text_embeds
+        pooled = clip(input_ids=ids.to(get_module_execution_device(clip))).text_embeds
         return states[0].cpu()[mask[0].bool()], pooled[0].cpu()
 
 
@@ -258,8 +290,23 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> tup
 
 def load_encoder(kind: type[PreTrainedModel], folder: Path, dtype: torch.dtype) -> Any:
     """A text encoder from ``folder``; ValueError if the files there lack some of its weights."""
+    return _load(kind, folder, dtype=dtype)
+
+
+def check_encoder(kind: type[PreTrainedModel], folder: Path, variant: str | None = None) -> None:
+    """ValueError as of :func:`load_encoder`, without the memory and the time to load it.
+
+    Args:
+        kind: its class.
+        folder: where it is.
+        variant: of the names of its files, such as ``"fp16"``.
+    """
+    _load(kind, folder, device_map="meta", variant=variant)
+
+
+def _load(kind: type[PreTrainedModel], folder: Path, **options: Any) -> Any:
     model, info = kind.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        folder, local_files_only=True, output_loading_info=True, **options
     )
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]
     if wrong:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from skiparse.pattern import GridPattern, SkipPattern
+from skiparse.pattern import GridPattern, SkipPattern, counterpart
 
 Shared = SkipPattern | GridPattern
 UNEVEN = 1.25  # times its even share: the most that a process owns where there is a choice
@@ -240,15 +240,6 @@ def chunk_sizes(before: Layout, after: Layout) -> np.ndarray:
 def moved(before: Layout, after: Layout) -> int:
     """How many tokens change their process from one layout to the other."""
     return int(np.count_nonzero(before.ranks != after.ranks))
-
-
-def counterpart(pattern: Shared) -> Shared:
-    """The group pattern of a single one, and the single pattern of any other."""
-    if isinstance(pattern, GridPattern):
-        kind = "group" if pattern.kind == "single" else "single"
-        return GridPattern(pattern.grid, pattern.ratio, kind)
-    k = pattern.sparsity
-    return SkipPattern.group(k) if pattern.run == 1 else SkipPattern.single(k)
 
 
 # A stack of layers.

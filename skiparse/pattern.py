@@ -554,6 +554,18 @@ def pattern_of(numbers: tuple[int, ...]) -> Pattern:
 # Orders of the tokens of a grid, for models that permute them once.
 
 
+def counterpart(pattern: SkipPattern | GridPattern) -> SkipPattern | GridPattern:
+    """The group pattern of a single-skip one, and the single-skip pattern of any other.
+
+    Tokens are in natural order in both, whatever the order of ``pattern``.
+    """
+    if isinstance(pattern, GridPattern):
+        kind = "group" if pattern.kind == "single" else "single"
+        return GridPattern(pattern.grid, pattern.ratio, kind)
+    k = pattern.sparsity
+    return SkipPattern.group(k) if pattern.run == 1 else SkipPattern.single(k)
+
+
 def has_grid_order(grid: Sequence[int], ratio: int, order: str) -> bool:
     """Whether the tokens of a grid have that order for a ratio: see :func:`grid_order`."""
     (_, height, width), ratio = _checked_grid(grid, ratio)

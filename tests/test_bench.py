@@ -31,9 +31,9 @@ def assert_answer(tensors, problem, names):
 def test_the_table_of_cases_is_what_the_readme_says():
     ours = 4 * 3 + 1 + 2  # shapes by heads; the headline in a batch; the rehearsal, also in one
     wan = 1 + 3 * 2 + 1, 1 + 3 * 3, 1 + 3 * 2 + 2, 1 + 3 * 3  # in skip order if k*k divides N
-    hunyuan = 1 + 3 * 3, 1 + 3 * 2 + 2
-    grids = 2 * 2 * 2  # ratios, kinds, orders; the four of Wan with one head also, a Hunyuan
-    others = 2 * sum(wan) + sum(hunyuan) + grids * (2 * 4 + 1)
+    hunyuan = 1 + 3 * 3, 2 * (1 + 3 * 2 + 2)  # the second with one head also, as those of Wan
+    grids = 2 * 2 * 2  # ratios, kinds, orders; the four of Wan and a Hunyuan, both with one head
+    others = 2 * sum(wan) + sum(hunyuan) + grids * (2 * 4 + 2)
     assert len(cases.CASES) == 2 * (ours * (1 + 3 * 3) + others)
     head = cases.CASES["121x576x1024.k8.single.fwd"]
     assert (head.N, head.T, head.heads, head.D) == (36864, 512, 24, 128)

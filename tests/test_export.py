@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
+from safetensors.torch import load_file
 from test_text import save, tiny_encoders
 
 from skiparse.cli import main
@@ -89,7 +90,25 @@ def test_the_newest_weights_and_the_encoders(parts, tmp_path, weights, seed):
     assert equal(pipe.text_encoder, t5)
     assert equal(pipe.text_encoder_2, clip)
     files = [path for path in out.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} <= {".json", ".safetensors"}
+    assert {path.suffix for path in files} <= {".json", ".py", ".safetensors"}
+    code = {str(path.relative_to(out)): path.read_text() for path in files if path.suffix == ".py"}
+    assert set(code) == {"pipeline.py", "transformer/model.py", "vae/model.py"}
+    assert all(
+        text.startswith("from skiparse.") and text.count("\n") == 1 for text in code.values()
+    )
+
+
+def test_in_half_the_numbers(parts, tmp_path, capsys):
+    command = ["export", str(parts["run"]), str(tmp_path / "out"), "--dtype", "bfloat16"]
+    command += ["--vae", str(parts["vae"]), "--text", str(parts["text"])]
+    assert main([*command[:3], "--dtype", "int8"]) == 2
+    assert "--dtype int8: give float32" in capsys.readouterr().err
+    assert main(command) == 0
+    pipe = SUVPipeline.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    right = model(4).bfloat16().float()
+    assert equal(pipe.transformer, right)
+    file = tmp_path / "out" / "text_encoder" / "model.safetensors"
+    assert {x.dtype for x in load_file(file).values()} == {torch.bfloat16}
 
 
 def test_sample_takes_it(parts, tmp_path):

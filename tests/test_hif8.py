@@ -314,7 +314,7 @@ def test_copies_pickles_and_weights(tmp_path):
     close(velocity(again), velocity(sparse()))  # it is no setting of the model
 
 
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("whole", [pytest.param(False, marks=pytest.mark.full), True])
 def test_compiled_it_is_the_same(whole):
     """A naive replacement would compute without HiF8 there, in silence."""
     model = sparse().eval()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from skiparse import GridPattern, SkipPattern
-from skiparse.layout import Layout, chunk_sizes, counterpart, moved, route
+from skiparse.layout import Layout, chunk_sizes, moved, route
+from skiparse.pattern import counterpart
 
 DENSE = SkipPattern.dense()
 LENGTHS = (0, 1, 7, 16, 53, 64, 130)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import shutil
 import tempfile
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +30,7 @@ from skiparse.models.pipeline import NEGATIVE_PROMPT, TEMPLATE, SUVPipeline
 from skiparse.models.suv.model import SUV
 from skiparse.models.wfvae.model import WFVAE
 
+UINT8 = {"output_type": "uint8"}
 SIZE = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 3}
 
 
@@ -122,7 +125,7 @@ def test_sampling_is_the_formulas(pipe):
 def test_saving_and_loading_is_exact(pipe, saved, tmp_path):
     index = json.loads((saved / "model_index.json").read_text())
     assert index["transformer"] == ["skiparse.models.suv.model", "SUV"]
-    first = pipe("a cat", **SIZE, generator=generator()).frames
+    first = pipe("a cat", **SIZE, **UINT8, generator=generator()).frames
     assert first.dtype == torch.uint8
     assert first.shape == (1, 9, 32, 48, 3)
     assert first.unique().numel() > 20
@@ -132,9 +135,10 @@ def test_saving_and_loading_is_exact(pipe, saved, tmp_path):
         a, b = getattr(pipe, name).state_dict(), getattr(again, name).state_dict()
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a)
-    assert torch.equal(again("a cat", **SIZE, generator=generator()).frames, first)
-    assert not torch.equal(again("a cat", **SIZE, generator=generator(1)).frames, first)
-    assert not torch.equal(again("a dog", **SIZE, generator=generator()).frames, first)
+    asked = {**SIZE, **UINT8}
+    assert torch.equal(again("a cat", **asked, generator=generator()).frames, first)
+    assert not torch.equal(again("a cat", **asked, generator=generator(1)).frames, first)
+    assert not torch.equal(again("a dog", **asked, generator=generator()).frames, first)
     assert skiparse.models.SUVPipeline is SUVPipeline
 
 
@@ -142,7 +146,7 @@ def test_saving_and_loading_is_exact(pipe, saved, tmp_path):
 def test_frames_are_the_decoded_latents(pipe):
     pipe.vae.mix.weight.mul_(10)  # far beyond [-1, 1], where frames are clipped, not wrapped
     latents = pipe("a cat", **SIZE, generator=generator(), output_type="latent").frames
-    frames = pipe("a cat", **SIZE, generator=generator()).frames
+    frames = pipe("a cat", **SIZE, **UINT8, generator=generator()).frames
     pixels = pipe.vae.mix(latents / 2 + 0.25)[0].permute(1, 2, 3, 0)  # [t, h, w, 3]
     levels = (127.5 * (pixels + 1)).round().clamp(0, 255).to(torch.uint8)
     assert torch.equal(frames[0, 0, ::8, ::8], levels[0])
@@ -164,7 +168,7 @@ def test_with_the_vae_of_the_release(pipe, tmp_path):
     frames = again(
         **SIZE, prompt_embeds=text, latents=noise, guidance_scale=1, output_type="latent"
     ).frames
-    made = again(**SIZE, prompt_embeds=text, latents=noise, guidance_scale=1).frames
+    made = again(**SIZE, **UINT8, prompt_embeds=text, latents=noise, guidance_scale=1).frames
     right = vae.decode(frames / 0.5).sample[0].add(1).mul(127.5).round().clamp(0, 255)
     assert torch.equal(made[0].movedim(-1, 0).float(), right)
 
@@ -233,17 +237,21 @@ def test_one_branch_after_the_other(pipe):
     assert (apart - exact).abs().max() <= 2 * own
 
 
-def test_without_guidance_there_is_no_negative_prompt(pipe):
+def test_without_guidance_there_is_no_negative_prompt(pipe, caplog):
     sizes = []
     pipe.transformer.register_forward_pre_hook(lambda m, x: sizes.append(len(x[0])))
     pipe(["a cat", "a dog"], **SIZE, guidance_scale=1.0, generator=generator())
     assert sizes == [2] * 3
-    with pytest.raises(ValueError, match="does nothing at guidance_scale=1"):
-        pipe("a cat", **SIZE, guidance_scale=1.0, negative_prompt="blur")
+    plain = pipe("a cat", **SIZE, guidance_scale=1.0, generator=generator()).frames
+    with caplog.at_level(logging.WARNING):
+        asked = {"guidance_scale": 0.0, "negative_prompt": "blur"}  # as user interfaces send it
+        found = pipe("a cat", **SIZE, **asked, generator=generator()).frames
+    assert "a negative prompt does nothing" in caplog.text
+    assert np.array_equal(found, plain)
 
 
 def test_encoded_prompts_and_freed_encoders(pipe):
-    asked = {**SIZE, "negative_prompt": ["grey", "dark"]}
+    asked = {**SIZE, **UINT8, "negative_prompt": ["grey", "dark"]}
     first = pipe(["a cat", "a dog"], **asked, generator=generator()).frames
     positive = pipe.text.encode(["a cat", "a dog"], template=TEMPLATE)
     negative = pipe.text.encode(["grey", "dark"])
@@ -251,7 +259,11 @@ def test_encoded_prompts_and_freed_encoders(pipe):
     assert pipe.text_encoder is pipe.text_encoder_2 is None
     assert torch.equal(pipe(["a cat", "a dog"], **asked, generator=generator()).frames, first)
     given = pipe(
-        prompt_embeds=positive, negative_prompt_embeds=negative, **SIZE, generator=generator()
+        prompt_embeds=positive,
+        negative_prompt_embeds=negative,
+        **SIZE,
+        **UINT8,
+        generator=generator(),
     ).frames
     assert torch.equal(given, first)
     with pytest.raises(ValueError, match="'high quality, a bird' was not encoded before"):
@@ -259,8 +271,9 @@ def test_encoded_prompts_and_freed_encoders(pipe):
 
 
 def test_a_generator_for_each_video(pipe):
-    both = pipe(["a cat", "a cat"], **SIZE, generator=[generator(3), generator(4)]).frames
-    swapped = pipe(["a cat", "a cat"], **SIZE, generator=[generator(4), generator(3)]).frames
+    asked = {**SIZE, **UINT8}
+    both = pipe(["a cat", "a cat"], **asked, generator=[generator(3), generator(4)]).frames
+    swapped = pipe(["a cat", "a cat"], **asked, generator=[generator(4), generator(3)]).frames
     assert torch.equal(both, swapped.flip(0))
     assert not torch.equal(both[0], both[1])
 
@@ -298,7 +311,7 @@ def test_the_failing_step_is_named(pipe, value):
     def spoil(module, inputs, output):
         count.append(1)
         if len(count) == 2:
-            output.view(-1)[7] = value
+            output[0].view(-1)[7] = value
 
     pipe.transformer.register_forward_hook(spoil)
     with pytest.raises(FloatingPointError, match=r"after step 2 of 3 .*float32"):
@@ -328,17 +341,21 @@ def test_spoilt_text_and_frames_are_refused(pipe):
         ({"num_frames": 10}, r"num_frames=10 must be 8n \+ 1: take 9 or 17"),
         ({"num_frames": 0}, r"num_frames=0 must be 8n \+ 1: take 1$"),
         ({"height": 8, "num_frames": 8}, r"height=8 .*take 16; num_frames=8 .*: take 1 or 9"),
-        ({"guidance_scale": 0.5}, "guidance_scale must be at least 1, got 0.5"),
-        ({"guidance_scale": float("nan")}, "guidance_scale must be at least 1"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a number, got nan"),
         ({"guidance_rescale": 2.0}, r"guidance_rescale must be in \[0, 1\], got 2.0"),
-        ({"output_type": "pil"}, "output_type must be 'uint8' or 'latent', got 'pil'"),
+        ({"output_type": "gif"}, "output_type must be one of np, pil, pt, uint8, latent, got 'gi"),
+        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt must be an int >= 1, got 0"),
+        ({"num_videos_per_prompt": 2, "generator": [generator()]}, "each of 2 videos, got a list"),
+        ({"attention_kwargs": {"scale": 2}}, r"\{'scale': 2\} weighs adapters, and there are none"),
+        ({"prompt_embeds": torch.zeros(1, 4, 24)}, "either prompt or prompt_embeds, not both"),
+        ({"pooled_prompt_embeds": torch.zeros(1, 20)}, "go with tensors .* in prompt_embeds"),
         ({"num_inference_steps": 0}, "steps"),
         ({"schedule": "cosine"}, "schedule"),
         ({"prompt": None}, "give either prompt or prompt_embeds"),
         ({"negative_prompt": ["a", "b", "c"]}, "one negative prompt or one for each of 1 prompts"),
-        ({"generator": []}, "a list with one for each of 1 prompts, got a list of 0"),
-        ({"prompt": ["a", "b"], "generator": [generator()]}, "each of 2 prompts, got a list of 1"),
-        ({"generator": [generator()] * 2}, "each of 1 prompts, got a list of 2"),
+        ({"generator": []}, "a list with one for each of 1 videos, got a list of 0"),
+        ({"prompt": ["a", "b"], "generator": [generator()]}, "each of 2 videos, got a list of 1"),
+        ({"generator": [generator()] * 2}, "each of 1 videos, got a list of 2"),
         ({"prompt": "a \ud800 cat"}, r"prompt 'a \\ud800 cat' holds U\+D800, which is no char"),
         ({"negative_prompt": "\udcff"}, r"holds U\+DCFF, which is no character"),
         ({"prompt": "\udcff", "clean_caption": False}, r"holds U\+DCFF, which is no character"),
@@ -394,7 +411,8 @@ def test_sample_writes_a_video_and_its_record(saved, pipe, tmp_path):
             "guidance_rescale", "shift", "schedule", "template", "negative_prompt",
         )
     }  # fmt: skip
-    frames = pipe(record["prompt"], generator=generator(record["seed"]), **settings).frames[0]
+    noise = generator(record["seed"])
+    frames = pipe(record["prompt"], generator=noise, **settings, **UINT8).frames[0]
     writer.write_video(tmp_path / "again.mp4", frames, crf=record["crf"])
     assert (tmp_path / "again.mp4").read_bytes() == out.read_bytes()
 
@@ -408,7 +426,7 @@ def test_sample_writes_a_picture(saved, pipe, tmp_path):
     assert "negative_prompt" not in record
     with av.open(str(out)) as container:
         picture = next(container.decode(video=0)).to_ndarray(format="rgb24")
-    asked = {**SIZE, "num_frames": 1, "num_inference_steps": 2, "guidance_scale": 1.0}
+    asked = {**SIZE, **UINT8, "num_frames": 1, "num_inference_steps": 2, "guidance_scale": 1.0}
     frames = pipe("a cat", **asked, generator=generator()).frames
     assert (picture == frames[0, 0].numpy()).all()
 

@@ -909,7 +909,7 @@ def test_a_low_rank_adapter_is_the_sum_of_weights(target):
     close(model(*inputs), out, FORWARD)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.full), True])
 def test_a_whole_model_compiles_and_exports(masked):
     """In one graph, with a mask of the text too: it is then kept as it is, whatever is in it."""
     torch._dynamo.reset()

@@ -334,14 +334,14 @@ def test_samples_are_of_the_averaged_weights(source, tmp_path, monkeypatch):
     def called(self, prompt, *, generator, **options):
         weights = {name: x.clone() for name, x in self.transformer.state_dict().items()}
         calls.append((prompt, generator.initial_seed(), options, weights))
-        return SUVPipelineOutput(torch.zeros(1, 1, *SIZE, 3, dtype=torch.uint8))
+        return SUVPipelineOutput(torch.zeros(1, 1, 3, *SIZE))
 
     monkeypatch.setattr(SUVPipeline, "__call__", called)
     samples = Samples(every=1, prompts=("a", "b"), shape=(1, *SIZE), steps=2, guidance=3.0)
     only = {"image": dataclasses.replace(stages()["image"], steps=1)}
     train(config(source, tmp_path, stages=only, samples=samples, seed=3))
     found, options = tensors(tmp_path), {"num_frames": 1, "height": SIZE[0], "width": SIZE[1]}
-    options |= {"num_inference_steps": 2, "guidance_scale": 3.0}
+    options |= {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt"}
     assert [call[:3] for call in calls] == [("a", 3, options), ("b", 4, options)]
     for name, x in calls[0][3].items():
         assert torch.equal(x, found[f"ema.{name}"]), name

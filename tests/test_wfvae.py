@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from skiparse.models.wfvae.blocks import CausalConv
+from skiparse.models.wfvae.blocks import CausalConv, convolve
 from skiparse.models.wfvae.haar import Haar
 from skiparse.models.wfvae.model import WFVAE
 from skiparse.models.wfvae.stream import Stream
@@ -250,9 +250,7 @@ def test_nothing_is_decoded_twice(monkeypatch):
     passed = []
     right = FrameConv.forward
     monkeypatch.setattr(
-        FrameConv,
-        "forward",
-        lambda self, x, s: passed.append((self, x.shape[2])) or right(self, x, s),
+        FrameConv, "forward", lambda self, x: passed.append((self, len(x))) or right(self, x)
     )
     latents = torch.randn(1, 4, 7, 2, 2)
     counts = []
@@ -326,7 +324,7 @@ def test_a_small_video_alone_is_not_convolved_slowly(channels):
             exact = copy.deepcopy(conv).to(dtype)
             video = x.to(dtype).requires_grad_()
             with profile(activities=[ProfilerActivity.CPU]) as seen:
-                out = exact(video, Stream())
+                out = convolve(exact, video, Stream())
                 grads = torch.autograd.grad(out.square().sum(), [video, *exact.parameters()])
             found.append([out, *grads])
             names = {event.key for event in seen.key_averages()}
@@ -355,7 +353,7 @@ def test_the_distribution():
     assert torch.equal(latents.sample(torch.Generator().manual_seed(5)), one)
     assert latents.logvar.min() >= -30
     assert latents.logvar.max() <= 20
-    assert vae(torch.rand(1, 3, 9, 16, 16)).shape == (1, 3, 9, 16, 16)
+    assert vae(torch.rand(1, 3, 9, 16, 16)).sample.shape == (1, 3, 9, 16, 16)
 
 
 def test_one_frame():

@@ -17,6 +17,7 @@ from skiparse.cli import main
 from skiparse.models import checkpoints, shards
 from skiparse.models.strict import StrictModelMixin
 from skiparse.models.wfvae import convert
+from skiparse.models.wfvae.blocks import convolve
 from skiparse.models.wfvae.haar import Haar
 from skiparse.models.wfvae.model import WFVAE
 from skiparse.models.wfvae.stream import Stream
@@ -256,14 +257,14 @@ def test_between_two_and_three_axes_bands_are_ordered_anew():
     bands = conv(image, state, "encoder.wavelet_transform_l1.{}", SQUARE)
     weight, bias = (state[f"encoder.connect_l1.{leaf}"] for leaf in ("weight", "bias"))
     theirs = F.conv2d(bands, weight, bias, padding=1)
-    ours = model.encoder.inflow1(haar.analyse(image[:, :, None], Stream()), Stream())
+    ours = convolve(model.encoder.inflow1, haar.analyse(image[:, :, None], Stream()), Stream())
     assert torch.equal(ours[:, :, 0], theirs)
 
     flow = whole_numbers(2, 6, 3, 2)
     weight, bias = (state[f"decoder.connect_l1.1.{leaf}"] for leaf in ("weight", "bias"))
     theirs = F.conv2d(flow, weight, bias, padding=1)
     theirs = transposed(theirs, state, "decoder.inverse_wavelet_transform_l1.{}", SQUARE)
-    ours = model.decoder.outflow1.conv(flow[:, :, None], Stream())
+    ours = convolve(model.decoder.outflow1.conv, flow[:, :, None], Stream())
     assert torch.equal(haar.synthesise(ours, Stream())[:, :, 0], theirs)
 
     ours, report = convert.from_released(state)

@@ -228,6 +228,7 @@ def make_videos(folder: Path, model: Path, config: SUVConfig) -> list[dict[str, 
             guidance_scale=GUIDANCE,
             template="{prompt}",
             generator=torch.Generator().manual_seed(i),
+            output_type="uint8",
         ).frames[0]
         source = read_video(
             folder / "clips" / f"{i}.mp4",

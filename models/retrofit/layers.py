@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import skiparse
 from skiparse import GridPattern, SkipPattern
 from skiparse.models.retrofit.families import Family
-from skiparse.models.retrofit.shared import Sharing
+from skiparse.models.retrofit.shared import Sharing, natural_pattern
 from skiparse.pattern import Segment, grid_order, has_grid_order, has_skip_order, skip_order
 
 KINDS = ("dense", "single", "group")
@@ -136,14 +136,13 @@ class State:
     def pattern_of(self, kind: str) -> SkipPattern | GridPattern:
         """The pattern of a sparse kind of layer, for tokens in the order of the plan."""
         plan = self.plan
+        if not plan.ordered:
+            return natural_pattern(plan.grid, self.pattern, self.ratio, kind)
         if self.pattern == "2d":
-            order = "skip" if plan.ordered else "natural"
-            return GridPattern(plan.grid, self.ratio, kind, order)
+            return GridPattern(plan.grid, self.ratio, kind, "skip")
         if kind == "single":
             return SkipPattern.single(self.ratio)
-        if plan.ordered:
-            return SkipPattern.block(self.ratio, plan.tokens)
-        return SkipPattern.group(self.ratio)
+        return SkipPattern.block(self.ratio, plan.tokens)
 
     def permuted(self, x: Any, index: Tensor | None, dim: int) -> Any:
         """``x`` with its video tokens in another order; what has no tokens is left alone."""

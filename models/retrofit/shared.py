@@ -60,12 +60,12 @@ class Sharing:
 def _route(
     grid: Grid, pattern: str, ratio: int, kinds: tuple[str, ...], heads: int, processes: int
 ) -> Route:
-    layers = [_pattern(grid, pattern, ratio, kind) for kind in kinds]
+    layers = [natural_pattern(grid, pattern, ratio, kind) for kind in kinds]
     return route(layers, grid[0] * grid[1] * grid[2], processes, heads)
 
 
-def _pattern(grid: Grid, pattern: str, ratio: int, kind: str) -> Shared:
-    """Of a layer, for tokens in natural order."""
+def natural_pattern(grid: Grid, pattern: str, ratio: int, kind: str) -> Shared:
+    """The pattern of a kind of layer, for tokens in natural order."""
     if kind == "dense":
         return SkipPattern.dense()
     if pattern == "2d":

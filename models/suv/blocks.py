@@ -136,8 +136,8 @@ class JointAttention(nn.Module):
         mask: Tensor | None,
         text_mask: Tensor | None,
         backend: str,
-    ) -> tuple[Tensor, Tensor | None]:
-        """``[B, N, C]`` and ``[B, T, C]`` to the same; no text comes out of the last block."""
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """``[B, N, C]`` and ``[B, T, C]`` to the same; of the last block the video alone."""
         q, k, v = (self._split(linear(video)) for linear in (self.to_q, self.to_k, self.to_v))
         text_q, text_k, text_v = (
             self._split(linear(text)) for linear in (self.text_to_q, self.text_to_k, self.text_to_v)
@@ -164,7 +164,7 @@ class JointAttention(nn.Module):
                 pattern, mask=mask, text_mask=text_mask, backend=backend,
             )  # fmt: skip
         video = self.to_out(out.flatten(2))
-        return video, None if self.text_to_out is None else self.text_to_out(text_out.flatten(2))
+        return video if self.text_to_out is None else (video, self.text_to_out(text_out.flatten(2)))
 
     def _packs(self, q: Tensor, pattern: SkipPattern, backend: str) -> bool:
         return skiparse.packing_pays(q, pattern, backend) if self.packs is None else self.packs
@@ -243,10 +243,10 @@ class SUVBlock(nn.Module):
         """
         video, text = self._finite(video), self._finite(text)
         inner, inner_text, gate, text_gate = self.norm1(video, text, condition)
-        inner, out_text = self.attn(inner, inner_text, rotary, pattern, mask, text_mask, backend)
-        video = gated_residual(video, gate, inner)
-        if out_text is not None:
-            text = gated_residual(text, text_gate, out_text)
+        found = self.attn(inner, inner_text, rotary, pattern, mask, text_mask, backend)
+        video = gated_residual(video, gate, found if self.last else found[0])
+        if not self.last:
+            text = gated_residual(text, text_gate, found[1])
 
         video, text = self._finite(video), self._finite(text)
         inner, inner_text, gate, text_gate = self.norm2(video, text, condition)
@@ -274,7 +274,14 @@ class SUVBlock(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """Blocks of one sparsity, one after the other."""
+    """Blocks of one sparsity, one after the other.
+
+    ``gradient_checkpointing`` and the function for it are set by diffusers'
+    ``enable_gradient_checkpointing``; each block then goes through that function.
+    """
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., tuple[Tensor, Tensor]]
 
     def forward(
         self,
@@ -301,7 +308,9 @@ class Stage(nn.ModuleList):
             if _is_compiled(block):
                 _mark_lengths(video, text, rotary, mask, text_mask)
             arguments = (video, text, condition, rotary, pattern, mask, text_mask)
-            if again == "block":
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                video, text = self._gradient_checkpointing_func(block, *arguments, False, backend)
+            elif again == "block":
                 video, text = checkpoint(block, *arguments, False, backend, use_reentrant=False)
             else:
                 video, text = block(*arguments, again == "feed_forward", backend)

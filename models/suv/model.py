@@ -6,13 +6,18 @@ middle stage; the outputs of the first half's stages come back in the second hal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin  # a pipeline looks for it in the module of a model
 from diffusers.configuration_utils import register_to_config
+from diffusers.hooks import HookRegistry
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import apply_lora_scale
 from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -20,6 +25,7 @@ from torch.distributed import ProcessGroup
 import skiparse
 from skiparse import SkipPattern
 from skiparse.models.strict import StrictModelMixin, check_sizes
+from skiparse.models.suv import caching
 from skiparse.models.suv.blocks import Fp32Linear, Norm, Stage, SUVBlock
 from skiparse.models.suv.config import PRESETS
 from skiparse.models.suv.parts import clamp_fp16
@@ -32,7 +38,7 @@ CHECKPOINTS = ("none", "feed_forward", "block")
 _TABLES = 64  # rotary tables and permutations that are kept, a dozen for each shape
 
 
-class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are untyped
+class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: ignore[misc]  # diffusers' are untyped
     """The denoiser: noisy latents, a time and a text in, a velocity out.
 
     Args:
@@ -58,9 +64,13 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+    converted_by = "suv"
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["SUVBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["SUVBlock"]
+    _group_offload_block_modules: ClassVar[list[str]] = ["stages"]  # a group is of blocks
+    _cache_config: Any = None
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["_embed", "skips", "norm"]
     _cp_plan: ClassVar[dict[str, Any]] = {}  # diffusers cuts nothing: the forward does
 
     @register_to_config
@@ -98,7 +108,6 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         )  # tuples also when they come from JSON
         width = num_heads * head_dim
         pixels = patch_size[1] * patch_size[2]
-        self.gradient_checkpointing = False
         self.checkpointing: tuple[str, ...] = ("none",) * len(layers)
         self._tables: dict[tuple[Any, ...], Any] = {}
         self._sharing: Processes | None = None  # that share the tokens
@@ -134,6 +143,7 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
             for block in stage:
                 block.init_weights()
 
+    @apply_lora_scale("attention_kwargs")
     def forward(
         self,
         latents: Tensor,
@@ -146,7 +156,9 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         trim_text: bool = True,
         reorder: bool = True,
         backend: str = "auto",
-    ) -> Tensor:
+        attention_kwargs: Mapping[str, Any] | None = None,
+        return_dict: bool | None = None,
+    ) -> Tensor | Transformer2DModelOutput | tuple[Tensor]:
         """The velocity, ``noise - clean``, at every latent pixel.
 
         Args:
@@ -164,6 +176,9 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
             reorder: keep tokens in skip order, where both patterns are views. The velocity is the
                 same; False keeps natural order.
             backend: of ``skiparse.joint_attention``.
+            attention_kwargs: ``{"scale": s}`` weighs the adapters of this call.
+            return_dict: True for diffusers' output with ``sample``, False for a tuple of one; None
+                for the velocity itself.
 
         Returns:
             ``[B, out_channels, t, h, w]`` in the model's dtype.
@@ -172,7 +187,9 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
             ValueError: for shapes that do not fit, before any work.
         """
         grid = self._check_inputs(latents, timestep, text, pooled, text_mask, video_mask)
-        dtype = self.patch_embed.weight.dtype
+        if attention_kwargs:  # the scale is taken out of them before
+            raise ValueError(f"attention_kwargs may have scale, got {sorted(attention_kwargs)} too")
+        dtype = self.dtype
         plan = self._plan(grid[0] * grid[1] * grid[2], reorder)
         keys, text, text_keys = self._keys(text, text_mask, video_mask, trim_text)
 
@@ -195,7 +212,7 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
             patterns = self._patterns(plan, stage, grid, latents.device)
             shared = isinstance(plan, SharedPlan)  # attention takes masks of all tokens then
             its_keys = keys if shared else self._take(keys, plan, NATURAL, order)
-            again = "block" if self.gradient_checkpointing else self.checkpointing[stage]
+            again = self.checkpointing[stage]
             video, text = blocks(
                 video, text, condition, rotary, patterns, its_keys, text_keys, again, backend
             )
@@ -209,7 +226,10 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         if video.dtype == torch.float16 and not self.training:
             video = clamp_fp16(video)
         video = self.norm_out(self.norm_final(video), condition)
-        return self._unpatchify(self._take(self.proj_out(video), plan, order, NATURAL), grid)
+        out = self._unpatchify(self._take(self.proj_out(video), plan, order, NATURAL), grid)
+        if return_dict is None:
+            return out
+        return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
     def _check_inputs(
         self,
@@ -270,7 +290,7 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
             keys = _unless_all(valid.flatten(1) > 0)
         if text_mask is not None:
             text_keys = skiparse.key_mask(text_mask, "text_mask")
-            if trim and not torch.compiler.is_compiling():
+            if trim and not torch.compiler.is_compiling() and not text_keys.is_meta:
                 used = text_keys.any(0).nonzero()
                 length = int(used[-1]) + 1 if len(used) else 0
                 text, text_keys = text[:, :length], text_keys[:, :length]
@@ -435,12 +455,39 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
         """
         self.set_attention_backend("xformers")
 
+    def enable_npu_flash_attention(self) -> None:
+        """As :meth:`set_attention_backend`.
+
+        Raises:
+            ValueError: always.
+        """
+        self.set_attention_backend("npu")
+
+    def enable_cache(self, config: Any) -> None:
+        """Take attention from the step before, by a cache of diffusers'; ``disable_cache`` ends it.
+
+        Args:
+            config: a ``PyramidAttentionBroadcastConfig``, whose spatial range and timesteps hold
+                for every attention, or a ``TaylorSeerCacheConfig``. Where that names no modules it
+                predicts every attention; in its lite mode the last projection, and blocks are left
+                out.
+
+        Raises:
+            ValueError: for other caches, which compare what goes in and out of a row of blocks,
+                where the stages of a U come back; for settings that concern nothing here.
+        """
+        if self.is_cache_enabled:
+            raise ValueError(f"{type(self._cache_config).__name__} is on; disable_cache() first")
+        self._cache_config = caching.apply(self, config)
+        HookRegistry.check_if_exists_or_initialize(self).invalidate_child_registries_cache()
+
     def set_checkpointing(self, stages: Sequence[str]) -> None:
         """What each stage computes again in the backward pass instead of keeping it.
 
         Args:
             stages: for each stage ``"none"``, ``"feed_forward"`` (as the release did) or
-                ``"block"``. ``enable_gradient_checkpointing()`` means ``"block"`` everywhere.
+                ``"block"``. ``enable_gradient_checkpointing()`` means ``"block"`` everywhere, and
+                goes before.
 
         Raises:
             ValueError: for another word, or another number of stages.
@@ -474,7 +521,7 @@ class SUV(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are
             raise ValueError(
                 "skip_connection=False would drop the skips of the given model; pass True"
             )
-        config = {name: value for name, value in dense.config.items() if not name.startswith("_")}
+        config = dense.arguments
         config |= {"sparsity": tuple(sparsity), "skip_connection": skip_connection}
         if not had:
             config["skip_zero_init"] = True
@@ -552,8 +599,9 @@ def timestep_sinusoid(timestep: Tensor, channels: int) -> Tensor:
 
 
 def _unless_all(mask: Tensor) -> Tensor | None:
-    """The mask, or None if it hides nothing; in a compiler's graph it stays, whatever is in it."""
-    return mask if torch.compiler.is_compiling() or not bool(mask.all()) else None
+    """The mask, or None if it hides nothing; where nobody may look at it, it stays."""
+    blind = torch.compiler.is_compiling() or mask.is_meta
+    return mask if blind or not bool(mask.all()) else None
 
 
 def _check(

@@ -8,6 +8,7 @@ of the activation; :func:`recomputed` keeps the inputs only and computes the res
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def gated_residual(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
         x, update: ``[B, N, C]``.
         gate: ``[B, C]``, fp32.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         if _keeps_inputs(x, gate, update):
             return _GatedResidual.apply(x, gate, update)
         return _add_gated(x, gate, update)
@@ -107,10 +108,15 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor | float | None) 
 
     Under ``torch.compile`` it is the bare call: the compiler makes that choice itself.
     """
-    with torch.autocast(_device_type(inputs), enabled=False):
+    with _without_autocast(_device_type(inputs)):
         if _keeps_inputs(*inputs):
             return _Recomputed.apply(function, *inputs)
         return function(*inputs)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """In the dtypes that are given; tensors without memory know no autocast."""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def _keeps_inputs(*inputs: Any) -> bool:
@@ -150,7 +156,7 @@ class _Recomputed(torch.autograd.Function):
         ]
         wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed]
         device = _device_type(tuple(inputs))
-        with torch.enable_grad(), torch.autocast(device, enabled=False):
+        with torch.enable_grad(), _without_autocast(device):
             out = ctx.function(*inputs)
         found = iter(torch.autograd.grad(out, wanted, grad))
         return (None, *(next(found) if needed else None for needed in needs))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from skiparse.models import flow
 from skiparse.models.data.features import Batch
 from skiparse.models.pipeline import SUVPipeline
+from skiparse.models.strict import WRITTEN_BY_DIFFUSERS
 from skiparse.models.suv.encoders import Encoders, fingerprints
 from skiparse.models.suv.model import CHECKPOINTS, SUV
 from skiparse.models.text import TextEncoders
@@ -269,7 +270,11 @@ def sizes_of(config: SUVConfig) -> dict[str, Any]:
     if config.init is None:
         return SUV.presets[config.preset] | config.model
     known = SUV.load_config(_weights(config.init))
-    return {name: value for name, value in known.items() if not name.startswith("_")}
+    return {
+        name: value
+        for name, value in known.items()
+        if not name.startswith("_") and name not in WRITTEN_BY_DIFFUSERS
+    }
 
 
 def _weights(init: str) -> Path:

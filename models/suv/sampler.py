@@ -46,7 +46,7 @@ class SUVSampler(Sampler):
             "schedule": asked.schedule,
             "template": TEMPLATE,
         }
-        if asked.guidance != 1:
+        if asked.guidance is not None and asked.guidance > 1:
             self.settings["negative_prompt"] = asked.negative
 
     def load(self, dtype: torch.dtype) -> None:
@@ -65,7 +65,11 @@ class SUVSampler(Sampler):
     def frames(self, prompt: str, noise: torch.Generator) -> Tensor:
         """As the pipeline makes them."""
         made = self.pipeline(
-            prompt, generator=noise, sequential_cfg=self.asked.sequential_cfg, **self.settings
+            prompt,
+            generator=noise,
+            sequential_cfg=self.asked.sequential_cfg,
+            output_type="uint8",
+            **self.settings,
         )
         found: Tensor = made.frames[0]
         return found

@@ -43,6 +43,7 @@ class Export:
         text: a folder with the text encoders; default: none, as a denoiser alone needs it.
         weights: averaged ones, or those of the last step.
         other_encoders: take a VAE or text encoders that are not those of the run.
+        dtype: of all weights, such as bfloat16; default: float32, as they were trained.
         lora: of a run with one: merged with the weights beside it, or apart, for pipelines of
             diffusers to load; default: merged.
         init: where those weights are by now; default: where they were.
@@ -55,11 +56,13 @@ class Export:
     text: Annotated[str | None, "DIR"] = None
     weights: Literal["ema", "model"] = "ema"
     other_encoders: bool = False
+    dtype: Annotated[str | None, "DTYPE"] = None
     lora: Literal["merged", "apart"] | None = None
     init: Annotated[str | None, "DIR"] = None
 
     def run(self) -> None:
         """Export, and print the folder made."""
+        from skiparse.models import devices
         from skiparse.models.train.export import export
 
         made = export(
@@ -69,6 +72,7 @@ class Export:
             text=self.text,
             weights=self.weights,
             other_encoders=self.other_encoders,
+            dtype=devices.dtype(self.dtype) if self.dtype else None,
             lora=self.lora,
             init=self.init,
         )

@@ -26,6 +26,7 @@ def export(
     text: str | os.PathLike[str] | None = None,
     weights: Weights = "ema",
     other_encoders: bool = False,
+    dtype: torch.dtype | None = None,
     lora: Form | None = None,
     init: str | os.PathLike[str] | None = None,
 ) -> Path:
@@ -36,13 +37,14 @@ def export(
 
     Args:
         run: the ``out`` of a training run.
-        out: folder to make, whole or not at all, by ``save_pretrained``, weights in fp32.
+        out: folder to make, whole or not at all, by ``save_pretrained``.
         vae: folder of the WFVAE that a denoiser was trained with; for a Wan, that of the
             WanPipeline it was trained from.
         text: folder that holds its text encoders, as a pipeline keeps them; none for a Wan.
         weights: the averaged ones, or those of the last step.
         other_encoders: whether ``vae`` and ``text`` may be others than the run's, such as a VAE
             whose decoder was trained further. The model sees then what it was not trained on.
+        dtype: of all weights; fp32 if None, as they were trained.
         lora: of a run with one: ``merged`` with the weights that it was trained beside, into a
             whole pipeline, which is what None means too; or ``apart``, the file that
             ``load_lora_weights`` of a pipeline reads, with ``skiparse.json`` if the model is
@@ -74,10 +76,12 @@ def export(
         for name, value in (("lora", lora), ("init", init)):
             if value is not None:
                 raise ValueError(f"{name}={value}: {last.path} is of no LoRA; leave it out")
-    elif lora == "apart" and any(given.values()):
-        names = ", ".join(name for name, value in given.items() if value)
+    elif lora == "apart" and (any(given.values()) or dtype is not None):
+        names = ", ".join(name for name, value in (given | {"dtype": dtype}).items() if value)
         raise ValueError(f"{names}: nothing is needed beside a LoRA apart; leave it out")
     made = None if lora == "apart" else recipe.exported(last, weights, **given)
+    if made is not None and dtype is not None:
+        made.to(dtype)
     with shards.new_folder(out) as folder:
         if made is None:
             from skiparse.models.train.lora import save_apart  # peft is needed with a LoRA alone

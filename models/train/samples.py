@@ -27,7 +27,9 @@ def make_samples(config: Config, stage: Stage, step: int, pipeline: Any) -> None
             num_inference_steps=options.steps,
             guidance_scale=options.guidance,
             generator=torch.Generator().manual_seed(config.seed + i),
+            output_type="pt",  # which pipelines of diffusers have too
         ).frames[0]
+        video = video.float().movedim(1, -1).mul(255).round().to(torch.uint8)
         path = folder / f"step-{step:08d}-{i}"
         if frames == 1:
             write_image(path.with_suffix(".png"), video[0])

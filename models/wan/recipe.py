@@ -24,7 +24,6 @@ from skiparse.models.train.config import HOW, Config, Stage
 from skiparse.models.train.export import check_encoders, model_of
 from skiparse.models.train.recipe import Recipe
 from skiparse.models.wan.encoders import Encoders, padded
-from skiparse.models.wan.sampler import levels
 
 CHECKPOINTS = ("none", "block")
 
@@ -189,9 +188,9 @@ class WanRecipe(Recipe):
         found: Tensor = net(noisy, flow.timesteps(levels), states, return_dict=False)[0]
         return found
 
-    def pipeline(self, model: Any, coder: Encoders) -> Sampler:
+    def pipeline(self, model: Any, coder: Encoders) -> WanPipeline:
         """With the encoders it is trained with, and the pipeline's own scheduler."""
-        return Sampler(WanPipeline(**coder.pipeline.components | {"transformer": model}))
+        return WanPipeline(**coder.pipeline.components | {"transformer": model})
 
     def exported(self, last: Checkpoint, weights: str, **given: Any) -> WanPipeline:
         """The pipeline in the folder ``vae``, with the run's transformer."""
@@ -214,20 +213,6 @@ class WanRecipe(Recipe):
     def sparsity(self, about: Mapping[str, Any]) -> Sparsity | None:
         """As its config says."""
         return _parted(about)[1]
-
-
-class Sampler:
-    """A WanPipeline whose videos are uint8, as those of all our pipelines."""
-
-    def __init__(self, pipeline: WanPipeline) -> None:
-        self._pipeline = pipeline
-        self.set_progress_bar_config = pipeline.set_progress_bar_config
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """As of WanPipeline; ``frames`` is uint8 ``[B, T, H, W, 3]``."""
-        found = self._pipeline(*arguments, **options, output_type="pt")
-        found.frames = levels(found.frames)
-        return found
 
 
 def _sparsity(config: WanConfig, stage: WanStage) -> Sparsity | None:

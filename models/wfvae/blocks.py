@@ -30,31 +30,20 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class CausalConv(nn.Conv3d):
-    """A convolution that sees no later frame; before the first frame it sees that frame.
+    """A convolution without padding in time, and with none at all if its stride is 2.
 
-    Stride 2 halves time, height and width: ``T`` frames become ``(T - 1) // 2 + 1``, and space is
-    padded at its right and bottom only.
+    :func:`convolve` calls it, with the past in front.
     """
 
     def __init__(self, channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> None:
         padding = (0, kernel // 2, kernel // 2) if stride == 1 else 0
         super().__init__(channels, out_channels, kernel, stride, padding)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:  # type: ignore[override]  # a stream
-        """``[B, C, T, H, W]`` to ``[B, C', T', H', W']``."""
-        reach, stride = self.kernel_size[0], self.stride[0]
-        if reach > 1:
-            past = stream.recall(self)
-            if past is None:
-                past = x[:, :, :1].expand(-1, -1, reach - 1, -1, -1)
-            x = torch.cat([past, x], 2)
-            made = (x.shape[2] - reach) // stride + 1
-            stream.remember(self, x[:, :, made * stride :])
-        if stride > 1:
-            x = F.pad(x, (0, 1, 0, 1))
-        if _gets_slow_kernel(x):
-            return super().forward(x.to_mkldnn()).to_dense()
-        return super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Conv3d``."""
+        if _gets_slow_kernel(input):
+            return super().forward(input.to_mkldnn()).to_dense()
+        return super().forward(input)
 
 
 def _gets_slow_kernel(x: Tensor) -> bool:
@@ -64,26 +53,50 @@ def _gets_slow_kernel(x: Tensor) -> bool:
     gets that kernel.
     """
     return (
-        len(x) == 1
+        not torch.compiler.is_compiling()
+        and len(x) == 1
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 
 class FrameConv(nn.Conv2d):
-    """A convolution of each frame by itself, size-preserving; stride 2 halves height and width."""
+    """A convolution of a frame, size-preserving, or with no padding if its stride is 2."""
 
     def __init__(self, channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__(channels, out_channels, 3, stride, 1 if stride == 1 else 0)
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:  # type: ignore[override]  # a stream
-        """``[B, C, T, H, W]`` to ``[B, C', T, H', W']``."""
-        if self.stride[0] > 1:
-            x = F.pad(x, (0, 1, 0, 1))
-        return frame_by_frame(super().forward, x)
+
+def convolve(conv: nn.Conv2d | nn.Conv3d, x: Tensor, stream: Stream) -> Tensor:
+    """A video through a convolution: each frame by itself, or with what came before.
+
+    A causal one sees no later frame; before the first frame it sees that frame. Stride 2 halves
+    height and width, which are padded at their right and bottom only, and in causal ones time:
+    ``T`` frames become ``(T - 1) // 2 + 1``.
+
+    Args:
+        conv: a :class:`FrameConv` or a :class:`CausalConv`, or what was put in its place. It is
+            called with one tensor as any layer of torch, so what replaces or watches those works.
+        x: ``[B, C, T, H, W]``.
+        stream: remembers the last frames for ``conv``.
+
+    Returns:
+        ``[B, C', T', H', W']``.
+    """
+    stride, causal = conv.stride[0], len(conv.kernel_size) == 3
+    if causal and conv.kernel_size[0] > 1:
+        reach = conv.kernel_size[0]
+        past = stream.recall(conv)
+        if past is None:
+            past = x[:, :, :1].expand(-1, -1, reach - 1, -1, -1)
+        x = torch.cat([past, x], 2)
+        made = (x.shape[2] - reach) // stride + 1
+        stream.remember(conv, x[:, :, made * stride :])
+    if stride > 1:
+        x = F.pad(x, (0, 1, 0, 1))
+    return conv(x) if causal else frame_by_frame(conv, x)
 
 
 class ResBlock(nn.Module):
@@ -100,9 +113,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         """``[B, C, T, H, W]`` to ``[B, C', T, H, W]``."""
-        h = self.conv1(F.silu(self.norm1(x)), stream)
-        h = self.conv2(F.silu(self.norm2(h)), stream)
-        return h + (x if self.shortcut is None else self.shortcut(x, stream))
+        h = convolve(self.conv1, F.silu(self.norm1(x)), stream)
+        h = convolve(self.conv2, F.silu(self.norm2(h)), stream)
+        return h + (x if self.shortcut is None else convolve(self.shortcut, x, stream))
 
 
 class FrameAttention(nn.Module):
@@ -119,12 +132,12 @@ class FrameAttention(nn.Module):
         """``[B, C, T, H, W]`` to the same."""
         h = self.norm(x)
         q, k, v = (
-            linear(h, stream).movedim(1, -1).flatten(2, 3)
+            convolve(linear, h, stream).movedim(1, -1).flatten(2, 3)
             for linear in (self.to_q, self.to_k, self.to_v)
         )  # [B, T, H * W, C]
         h = F.scaled_dot_product_attention(q, k, v)
         h = h.unflatten(2, x.shape[3:]).movedim(-1, 1)
-        return x + self.to_out(h, stream)
+        return x + convolve(self.to_out, h, stream)
 
 
 class Upsample(nn.Module):
@@ -148,7 +161,7 @@ class Upsample(nn.Module):
             x = self._double_time(x, stream)
         mode = "bilinear" if self.temporal else "nearest"
         x = frame_by_frame(lambda frames: F.interpolate(frames, scale_factor=2.0, mode=mode), x)
-        return self.conv(x, stream)
+        return convolve(self.conv, x, stream)
 
     def _double_time(self, x: Tensor, stream: Stream) -> Tensor:
         made = []

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin  # a pipeline looks for it in the module of a model
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -26,12 +26,42 @@ from skiparse.models.wfvae.blocks import (
     FrameConv,
     ResBlock,
     Upsample,
+    convolve,
 )
 from skiparse.models.wfvae.config import PRESETS
 from skiparse.models.wfvae.haar import Haar
 from skiparse.models.wfvae.stream import Stream
 
 COLOURS = 3
+
+
+class WFVAEConfig(FrozenDict):  # type: ignore[misc]  # diffusers' are untyped
+    """Of a WFVAE; some of it has the names of AutoencoderKLWan too, as attributes."""
+
+    @property
+    def z_dim(self) -> int:
+        """``latent_channels``."""
+        return self["latent_channels"]
+
+    @property
+    def scale_factor_spatial(self) -> int:
+        """Pixels to a latent."""
+        return WFVAE.spatial_factor
+
+    @property
+    def scale_factor_temporal(self) -> int:
+        """Frames to a latent, but the first."""
+        return self["temporal_factor"]
+
+    @property
+    def latents_mean(self) -> tuple[float, ...]:
+        """``shift``, of each channel."""
+        return self["shift"] or (0.0,) * self.z_dim
+
+    @property
+    def latents_std(self) -> tuple[float, ...]:
+        """``1 / scale``, of each channel."""
+        return tuple(1 / scale for scale in self["scale"] or (1.0,) * self.z_dim)
 
 
 class Wavelets:
@@ -84,13 +114,16 @@ class Encoder(nn.Module):
         self.norm_out = ChannelNorm(4 * base, eps)
         self.conv_out = CausalConv(4 * base, 2 * latent)
 
-    def forward(self, video: Tensor, stream: Stream) -> tuple[Tensor, ...]:
+    def forward(self, video: Tensor, stream: Stream, part: str = "all") -> tuple[Tensor, ...]:
         """Moments ``[B, 2 * latent, t, h, w]``, and the coefficients of the two further levels.
 
-        Without a path for them, the moments alone.
+        Without a path for them, the moments alone. ``part="down"`` ends before the middle,
+        ``part="finish"`` begins with it; both through here, where hooks bring weights.
         """
+        if part == "finish":
+            return (self.finish(video, stream),)
         x, *coefficients = self.down(video, stream)
-        return self.finish(x, stream), *coefficients
+        return (x if part == "down" else self.finish(x, stream)), *coefficients
 
     def down(self, video: Tensor, stream: Stream) -> tuple[Tensor, ...]:
         """All before the middle, which sees a neighbourhood of each pixel and no more."""
@@ -100,12 +133,12 @@ class Encoder(nn.Module):
             return (self.level2(x, stream),)
         level1 = self.wavelets.level1.analyse(coefficients[:, :COLOURS], stream)
         level2 = self.wavelets.level2.analyse(level1[:, :COLOURS], stream)
-        x = self.level2(torch.cat([x, self.inflow1(level1, stream)], 1), stream)
-        return torch.cat([x, self.inflow2(level2, stream)], 1), level1, level2
+        x = self.level2(torch.cat([x, convolve(self.inflow1, level1, stream)], 1), stream)
+        return torch.cat([x, convolve(self.inflow2, level2, stream)], 1), level1, level2
 
     def finish(self, x: Tensor, stream: Stream) -> Tensor:
         """The middle, whose attention sees whole frames, and the moments."""
-        return self.conv_out(F.silu(self.norm_out(self.mid(x, stream))), stream)
+        return convolve(self.conv_out, F.silu(self.norm_out(self.mid(x, stream))), stream)
 
 
 class Decoder(nn.Module):
@@ -141,13 +174,20 @@ class Decoder(nn.Module):
         self.norm_out = ChannelNorm(base, eps)
         self.conv_out = FrameConv(base, wavelets.video.bands * COLOURS)
 
-    def forward(self, latents: Tensor, stream: Stream) -> tuple[Tensor, ...]:
-        """Video, and the coefficients of the two further levels, as the encoder gives them."""
-        return self.up(self.start(latents, stream), stream)
+    def forward(self, latents: Tensor, stream: Stream, part: str = "all") -> tuple[Tensor, ...]:
+        """Video, and the coefficients of the two further levels, as the encoder gives them.
+
+        ``part="start"`` ends with the middle, ``part="up"`` begins behind it; both through here,
+        where hooks bring weights.
+        """
+        if part == "up":
+            return self.up(latents, stream)
+        x = self.start(latents, stream)
+        return (x,) if part == "start" else self.up(x, stream)
 
     def start(self, latents: Tensor, stream: Stream) -> Tensor:
         """The middle, whose attention sees whole frames."""
-        return self.mid(self.conv_in(latents, stream), stream)
+        return self.mid(convolve(self.conv_in, latents, stream), stream)
 
     def up(self, x: Tensor, stream: Stream) -> tuple[Tensor, ...]:
         """All behind the middle, which sees a neighbourhood of each pixel and no more."""
@@ -166,7 +206,7 @@ class Decoder(nn.Module):
     def _finish(self, x: Tensor, stream: Stream) -> Tensor:
         """From behind ``level2`` to coefficients of the video."""
         x = self.res2(self.res1(self.level1(x, stream), stream), stream)
-        return self.conv_out(F.silu(self.norm_out(x)), stream)
+        return convolve(self.conv_out, F.silu(self.norm_out(x)), stream)
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x[:, : -self.energy], x[:, -self.energy :]
@@ -193,10 +233,10 @@ class Down(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         """``[B, C, T, H, W]`` to ``[B, width, T', H / 2, W / 2]``."""
-        x = self.conv_in(x, stream)
+        x = convolve(self.conv_in, x, stream)
         for block in self.res:
             x = block(x, stream)
-        return self.down(x, stream)
+        return convolve(self.down, x, stream)
 
 
 class Up(nn.Module):
@@ -238,7 +278,7 @@ class Outflow(nn.Module):
         """``[B, energy, T, H, W]`` to ``[B, coefficients, T, H, W]``."""
         for block in self.res:
             x = block(x, stream)
-        return self.conv(x, stream)
+        return convolve(self.conv, x, stream)
 
 
 class WFVAE(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' are untyped
@@ -258,6 +298,9 @@ class WFVAE(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' a
 
     Attributes:
         spatial_factor, temporal_factor: pixels and frames to a latent.
+        use_framewise_encoding, use_framewise_decoding: code a latent at a time where a call does
+            not say how many; False at first.
+        use_tiling, use_slicing: see :meth:`enable_tiling` and :meth:`enable_slicing`.
 
     Raises:
         ValueError: for sizes that make no model.
@@ -267,8 +310,10 @@ class WFVAE(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' a
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+    converted_by = "vae"
     spatial_factor: ClassVar[int] = 8
     _supports_gradient_checkpointing = False
+    _group_offload_block_modules: ClassVar[list[str]] = ["encoder", "decoder"]
 
     @register_to_config
     def __init__(
@@ -308,6 +353,9 @@ class WFVAE(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' a
             scale=None if scale is None else tuple(scale),
         )
         self.temporal_factor = temporal_factor
+        self.use_framewise_encoding = self.use_framewise_decoding = False
+        self.use_tiling = self.use_slicing = False
+        self._tile, self._overlaps = 0, (0, 0)
         wavelets = Wavelets(haar_gain, temporal_factor)
         self.encoder = Encoder(
             base_channels,
@@ -327,14 +375,75 @@ class WFVAE(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' a
             eps,
         )
 
+    @property
+    def config(self) -> WFVAEConfig:
+        """The arguments, and what AutoencoderKLWan calls some of them."""
+        return WFVAEConfig(self._internal_dict)
+
+    @property
+    def spatial_compression_ratio(self) -> int:
+        """``spatial_factor``, by diffusers' name."""
+        return self.spatial_factor
+
+    @property
+    def temporal_compression_ratio(self) -> int:
+        """``temporal_factor``, by diffusers' name."""
+        return self.temporal_factor
+
+    def enable_tiling(
+        self,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_sample_stride_height: int | None = None,
+        tile_sample_stride_width: int | None = None,
+    ) -> None:
+        """Code frames larger than a tile tile by tile, by :mod:`~skiparse.models.wfvae.tiling`.
+
+        Args:
+            tile_sample_min_height, tile_sample_min_width: of a tile in pixels, both the same, a
+                multiple of 8; the smallest from 256 that is exact if None.
+            tile_sample_stride_height, tile_sample_stride_width: from tile to tile, both the same,
+                a multiple of 8, at least half of a tile; if None the largest for which the result
+                is that of the whole, which differs between encoding and decoding.
+
+        Raises:
+            ValueError: for other numbers.
+        """
+        from skiparse.models.wfvae.tiling import check_tile, exact_overlap
+
+        pixels, latents = exact_overlap(self)
+        factor = self.spatial_factor
+        least = 2 * max(pixels, latents * factor)
+        tile = _side("tile_sample_min", tile_sample_min_height, tile_sample_min_width, factor)
+        tile = max(256, least) if tile is None else tile
+        stride = _side(
+            "tile_sample_stride", tile_sample_stride_height, tile_sample_stride_width, factor
+        )
+        overlaps = (pixels, latents * factor) if stride is None else (tile - stride,) * 2
+        for overlap in overlaps:
+            check_tile(tile, overlap)
+        self._tile, self._overlaps, self.use_tiling = tile, overlaps, True
+
+    def disable_tiling(self) -> None:
+        """Code whole frames."""
+        self.use_tiling = False
+
+    def enable_slicing(self) -> None:
+        """Code one video of a batch after the other."""
+        self.use_slicing = True
+
+    def disable_slicing(self) -> None:
+        """Code the videos of a batch together."""
+        self.use_slicing = False
+
     @apply_forward_hook
     def encode(
-        self, video: Tensor, *, chunk_frames: int | None = None, return_dict: bool = True
+        self, x: Tensor, *, chunk_frames: int | None = None, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """The distribution of the latents of a video.
 
         Args:
-            video: ``[B, 3, T, H, W]`` in [-1, 1]; ``T = temporal_factor * n + 1``, ``H`` and ``W``
+            x: ``[B, 3, T, H, W]`` in [-1, 1]; ``T = temporal_factor * n + 1``, ``H`` and ``W``
                 multiples of 8.
             chunk_frames: a multiple of ``temporal_factor``: so many frames at a time, after the
                 first one, in memory that does not grow with ``T``. The result is the same.
@@ -348,28 +457,28 @@ class WFVAE(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' a
             ValueError: for sizes it cannot take, with the nearest it can, or numbers that are not
                 finite.
         """
-        self._check_video(video)
-        pieces = [video]
-        if chunk_frames is not None:
-            factor = self.temporal_factor
-            if chunk_frames < 1 or chunk_frames % factor:
-                raise ValueError(
-                    f"chunk_frames must be a multiple of {factor}, got {chunk_frames}; None codes "
-                    "the video whole"
-                )
-            pieces = _pieces(video, chunk_frames)
-        moments = _joined(self._encode(pieces))
+        self._check_video(x)
+        factor = self.temporal_factor
+        if chunk_frames is None and self.use_framewise_encoding:
+            chunk_frames = factor
+        if chunk_frames is not None and (chunk_frames < 1 or chunk_frames % factor):
+            raise ValueError(
+                f"chunk_frames must be a multiple of {factor}, got {chunk_frames}; None codes "
+                "the video whole"
+            )
+        videos = x.split(1) if self.use_slicing else [x]
+        moments = torch.cat([self._moments(video, chunk_frames) for video in videos])
         distribution = DiagonalGaussianDistribution(moments)
         return AutoencoderKLOutput(distribution) if return_dict else (distribution,)
 
     @apply_forward_hook
     def decode(
-        self, latents: Tensor, *, chunk_latents: int | None = None, return_dict: bool = True
+        self, z: Tensor, *, chunk_latents: int | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple[Tensor]:
         """The video of latents.
 
         Args:
-            latents: ``[B, C, t, h, w]``, not normalised: see :meth:`denormalize`.
+            z: ``[B, C, t, h, w]``, not normalised: see :meth:`denormalize`.
             chunk_latents: so many at a time, in memory that does not grow with ``t``. The result
                 is the same.
             return_dict: else a tuple.
@@ -381,13 +490,40 @@ class WFVAE(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' a
         Raises:
             ValueError: for shapes that are no latents, or numbers that are not finite.
         """
-        self._check_latents(latents)
+        self._check_latents(z)
+        if chunk_latents is None and self.use_framewise_decoding:
+            chunk_latents = 1
         if chunk_latents is not None and chunk_latents < 1:
             raise ValueError(f"chunk_latents must be at least 1, got {chunk_latents}")
-        pieces = [latents] if chunk_latents is None else _pieces(latents, chunk_latents)
-        video = _joined(self._decode(pieces))
+        parts = z.split(1) if self.use_slicing else [z]
+        video = torch.cat([self._frames(latents, chunk_latents) for latents in parts])
         return DecoderOutput(sample=video) if return_dict else (video,)
 
+    def _moments(self, video: Tensor, chunk_frames: int | None) -> Tensor:
+        if self.use_tiling and max(video.shape[3:]) > self._tile:
+            from skiparse.models.wfvae.tiling import encode_tiled
+
+            overlap = self._overlaps[0]
+            found = encode_tiled(
+                self, video, tile=self._tile, overlap=overlap, chunk_frames=chunk_frames
+            )
+            return found.latent_dist.parameters
+        pieces = [video] if chunk_frames is None else _pieces(video, chunk_frames)
+        return _joined(self._encode(pieces))
+
+    def _frames(self, latents: Tensor, chunk_latents: int | None) -> Tensor:
+        tile = self._tile // self.spatial_factor
+        if self.use_tiling and max(latents.shape[3:]) > tile:
+            from skiparse.models.wfvae.tiling import decode_tiled
+
+            overlap = self._overlaps[1] // self.spatial_factor
+            return decode_tiled(
+                self, latents, tile=tile, overlap=overlap, chunk_latents=chunk_latents
+            ).sample
+        pieces = [latents] if chunk_latents is None else _pieces(latents, chunk_latents)
+        return _joined(self._decode(pieces))
+
+    @apply_forward_hook
     @torch.no_grad()
     def encode_stream(self, video: Iterable[Tensor]) -> Iterator[DiagonalGaussianDistribution]:
         """Distributions of the latents of a video that comes in pieces, as soon as they are known.
@@ -421,6 +557,7 @@ class WFVAE(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' a
         for moments in self._encode(whole(video)):
             yield DiagonalGaussianDistribution(moments)
 
+    @apply_forward_hook
     @torch.no_grad()
     def decode_stream(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
         """The video of latents that come in pieces ``[B, C, n, h, w]``, in pieces.
@@ -438,10 +575,24 @@ class WFVAE(StrictModelMixin, ModelMixin):  # type: ignore[misc]  # diffusers' a
 
         yield from self._decode(checked(latents))
 
-    def forward(self, video: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """A video through a sample of its latents and back: ``[B, 3, T, H, W]``."""
-        latents = self.encode(video).latent_dist.sample(generator)
-        return self.decode(latents).sample
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """A video through its latents and back.
+
+        Args:
+            sample: ``[B, 3, T, H, W]``, as of :meth:`encode`.
+            sample_posterior: through latents that are drawn; else through the most likely ones.
+            return_dict: else a tuple.
+            generator: to draw with.
+        """
+        latents = self.encode(sample).latent_dist
+        z = latents.sample(generator) if sample_posterior else latents.mode()
+        return self.decode(z, return_dict=return_dict)
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Latents of about zero mean and unit variance, ``(latents - shift) * scale``."""
@@ -512,6 +663,21 @@ def _joined(pieces: Iterable[Tensor]) -> Tensor:
     return made[0] if len(made) == 1 else torch.cat(made, 2)
 
 
+def _side(name: str, height: int | None, width: int | None, factor: int) -> int | None:
+    """The one length that both are; ValueError if they are not, or none."""
+    if height is None and width is None:
+        return None
+    side = height if width is None else width
+    if height not in (None, side) or side is None or side < 1 or side % factor:
+        raise ValueError(
+            f"{name}_height and {name}_width must be the same multiple of {factor} pixels, got "
+            f"{height} and {width}"
+        )
+    return side
+
+
 def _check_finite(name: str, x: Tensor) -> None:
+    if torch.compiler.is_compiling() or x.is_meta:  # nobody may look at numbers there
+        return
     if not torch.stack(x.aminmax()).isfinite().all():  # NaN is passed on; no copy of x is made
         raise ValueError(f"{name} has numbers that are not finite; look at where it comes from")

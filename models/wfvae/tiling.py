@@ -53,7 +53,7 @@ def encode_tiled(
             raise ValueError(
                 f"{name} must be a multiple of {factor} pixels, got {value}: try {near}"
             )
-    _check_tile(tile, overlap)
+    check_tile(tile, overlap)
     if chunk_frames is not None and (chunk_frames < 1 or chunk_frames % vae.temporal_factor):
         raise ValueError(
             f"chunk_frames must be a multiple of {vae.temporal_factor}, got {chunk_frames}"
@@ -61,7 +61,7 @@ def encode_tiled(
     encoder: Encoder = vae.encoder
     features = _in_tiles(
         video,
-        lambda part: _in_time(part, chunk_frames, lambda x, stream: encoder.down(x, stream)[0]),
+        lambda part: _in_time(part, chunk_frames, lambda x, stream: encoder(x, stream, "down")[0]),
         tile=tile // factor,
         overlap=overlap // factor,
         reach=_reach(vae)[0],
@@ -70,7 +70,7 @@ def encode_tiled(
     moments = _in_time(
         features,
         None if chunk_frames is None else chunk_frames // vae.temporal_factor,
-        encoder.finish,
+        lambda x, stream: encoder(x, stream, "finish")[0],
     )
     return AutoencoderKLOutput(DiagonalGaussianDistribution(moments))
 
@@ -92,18 +92,18 @@ def decode_tiled(
         ValueError: as ``vae.decode``, and for a tile or an overlap that are none.
     """
     vae._check_latents(latents)
-    _check_tile(tile, overlap)
+    check_tile(tile, overlap)
     if chunk_latents is not None and chunk_latents < 1:
         raise ValueError(f"chunk_latents must be at least 1, got {chunk_latents}")
     decoder: Decoder = vae.decoder
     features = _in_time(
         latents,
         chunk_latents,
-        decoder.start,
+        lambda x, stream: decoder(x, stream, "start")[0],
     )
     video = _in_tiles(
         features,
-        lambda part: _in_time(part, chunk_latents, lambda x, stream: decoder.up(x, stream)[0]),
+        lambda part: _in_time(part, chunk_latents, lambda x, stream: decoder(x, stream, "up")[0]),
         tile=tile,
         overlap=overlap,
         reach=_reach(vae)[1],
@@ -112,7 +112,8 @@ def decode_tiled(
     return DecoderOutput(sample=video)
 
 
-def _check_tile(tile: int, overlap: int) -> None:
+def check_tile(tile: int, overlap: int) -> None:
+    """ValueError unless neighbours can share ``overlap`` of ``tile``."""
     if tile < 1:
         raise ValueError(f"tile must be above 0, got {tile}")
     if not 0 <= overlap <= tile // 2:
