@@ -157,6 +157,9 @@ class Import:
         )
         for reason, names in report.examples.items():
             print(f"{report.dropped[reason]} {reason}, the first {names[0]}")
+        files = report.more.get("files", {"dropped": {}})  # of a list, which are no rows
+        for reason, count in files["dropped"].items():
+            print(f"of the files {count} {reason}, the first {files['examples'][reason][0]}")
         for what, count in report.more.items():
             if isinstance(count, int) and count:
                 print(f"{count} {what}")

@@ -201,7 +201,8 @@ def bring(
         indexed = _indexed(shards, named, look, out / PARTS, workers)
         make = _Rows(found, name, duplicates, min_side)
         lines = _lined(tables, indexed, make, out / PARTS)
-        report = _merged(source, root, out, indexed if tables else [], lines, dropped)
+        unique = duplicates != "keep"
+        report = _merged(source, root, out, indexed if tables else [], lines, dropped, unique)
         kept = {part.stem for part in (*indexed, *lines)}
         for part in (out / PARTS).iterdir():
             if part.stem not in kept:
@@ -523,13 +524,16 @@ class _Files:
     def __init__(self, parts: list[Path], path: Path, make: _Rows) -> None:
         by = "url" if make.name is None else "key"
         hashes = []
-        with replacing(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
-            with pa.ipc.new_file(file, _INDEX) as writer:
-                for part in parts:
-                    for batch in _batches(part):
-                        writer.write_batch(batch)
-                        keys = batch[by].to_pylist()
-                        hashes.append(np.array([_halves(key)[0] for key in keys], np.uint64))
+        with (
+            replacing(path) as temporary,
+            pa.OSFile(str(temporary), "wb") as file,
+            pa.ipc.new_file(file, _INDEX) as writer,
+        ):
+            for part in parts:
+                for batch in _batches(part):
+                    writer.write_batch(batch)
+                    keys = batch[by].to_pylist()
+                    hashes.append(np.array([_halves(key)[0] for key in keys], np.uint64))
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         self._columns = {name: table[name] for name in (*_OF_FILE, by)}
         found = np.concatenate([*hashes, np.zeros(0, np.uint64)])
@@ -612,16 +616,24 @@ def _dropped(part: Path) -> Dropped:
 
 
 def _merged(
-    source: Path, root: Path, out: Path, indexed: list[Path], parts: list[Path], dropped: Dropped
+    source: Path,
+    root: Path,
+    out: Path,
+    indexed: list[Path],
+    parts: list[Path],
+    dropped: Dropped,
+    unique: bool,
 ) -> Report:
-    """The annotations, without what comes twice; ``indexed`` are the files of a list."""
+    """The annotations, ``unique`` without what comes twice; ``indexed`` are the files of a list."""
     more, files = Counter[str](), Dropped()
     for part in indexed:
         _add(files, _dropped(part))
     for part in parts:
         _add(dropped, _dropped(part))
         more.update(json.loads(part.with_suffix(".json").read_bytes())["more"])
-    first, more["without a hash"] = _first(parts)
+    first, none = _first(parts)
+    if unique:  # else nobody asked for hashes, and no row has one
+        more["without a hash"] = none
     used = int(first.sum())
     if not used:
         found = ", ".join(f"{count} {reason}" for reason, count in dropped.counts.items())
