@@ -13,7 +13,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -71,7 +71,7 @@ class Span:
             )
         return cls(file, offset, size, found.st_mtime_ns)
 
-    def open(self) -> BinaryIO:
+    def open(self) -> io.BufferedReader:
         """The bytes, as a file of their own that ends where they do."""
         file = self.path.open("rb")
         if (self.offset, self.size) == (0, os.fstat(file.fileno()).st_size):
