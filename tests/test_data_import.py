@@ -349,6 +349,9 @@ def test_a_list_over_shards(tmp_path: Path) -> None:
     rule = Rule(frames=9, fps=25, size=SIZE, longest=100)
     data = Clips(read, assign(read, rule, 0), rule)
     assert [int(data.read(Place(0, 0, n)).frames.unique()) for n in range(3)] == [4, 1, 2]
+    how = {"files": tmp_path / "in", "duplicates": "content"}
+    report = bring("recap", source, tmp_path / "content", **how)  # whatever the list says of hashes
+    assert (report.used, report.dropped) == (4, {"a row without a file": 1})
 
 
 def test_a_list_without_the_column_is_refused_before_work(tmp_path: Path) -> None:
