@@ -354,6 +354,22 @@ def test_a_list_over_shards(tmp_path: Path) -> None:
     assert (report.used, report.dropped) == (4, {"a row without a file": 1})
 
 
+def test_addresses_of_one_hash_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images(tmp_path / "in" / "0.tar", [1, 2, 3])
+    rows = [{"url": f"http://host/{n}", "text": f"{n}"} for n in (3, 9, 1, 2)]
+    source = table(tmp_path / "list.parquet", rows)
+    real = importing._halves
+    monkeypatch.setattr(
+        importing, "_halves", lambda text: (1, 2) if text.startswith("http") else real(text)
+    )
+    given = {"files": tmp_path / "in", "columns": ["width=", "height="]}
+    assert bring("coyo", source, tmp_path / "out", **given).used == 3
+    found = [(row["cap"][0], row["path"].rpartition("!")[2]) for row in lines(tmp_path / "out")]
+    assert found == [(f"{n}", f"{n:09}.png") for n in (3, 1, 2)]
+
+
 def test_a_list_without_the_column_is_refused_before_work(tmp_path: Path) -> None:
     images(tmp_path / "in" / "0.tar", [1])
     out, rows = tmp_path / "out", [{"URL": "http://host/1", "caption": "x"}]
