@@ -183,6 +183,30 @@ def test_a_clip_that_was_replaced_in_a_shard_is_noticed(clips: Path, tmp_path: P
     assert not was.is_of(tmp_path / path, full=True)
 
 
+def test_of_a_long_clip_both_ends_are_compared(tmp_path: Path) -> None:
+    """Of the clip, not of its shard; what lies between them only if all is asked for."""
+    path = tmp_path / "0.tar"
+    data = bytearray(random.Random(0).randbytes(500_000))
+    where = tmp_path / address("0.tar", 100_000, 300_000, "a.mp4")
+    path.write_bytes(data)
+    was = Content.of(Span.of(where))
+    for time, (at, seen, full) in enumerate(
+        (
+            (99_999, False, False),
+            (100_000, True, True),
+            (250_000, False, True),
+            (399_999, True, True),
+            (400_000, False, False),
+        )
+    ):
+        data[at] ^= 1
+        path.write_bytes(data)
+        data[at] ^= 1
+        os.utime(path, (time, time))
+        assert was.is_of(where) != seen
+        assert was.is_of(where, full=True) != full
+
+
 def test_shards_that_are_cut_off_are_refused_before_work(tmp_path: Path) -> None:
     for n in range(3):
         images(tmp_path / "in" / f"{n}.tar", [n])
