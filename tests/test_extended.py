@@ -11,7 +11,7 @@ from PIL import Image  # comes with matplotlib
 
 from skiparse.bench.clip import bundled_clip
 from skiparse.bench.experiments import extended
-from skiparse.bench.experiments.sparsity import SIZES
+from skiparse.bench.experiments.extended import SIZES
 
 
 @pytest.fixture(scope="module")

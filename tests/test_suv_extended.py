@@ -71,10 +71,14 @@ def test_without_keys_the_branch_is_zero():
     assert not linear_attention(q, linear_state(q, q, torch.zeros(1, 4) > 0)).any()
 
 
-def test_a_branch_begins_without_effect():
-    """To the bit, and then it learns."""
+@pytest.mark.parametrize("packs", [False, True], ids=["apart", "packed"])
+def test_a_branch_begins_without_effect(packs):
+    """To the bit, whatever becomes of the text; and then it learns."""
     model = small()
     more = SUV.extended(model, linear_attention=LINEAR)
+    for stage in (*model.stages, *more.stages):
+        for block in stage:
+            block.attn.packs = packs
     before, after = model.state_dict(), more.state_dict()
     assert after.keys() - before.keys() == {
         f"stages.{stage}.{i}.attn.linear_to_out.weight" for stage in (1, 2, 3) for i in range(2)

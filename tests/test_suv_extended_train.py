@@ -187,6 +187,7 @@ BAD = {
     "k > E": ({"experts": (1, 1, 3, 1, 1), "experts_per_token": 4}, {},
               r"stages\.only: experts_per_token must be from 2 to .* here 3; got 4"),
     "k alone": ({"experts_per_token": 3}, {}, r"stages\.only: experts_per_token must be"),
+    "two alone": ({"experts_per_token": 2}, {}, "experts_per_token=2 is of experts, and there are"),
     "stages": ({"experts": (1, 3)}, {}, r"stages\.only: experts must be 5 whole numbers"),
     "branches": ({"linear_attention": (True,)}, {}, r"stages\.only: linear_attention must be 5"),
     "balance of nothing": ({}, {"balance": 0.1}, "balance=0.1 is of experts, and no stage has"),

@@ -31,7 +31,7 @@ from torch import Tensor
 from skiparse.bench.clip import bundled_clip
 from skiparse.bench.experiments import outcome, toy
 from skiparse.bench.experiments.learn import rising, side_by_side
-from skiparse.bench.experiments.sparsity import LEARNING_RATE, SIZES, WARM_UP, Judged, Size
+from skiparse.bench.experiments.sparsity import LEARNING_RATE, WARM_UP, Judged, Size
 from skiparse.bench.experiments.toy import Scenes
 from skiparse.models import flow
 from skiparse.models.suv.model import SUV
@@ -39,6 +39,10 @@ from skiparse.models.suv.recipe import BALANCE
 
 STEPS, SEEDS, EVALUATE_EVERY = 120, 3, 20
 EXPERTS, TAKEN = 4, 2
+SIZES = {
+    "full": Size(toy.Size(7, 18, 17, 192, 320, order=3, heads=2, text=8), judged=2),
+    "quick": Size(toy.Size(3, 9, 9, 64, 128, order=2, heads=2, text=4), judged=1),
+}
 ARMS = {"dense": "#3b6ea5", "sparse": "#d1803a", "linear": "#4c9a5a", "experts": "#8a5aa8"}
 
 
@@ -163,11 +167,10 @@ def above_sparse(found: outcome.Report, name: str, what: str) -> list[float]:
 def table(found: outcome.Report) -> str:
     """The outcome in lines of text: means over seeds, and each seed's distance from sparse."""
     steps, seeds = found["recipe"]["steps"], found["recipe"]["seeds"]
+    heads = f"{'judged':>8} {'trained':>8} {'step':>6} {'parameters':>11}"
     lines = [
-        f"{found['tokens']} tokens, {steps} steps, {seeds} seeds; one thread; losses, judged and "
-        "trained, and above sparse, seed by seed",
-        f"{'':8} {'judged':>8} {'trained':>8} {'step':>6} {'parameters':>11}  above sparse, judged"
-        "; trained",
+        f"{found['tokens']} tokens, {steps} steps, {seeds} seeds; one thread; mean losses",
+        f"{'':8} {heads}  above sparse, seed by seed, judged; trained",
     ]
     for name in ARMS:
         runs = of_arm(found, name)

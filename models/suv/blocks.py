@@ -16,8 +16,8 @@ import skiparse
 from skiparse import SkipPattern
 from skiparse.models.suv.experts import Experts, GroupedLinear, imbalance
 from skiparse.models.suv.parts import (
+    Fp32Linear,
     clamp_fp16,
-    fp32_linear,
     gated_residual,
     head_norm,
     head_norm_rotate,
@@ -56,14 +56,6 @@ class Norm(nn.Module):
 
 def _plain_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     return norm(x.float(), weight, bias, eps).to(x.dtype)
-
-
-class Fp32Linear(nn.Linear):
-    """A linear layer that computes in fp32, whatever the dtype of its weights and its input."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``[B, C_in]`` to fp32 ``[B, C_out]``."""
-        return recomputed(fp32_linear, input, self.weight, self.bias)
 
 
 class AdaptiveNorm(nn.Module):
@@ -168,8 +160,8 @@ class JointAttention(nn.Module):
             attended = skiparse.attention(*packed, backend=backend)
             out, text_out = skiparse.unpack(attended, pattern, q.shape[1])
         else:
-            text = (self.text_norm_q(text_q), self.text_norm_k(text_k), text_v)
-            tokens, masks = (normal_q, normal_k, v, *text), {"mask": mask, "text_mask": text_mask}
+            texts = (self.text_norm_q(text_q), self.text_norm_k(text_k), text_v)
+            tokens, masks = (normal_q, normal_k, v, *texts), {"mask": mask, "text_mask": text_mask}
             if isinstance(pattern, SharedLayer):
                 out, text_out = pattern.joint_attention(*tokens, **masks, backend=backend)
             else:

@@ -20,20 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skiparse.models.suv.parts import fp32_linear, recomputed
+from skiparse.models.suv.parts import Fp32Linear
 
 LEAST = 2  # experts of a token: the weight of one alone would be 1, and teach its router nothing
-
-
-class Router(nn.Linear):
-    """Chances of the experts, in fp32; no bias."""
-
-    def __init__(self, width: int, experts: int) -> None:
-        super().__init__(width, experts, bias=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``[B, N, C]`` to fp32 ``[B, N, E]``, which sum to one."""
-        return recomputed(fp32_linear, input, self.weight, None).softmax(-1)
 
 
 class GroupedLinear(nn.Module):
@@ -70,7 +59,7 @@ class Experts(nn.Module):
     def __init__(self, width: int, experts: int, taken: int) -> None:
         super().__init__()
         self.taken = taken
-        self.router = Router(width, experts)
+        self.router = Fp32Linear(width, experts, bias=False)
         self.linear_1 = GroupedLinear(experts, width, 4 * width)
         self.linear_2 = GroupedLinear(experts, 4 * width, width)
 
@@ -80,7 +69,7 @@ class Experts(nn.Module):
         The load is fp32 ``[B, 2, E]``: how often each expert was taken, and the sum of its chances;
         both are sums over tokens.
         """
-        chances = self.router(x)
+        chances = self.router(x).softmax(-1)  # [B, N, E]
         weights, chosen = chances.topk(self.taken, -1)  # [B, N, k]
         weights = weights / weights.sum(-1, keepdim=True)
         everyone = torch.arange(chances.shape[-1], device=x.device)

@@ -27,10 +27,10 @@ import skiparse
 from skiparse import SkipPattern
 from skiparse.models.strict import StrictModelMixin, check_sizes
 from skiparse.models.suv import caching
-from skiparse.models.suv.blocks import INIT_STD, Fp32Linear, Norm, Stage, SUVBlock
+from skiparse.models.suv.blocks import INIT_STD, Norm, Stage, SUVBlock
 from skiparse.models.suv.config import PRESETS
 from skiparse.models.suv.experts import check_experts
-from skiparse.models.suv.parts import clamp_fp16
+from skiparse.models.suv.parts import Fp32Linear, clamp_fp16
 from skiparse.models.suv.plan import NATURAL, Plan, Processes, SharedPlan
 from skiparse.models.suv.rope import axis_dims, rotary_angles
 from skiparse.parallel import rank_of

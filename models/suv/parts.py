@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from skiparse.models.suv.rope import rotate
@@ -165,6 +165,14 @@ def _keeps_inputs(*inputs: Any) -> bool:
 
 def _device_type(inputs: tuple[Any, ...]) -> str:
     return next(x.device.type for x in inputs if isinstance(x, Tensor))
+
+
+class Fp32Linear(nn.Linear):
+    """A linear layer that computes in fp32, whatever the dtype of its weights and its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., C_in]`` to fp32 ``[..., C_out]``."""
+        return recomputed(fp32_linear, input, self.weight, self.bias)
 
 
 class _Recomputed(torch.autograd.Function):

@@ -153,7 +153,12 @@ class SUVRecipe(Recipe):
                     f"stages.{name}: with lora the model stays that of init, which lacks "
                     f"{', '.join(stage.parts)}; train those first without lora"
                 )
-            model = wanted
+            model, mixed = wanted, max(wanted.config.experts or (1,)) > 1
+            if stage.experts_per_token is not None and not mixed:
+                raise ValueError(
+                    f"stages.{name}: experts_per_token={stage.experts_per_token} is of experts, "
+                    "and there are none; leave it out, or set experts"
+                )
             if stage.sparsity is not None:
                 try:
                     model.set_sparsity(stage.sparsity)
