@@ -145,12 +145,13 @@ class JointAttention(nn.Module):
         text_q, text_k, text_v = (
             self._split(linear(text)) for linear in (self.text_to_q, self.text_to_k, self.text_to_v)
         )
-        shared = isinstance(pattern, SharedLayer)
-        masked = mask is not None or text_mask is not None
-        packs = not shared and not masked and self._packs(q, pattern, backend)
-        if not packs or self.linear_to_out is not None:
-            normal_q, normal_k = self.norm_q(q, rotary), self.norm_k(k, rotary)
-        if packs:
+        if isinstance(pattern, SharedLayer):
+            q, k = self.norm_q(q, rotary), self.norm_k(k, rotary)
+            out, text_out = pattern.joint_attention(
+                q, k, v, self.text_norm_q(text_q), self.text_norm_k(text_k), text_v,
+                mask=mask, text_mask=text_mask, backend=backend,
+            )  # fmt: skip
+        elif self._packs(q, pattern, backend) and mask is None and text_mask is None:
             packed = skiparse.norm_rope_pack(
                 q, k, v, *rotary, self.norm_q(None), self.norm_k(None), pattern,
                 text_q=text_q, text_k=text_k, text_v=text_v,
@@ -159,16 +160,17 @@ class JointAttention(nn.Module):
             )  # fmt: skip
             attended = skiparse.attention(*packed, backend=backend)
             out, text_out = skiparse.unpack(attended, pattern, q.shape[1])
+            if self.linear_to_out is not None:
+                q, k = self.norm_q(q, rotary), self.norm_k(k, rotary)
         else:
-            texts = (self.text_norm_q(text_q), self.text_norm_k(text_k), text_v)
-            tokens, masks = (normal_q, normal_k, v, *texts), {"mask": mask, "text_mask": text_mask}
-            if isinstance(pattern, SharedLayer):
-                out, text_out = pattern.joint_attention(*tokens, **masks, backend=backend)
-            else:
-                out, text_out = skiparse.joint_attention(*tokens, pattern, **masks, backend=backend)
+            q, k = self.norm_q(q, rotary), self.norm_k(k, rotary)
+            out, text_out = skiparse.joint_attention(
+                q, k, v, self.text_norm_q(text_q), self.text_norm_k(text_k), text_v,
+                pattern, mask=mask, text_mask=text_mask, backend=backend,
+            )  # fmt: skip
         video = self.to_out(out.flatten(2))
         if self.linear_to_out is not None:
-            found = self._linear(normal_q, normal_k, v, pattern, mask)
+            found = self._linear(q, k, v, pattern, mask)
             video = video + self.linear_to_out(found.flatten(2))
         return video if self.text_to_out is None else (video, self.text_to_out(text_out.flatten(2)))
 
