@@ -240,11 +240,22 @@ def test_grouped_products_in_bf16_are_as_exact_as_single_ones():
     within_budget(found, exact, [eager], torch.bfloat16)
 
 
-def test_autocast_decides_the_dtype_of_experts():
-    made = mixture(2).float()
+def test_autocast_decides_the_dtype_of_experts(monkeypatch):
+    made, seen, real = mixture(2).float(), [], F.grouped_mm
+
+    def seeing(x, weight, offs):
+        seen.append((x.dtype, weight.dtype))
+        return real(x, weight, offs=offs)
+
+    monkeypatch.setattr(F, "grouped_mm", seeing)
     with torch.autocast("cpu", torch.bfloat16):
         out, load = made(torch.randn(1, 5, 16))
+    assert seen == [(torch.bfloat16, torch.bfloat16)] * 2
     assert (out.dtype, load.dtype) == (torch.bfloat16, torch.float32)
+    (out.float().sum() + load.sum()).backward()
+    assert all(x.grad.dtype == torch.float32 for x in made.parameters())
+    made(torch.randn(1, 5, 16))
+    assert len(seen) == 2
 
 
 def test_how_unevenly():
@@ -298,6 +309,7 @@ def test_both_are_saved_and_loaded(tmp_path):
 def test_a_folder_from_before_loads(tmp_path):
     """Its config does not know of them, and its weights have the same names as ever."""
     model = small()
+    assert not any(name.endswith(NEW) for name in model.state_dict())
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for name in ("linear_attention", "experts", "experts_per_token"):
