@@ -19,6 +19,7 @@ COMMANDS = {
     "experiment overfit": "skiparse.bench.experiments.commands:Overfit",
     "experiment clipping": "skiparse.bench.experiments.commands:Clipping",
     "experiment sparsity": "skiparse.bench.experiments.commands:Sparsity",
+    "experiment extended": "skiparse.bench.experiments.commands:Extended",
     "experiment retrofit": "skiparse.bench.experiments.commands:Retrofit",
     "experiment wavelets": "skiparse.bench.experiments.commands:Wavelets",
     "convert suv": "skiparse.models.suv.commands:Convert",

@@ -120,6 +120,19 @@ def gather_tokens(x: Tensor, layout: Layout, group: Group = None, *, dim: int = 
     return _taken(came.transpose(0, dim), dim, _natural(layout, x.device))
 
 
+def total(x: Tensor, group: Group = None) -> Tensor:
+    """What the processes of ``group`` hold, summed, in each of them; the same shape and dtype.
+
+    Of sums over tokens that are shared out it makes the sum over all tokens. Its gradient is the
+    sum of theirs.
+
+    Raises:
+        ValueError: if this process is not in the group.
+    """
+    found: Tensor = _Sum.apply(x, _group_of(group))
+    return found
+
+
 def ulysses_attention(
     q: Tensor,
     k: Tensor,

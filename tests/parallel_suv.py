@@ -23,6 +23,7 @@ torch.Tensor.float = torch.Tensor.double  # the model's islands of fp32
 WIDTH = {"num_heads": 3, "head_dim": 16}
 SMALL = {"num_layers": (1, 2, 1), "sparsity": (1, 2, 1)}
 DEEP = {"num_layers": (1, 2, 3, 2, 3, 2, 1), "sparsity": (1, 2, 4, 8, 4, 2, 1)}
+MORE = {"linear_attention": (False, True, True), "experts": (1, 4, 3), "double_ff": False}
 EVEN, RAGGED = (2, 16, 16), (3, 10, 14)  # 128 and 105 tokens
 
 CASES = {
@@ -35,8 +36,11 @@ CASES = {
     "by diffusers": (SMALL, EVEN, {"diffusers": True}),
     "compiled": (SMALL, RAGGED, {"compiled": "aot_eager"}),
     "compiled deep": (DEEP, EVEN, {"compiled": "aot_eager"}),
+    "extended": (SMALL | MORE, RAGGED, {"masks": True}),
+    "extended again": (SMALL | MORE, EVEN, {"checkpointing": "feed_forward"}),
+    "extended compiled": (SMALL | MORE, RAGGED, {"masks": True, "compiled": "aot_eager"}),
 }
-FEW = ("two blocks", "deep ragged masks", "checkpointed", "compiled")
+FEW = ("two blocks", "deep ragged masks", "checkpointed", "compiled", "extended")
 
 
 @functools.cache
@@ -70,9 +74,11 @@ def run(case):
     given, masks = inputs(case)
     its = model(case)
     its.zero_grad()
-    out = its(*given, **masks)
+    found = its(*given, **masks, return_dict=True)
+    out, told = found.sample, found.imbalance
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).double()
-    (out * weights).sum().backward()
+    loss = (out * weights).sum()
+    (loss if told is None else loss + 100 * (told * told).sum()).backward()
     return (
         out.detach(),
         [g.clone() for g in grads(*given)],

@@ -35,6 +35,8 @@ SMOKE = {
                 "test_pack.py::test_the_kernels_do_what_eager_does[single]",
  "test_pack.py::test_the_kernels_do_what_eager_does[block]"),
     "SUV": ("test_suv.py::test_outputs_and_gradients_of_the_original",),
+    "its linear branch and experts": ("test_suv_extended.py::test_a_branch_begins_without_effect",
+"test_suv_extended.py::test_experts_are_what_is_written_out"),
     "WF-VAE": ("test_wfvae.py::test_moments_of_the_original",
                "test_wfvae.py::test_decoding_in_pieces_is_the_whole[torch.float32-eval]"),
     "prompts": ("test_text.py::test_neighbours_do_not_matter",),

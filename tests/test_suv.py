@@ -523,7 +523,7 @@ def plainly_low(monkeypatch):
     """The parts as one would write them in the running dtype: the yardstick of the error."""
     import torch.nn.functional as F
 
-    from skiparse.models.suv import blocks
+    from skiparse.models.suv import blocks, parts
     from skiparse.models.suv.rope import rotate
 
     def modulated_norm(x, shift, scale, weight, bias, eps):
@@ -545,7 +545,7 @@ def plainly_low(monkeypatch):
         "fp32_linear": lambda x, weight, bias: F.linear(F.silu(x.to(weight.dtype)), weight, bias),
     }
     for name, function in plain.items():
-        monkeypatch.setattr(blocks, name, function)
+        monkeypatch.setattr(parts if name == "fp32_linear" else blocks, name, function)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

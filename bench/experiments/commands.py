@@ -59,6 +59,17 @@ class Sparsity(Experiment):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Extended(Experiment):
+    """Train sparse models with a linear branch, and with experts, beside ones without."""
+
+    def run(self) -> None:
+        """Train and draw."""
+        from skiparse.bench.experiments import extended
+
+        extended.run(self.out, **self.asked)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Retrofit(Experiment):
     """Make a tiny dense Wan sparse and tune it, in full and with LoRA, beside the dense one."""
 

@@ -46,7 +46,7 @@ class Learner:
             group["lr"] = rate
         self.optimizer.zero_grad()
         noisy, velocity = self.problem(step, sigmas, noise)
-        loss_of(self.model, self.scenes, sigmas, noisy, velocity).backward()
+        self.loss(sigmas, noisy, velocity).backward()
         self.update()
         self.seconds.append(time.perf_counter() - started)
 
@@ -54,6 +54,10 @@ class Learner:
         """Noisy latents, and the velocity to learn."""
         latents = self.scenes.latents
         return flow.add_noise(latents, noise[0], sigmas), flow.velocity(latents, noise[0])
+
+    def loss(self, sigmas: Tensor, noisy: Tensor, velocity: Tensor) -> Tensor:
+        """What a step makes smaller."""
+        return loss_of(self.model, self.scenes, sigmas, noisy, velocity)
 
     def update(self) -> None:
         """Use the gradients."""

@@ -112,7 +112,7 @@ def scenes_of(clip: Path, size: Size) -> Scenes:
     return Scenes((raw - mean) / spread, text, pooled, mean, spread, basis)
 
 
-def dense_of(scenes: Scenes, size: Size, **settings: Any) -> SUV:
+def dense_of(scenes: Scenes, size: Size, *, seed: int = 0, **settings: Any) -> SUV:
     """A dense model of the scenes with seeded random weights; ``settings`` are SUV's own."""
     channels = scenes.latents.shape[1]
     config = SUV.presets["tiny"] | {
@@ -122,7 +122,7 @@ def dense_of(scenes: Scenes, size: Size, **settings: Any) -> SUV:
         "sparsity": (1,) * len(size.sparsity),
     }
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return SUV(**config | settings)
 
 

@@ -14,12 +14,15 @@ from torch.utils.checkpoint import checkpoint
 
 import skiparse
 from skiparse import SkipPattern
+from skiparse.models.suv.experts import Experts, GroupedLinear, imbalance
 from skiparse.models.suv.parts import (
+    Fp32Linear,
     clamp_fp16,
-    fp32_linear,
     gated_residual,
     head_norm,
     head_norm_rotate,
+    linear_attention,
+    linear_state,
     modulated_norm,
     norm,
     recomputed,
@@ -53,14 +56,6 @@ class Norm(nn.Module):
 
 def _plain_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     return norm(x.float(), weight, bias, eps).to(x.dtype)
-
-
-class Fp32Linear(nn.Linear):
-    """A linear layer that computes in fp32, whatever the dtype of its weights and its input."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``[B, C_in]`` to fp32 ``[B, C_out]``."""
-        return recomputed(fp32_linear, input, self.weight, self.bias)
 
 
 class AdaptiveNorm(nn.Module):
@@ -113,15 +108,23 @@ class HeadNorm(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """Skiparse attention of video and text, with projections of their own."""
+    """Skiparse attention of video and text, with projections of their own.
 
-    def __init__(self, heads: int, head_dim: int, eps: float, *, last: bool) -> None:
+    With ``linear`` a second branch beside it: every video token attends to all of them, by linear
+    attention (:func:`~skiparse.models.suv.parts.linear_state` says which) of the same q, k and v.
+    Its projection begins as 0, and is added to the first branch's.
+    """
+
+    def __init__(
+        self, heads: int, head_dim: int, eps: float, *, last: bool, linear: bool = False
+    ) -> None:
         super().__init__()
         width = heads * head_dim
         self.heads = heads
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
         self.text_to_q, self.text_to_k, self.text_to_v = (nn.Linear(width, width) for _ in range(3))
         self.text_to_out = None if last else nn.Linear(width, width)
+        self.linear_to_out = nn.Linear(width, width, bias=False) if linear else None
         self.norm_q, self.norm_k, self.text_norm_q, self.text_norm_k = (
             HeadNorm(head_dim, eps) for _ in range(4)
         )
@@ -143,9 +146,9 @@ class JointAttention(nn.Module):
             self._split(linear(text)) for linear in (self.text_to_q, self.text_to_k, self.text_to_v)
         )
         if isinstance(pattern, SharedLayer):
+            q, k = self.norm_q(q, rotary), self.norm_k(k, rotary)
             out, text_out = pattern.joint_attention(
-                self.norm_q(q, rotary), self.norm_k(k, rotary), v,
-                self.text_norm_q(text_q), self.text_norm_k(text_k), text_v,
+                q, k, v, self.text_norm_q(text_q), self.text_norm_k(text_k), text_v,
                 mask=mask, text_mask=text_mask, backend=backend,
             )  # fmt: skip
         elif self._packs(q, pattern, backend) and mask is None and text_mask is None:
@@ -157,14 +160,29 @@ class JointAttention(nn.Module):
             )  # fmt: skip
             attended = skiparse.attention(*packed, backend=backend)
             out, text_out = skiparse.unpack(attended, pattern, q.shape[1])
+            if self.linear_to_out is not None:
+                q, k = self.norm_q(q, rotary), self.norm_k(k, rotary)
         else:
+            q, k = self.norm_q(q, rotary), self.norm_k(k, rotary)
             out, text_out = skiparse.joint_attention(
-                self.norm_q(q, rotary), self.norm_k(k, rotary), v,
-                self.text_norm_q(text_q), self.text_norm_k(text_k), text_v,
+                q, k, v, self.text_norm_q(text_q), self.text_norm_k(text_k), text_v,
                 pattern, mask=mask, text_mask=text_mask, backend=backend,
             )  # fmt: skip
         video = self.to_out(out.flatten(2))
+        if self.linear_to_out is not None:
+            found = self._linear(q, k, v, pattern, mask)
+            video = video + self.linear_to_out(found.flatten(2))
         return video if self.text_to_out is None else (video, self.text_to_out(text_out.flatten(2)))
+
+    @staticmethod
+    def _linear(
+        q: Tensor, k: Tensor, v: Tensor, pattern: SkipPattern | SharedLayer, mask: Tensor | None
+    ) -> Tensor:
+        """``[B, N, H, D]`` of all video tokens, also where processes share them."""
+        if not isinstance(pattern, SharedLayer):
+            return recomputed(linear_attention, q, recomputed(linear_state, k, v, mask))
+        state = recomputed(linear_state, k, v, pattern.own(mask))
+        return recomputed(linear_attention, q, pattern.total(state))
 
     def _packs(self, q: Tensor, pattern: SkipPattern, backend: str) -> bool:
         return skiparse.packing_pays(q, pattern, backend) if self.packs is None else self.packs
@@ -194,6 +212,10 @@ class SUVBlock(nn.Module):
         condition: width of the condition vector.
         double_ff: the text has a feed-forward of its own, else it shares the video's.
         last: nothing reads the text after this block, so it has no parameters for that.
+        linear: attention has a linear branch over all video tokens beside it.
+        experts: in the place of the feed-forward; 1 for that itself. Text that has none of its own
+            goes through them too.
+        taken: experts of a token.
     """
 
     def __init__(
@@ -206,13 +228,16 @@ class SUVBlock(nn.Module):
         last: bool,
         norm: str,
         eps: float,
+        linear: bool = False,
+        experts: int = 1,
+        taken: int = 1,
     ) -> None:
         super().__init__()
         width = heads * head_dim
         self.norm1 = AdaptiveNorm(width, condition, norm, eps, text=True)
-        self.attn = JointAttention(heads, head_dim, eps, last=last)
+        self.attn = JointAttention(heads, head_dim, eps, last=last, linear=linear)
         self.norm2 = AdaptiveNorm(width, condition, norm, eps, text=not last)
-        self.ff = FeedForward(width)
+        self.ff = Experts(width, experts, taken) if experts > 1 else FeedForward(width)
         self.text_ff = FeedForward(width) if double_ff and not last else None
         self.last = last
 
@@ -227,7 +252,7 @@ class SUVBlock(nn.Module):
         text_mask: Tensor | None = None,
         checkpoint_ff: bool = False,
         backend: str = "auto",
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """One block.
 
         Args:
@@ -239,7 +264,9 @@ class SUVBlock(nn.Module):
             checkpoint_ff: compute the feed-forward again in the backward pass.
 
         Returns:
-            ``[B, N, C]`` and ``[B, T, C]`` in their dtype.
+            ``[B, N, C]`` and ``[B, T, C]`` in their dtype; of a block with experts besides how
+            unevenly the video uses them, ``[B]`` fp32, by
+            :func:`~skiparse.models.suv.experts.imbalance`.
         """
         video, text = self._finite(video), self._finite(text)
         inner, inner_text, gate, text_gate = self.norm1(video, text, condition)
@@ -250,27 +277,44 @@ class SUVBlock(nn.Module):
 
         video, text = self._finite(video), self._finite(text)
         inner, inner_text, gate, text_gate = self.norm2(video, text, condition)
-        video = gated_residual(video, gate, self._feed(self.ff, inner, checkpoint_ff))
+        update, *loads = self._feed(self.ff, inner, checkpoint_ff)
+        video = gated_residual(video, gate, update)
         if not self.last:
             text_ff = self.ff if self.text_ff is None else self.text_ff
-            update = self._feed(text_ff, inner_text, checkpoint_ff)
+            update, *_ = self._feed(text_ff, inner_text, checkpoint_ff)
             text = gated_residual(text, text_gate, update)
-        return video, text
+        return video, text, *(self._imbalance(load, inner.shape[1], pattern) for load in loads)
+
+    def _imbalance(self, load: Tensor, tokens: int, pattern: SkipPattern | SharedLayer) -> Tensor:
+        """Of all tokens, also where processes share them."""
+        assert isinstance(self.ff, Experts)
+        if isinstance(pattern, SharedLayer):
+            load, tokens = pattern.total(load), pattern.layout.tokens
+        return imbalance(load, tokens, self.ff.taken)
 
     def _finite(self, x: Tensor) -> Tensor:
         return x if self.training or x.dtype != torch.float16 else clamp_fp16(x)
 
     @staticmethod
-    def _feed(ff: Callable[[Tensor], Tensor], x: Tensor, again: bool) -> Tensor:
-        return checkpoint(ff, x, use_reentrant=False) if again else ff(x)
+    def _feed(
+        ff: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]], x: Tensor, again: bool
+    ) -> tuple[Tensor, ...]:
+        """What comes of ``x``, and of experts their load."""
+        found = checkpoint(ff, x, use_reentrant=False) if again else ff(x)
+        return found if isinstance(found, tuple) else (found,)
 
     def init_weights(self) -> None:
-        """Every matrix from N(0, 0.02), biases 0, as the release was initialised."""
+        """Every matrix from N(0, 0.02), biases 0, as the release was initialised.
+
+        The projection of a linear branch is 0.
+        """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear | GroupedLinear):
                 nn.init.normal_(module.weight, std=INIT_STD)
-                if module.bias is not None:
+                if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.attn.linear_to_out is not None:
+            nn.init.zeros_(self.attn.linear_to_out.weight)
 
 
 class Stage(nn.ModuleList):
@@ -281,7 +325,7 @@ class Stage(nn.ModuleList):
     """
 
     gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable[..., tuple[Tensor, Tensor]]
+    _gradient_checkpointing_func: Callable[..., tuple[Tensor, ...]]
 
     def forward(
         self,
@@ -294,14 +338,17 @@ class Stage(nn.ModuleList):
         text_mask: Tensor | None,
         again: str,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """As :class:`SUVBlock`, with a pattern for each.
 
         Args:
             again: what is computed again in the backward pass: ``"none"``, ``"feed_forward"`` or
                 ``"block"``.
+
+        Returns:
+            Video and text, and what the blocks with experts told of them.
         """
-        again = again if torch.is_grad_enabled() else "none"
+        again, told = again if torch.is_grad_enabled() else "none", []
         for block, pattern in zip(self, patterns, strict=True):
             if isinstance(pattern, SharedLayer):
                 video, rotary = pattern.enter(video), pattern.rotary
@@ -309,12 +356,14 @@ class Stage(nn.ModuleList):
                 _mark_lengths(video, text, rotary, mask, text_mask)
             arguments = (video, text, condition, rotary, pattern, mask, text_mask)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                video, text = self._gradient_checkpointing_func(block, *arguments, False, backend)
+                found = self._gradient_checkpointing_func(block, *arguments, False, backend)
             elif again == "block":
-                video, text = checkpoint(block, *arguments, False, backend, use_reentrant=False)
+                found = checkpoint(block, *arguments, False, backend, use_reentrant=False)
             else:
-                video, text = block(*arguments, again == "feed_forward", backend)
-        return video, text
+                found = block(*arguments, again == "feed_forward", backend)
+            video, text, *more = found
+            told += more
+        return video, text, told
 
 
 def _is_compiled(block: nn.Module) -> bool:

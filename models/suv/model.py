@@ -7,6 +7,7 @@ middle stage; the outputs of the first half's stages come back in the second hal
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -26,9 +27,10 @@ import skiparse
 from skiparse import SkipPattern
 from skiparse.models.strict import StrictModelMixin, check_sizes
 from skiparse.models.suv import caching
-from skiparse.models.suv.blocks import Fp32Linear, Norm, Stage, SUVBlock
+from skiparse.models.suv.blocks import INIT_STD, Norm, Stage, SUVBlock
 from skiparse.models.suv.config import PRESETS
-from skiparse.models.suv.parts import clamp_fp16
+from skiparse.models.suv.experts import check_experts
+from skiparse.models.suv.parts import Fp32Linear, clamp_fp16
 from skiparse.models.suv.plan import NATURAL, Plan, Processes, SharedPlan
 from skiparse.models.suv.rope import axis_dims, rotary_angles
 from skiparse.parallel import rank_of
@@ -36,6 +38,19 @@ from skiparse.parallel import rank_of
 NORMS = ("layer_norm", "rms_norm")
 CHECKPOINTS = ("none", "feed_forward", "block")
 _TABLES = 64  # rotary tables and permutations that are kept, a dozen for each shape
+
+
+@dataclass
+class SUVOutput(Transformer2DModelOutput):  # type: ignore[misc]  # diffusers' is untyped
+    """The velocity, and of a model with experts how unevenly they are used.
+
+    Attributes:
+        sample: ``[B, out_channels, t, h, w]``.
+        imbalance: ``[B]`` fp32, the mean over all blocks with experts of
+            :func:`~skiparse.models.suv.experts.imbalance`; None where there are none.
+    """
+
+    imbalance: Tensor | None = None
 
 
 class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: ignore[misc]  # diffusers' are untyped
@@ -56,11 +71,19 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         norm: ``"layer_norm"`` or ``"rms_norm"``.
         patch_size: ``(1, p, p)``: a token is a patch of p x p latent pixels of one frame.
         eps: of every norm.
+        linear_attention: for each stage, whether attention has a linear branch over all video
+            tokens beside it, see :class:`~skiparse.models.suv.blocks.JointAttention`; None for
+            nowhere.
+        experts: for each stage, of how many feed-forwards its blocks have a mixture, see
+            :mod:`skiparse.models.suv.experts`; 1 for a feed-forward as it is, None for that
+            everywhere. A text's own feed-forward stays one.
+        experts_per_token: how many of them each token goes through, at least 2.
 
     Raises:
         ValueError: for sizes that make no model.
 
-    Source: Open-Sora Plan v1.5 report; ``SUV.presets`` has the published sizes.
+    Source: Open-Sora Plan v1.5 report; ``SUV.presets`` has the published sizes. The linear branch
+    and the experts are no part of the release.
     """
 
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
@@ -70,7 +93,7 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
     _repeated_blocks: ClassVar[list[str]] = ["SUVBlock"]
     _group_offload_block_modules: ClassVar[list[str]] = ["stages"]  # a group is of blocks
     _cache_config: Any = None
-    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["_embed", "skips", "norm"]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["_embed", "skips", "norm", "router"]
     _cp_plan: ClassVar[dict[str, Any]] = {}  # diffusers cuts nothing: the forward does
 
     @register_to_config
@@ -92,6 +115,9 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         norm: str = "layer_norm",
         patch_size: Sequence[int] = (1, 2, 2),
         eps: float = 1e-6,
+        linear_attention: Sequence[bool] | None = None,
+        experts: Sequence[int] | None = None,
+        experts_per_token: int = 2,
     ) -> None:
         super().__init__()
         layers, skipped = tuple(num_layers), tuple(sparsity)
@@ -103,8 +129,14 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
             pooled_channels=pooled_channels,
         )
         _check(layers, skipped, head_dim, timestep_channels, norm, patch_size)
+        _check_branches(linear_attention, len(layers))
+        check_experts(experts, experts_per_token, len(layers))
         self.register_to_config(
-            num_layers=layers, sparsity=skipped, patch_size=tuple(patch_size)
+            num_layers=layers,
+            sparsity=skipped,
+            patch_size=tuple(patch_size),
+            linear_attention=None if linear_attention is None else tuple(linear_attention),
+            experts=None if experts is None else tuple(experts),
         )  # tuples also when they come from JSON
         width = num_heads * head_dim
         pixels = patch_size[1] * patch_size[2]
@@ -127,6 +159,9 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
                     last=stage == len(layers) - 1 and layer == count - 1,
                     norm=norm,
                     eps=eps,
+                    linear=linear_attention is not None and linear_attention[stage],
+                    experts=1 if experts is None else experts[stage],
+                    taken=experts_per_token,
                 )
                 for layer in range(count)
             )
@@ -158,7 +193,7 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         backend: str = "auto",
         attention_kwargs: Mapping[str, Any] | None = None,
         return_dict: bool | None = None,
-    ) -> Tensor | Transformer2DModelOutput | tuple[Tensor]:
+    ) -> Tensor | SUVOutput | tuple[Tensor]:
         """The velocity, ``noise - clean``, at every latent pixel.
 
         Args:
@@ -177,8 +212,8 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
                 same; False keeps natural order.
             backend: of ``skiparse.joint_attention``.
             attention_kwargs: ``{"scale": s}`` weighs the adapters of this call.
-            return_dict: True for diffusers' output with ``sample``, False for a tuple of one; None
-                for the velocity itself.
+            return_dict: True for :class:`SUVOutput`, False for a tuple of one; None for the
+                velocity itself.
 
         Returns:
             ``[B, out_channels, t, h, w]`` in the model's dtype.
@@ -200,6 +235,7 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         condition = self._condition(timestep, pooled.to(dtype))
 
         passed: list[tuple[Tensor, Tensor, Any]] = []
+        imbalances: list[Tensor] = []
         middle = len(self.stages) // 2
         for stage, blocks in enumerate(cast(list[Stage], self.stages)):
             video, order = self._take(video, plan, order, plan.orders[stage]), plan.orders[stage]
@@ -213,9 +249,10 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
             shared = isinstance(plan, SharedPlan)  # attention takes masks of all tokens then
             its_keys = keys if shared else self._take(keys, plan, NATURAL, order)
             again = self.checkpointing[stage]
-            video, text = blocks(
+            video, text, told = blocks(
                 video, text, condition, rotary, patterns, its_keys, text_keys, again, backend
             )
+            imbalances += told
             video, order = (
                 self._take(video, plan, plan.ends[stage], plan.kept[stage]),
                 plan.kept[stage],
@@ -229,7 +266,9 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         out = self._unpatchify(self._take(self.proj_out(video), plan, order, NATURAL), grid)
         if return_dict is None:
             return out
-        return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+        if not return_dict:
+            return (out,)
+        return SUVOutput(out, torch.stack(imbalances).mean(0) if imbalances else None)
 
     def _check_inputs(
         self,
@@ -537,6 +576,82 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         model.load_state_dict(state, strict=True, assign=True)
         return model.train(dense.training)
 
+    @classmethod
+    def extended(
+        cls,
+        model: SUV,
+        *,
+        linear_attention: Sequence[bool] | None = None,
+        experts: Sequence[int] | None = None,
+        experts_per_token: int | None = None,
+        seed: int = 0,
+    ) -> SUV:
+        """A model with the weights of another, and more parts, which begin without effect.
+
+        Linear branches begin with a projection of 0: the velocity is the same to the bit. Experts
+        begin as copies of the feed-forward (they are upcycled): it is the same up to rounding,
+        since the weights of a token's experts sum to one.
+
+        Args:
+            model: any SUV; it is not changed. What it has of these parts is kept.
+            linear_attention, experts, experts_per_token: as of :class:`SUV`; None for what
+                ``model`` has.
+            seed: of the routers' weights, from N(0, 0.02).
+
+        Returns:
+            A model of the same dtype and device.
+
+        Raises:
+            ValueError: if a branch would be dropped, or experts that are there become more or
+                fewer, in number or for a token.
+        """
+        config = model.arguments
+        wanted = {
+            "linear_attention": linear_attention,
+            "experts": experts,
+            "experts_per_token": experts_per_token,
+        }
+        config |= {name: value for name, value in wanted.items() if value is not None}
+        with torch.device("meta"):
+            made = cls(**config)
+        _refuse_less(model, made)
+        generator = torch.Generator().manual_seed(seed)
+        state = {name: x.detach().clone() for name, x in model.state_dict().items()}
+        for name, shape in made.state_dict().items():
+            if name.endswith(".router.weight") and name not in state:
+                drawn = torch.empty(shape.shape).normal_(std=INIT_STD, generator=generator)
+                state[name] = drawn.to(model.text_embed.weight)
+            elif name not in state:
+                state[name] = model.text_embed.weight.new_zeros(shape.shape)
+            elif state[name].ndim < shape.ndim:  # a feed-forward's, of what has experts now
+                state[name] = state[name].expand(shape.shape).clone()
+        made.load_state_dict(state, strict=True, assign=True)
+        return made.train(model.training)
+
+
+def _refuse_less(model: SUV, made: SUV) -> None:
+    """ValueError if ``made`` has not all that ``model`` has."""
+    had, has = model.config, made.config
+    if had.linear_attention is not None:
+        both = zip(had.linear_attention, has.linear_attention, strict=True)
+        if any(before and not after for before, after in both):
+            raise ValueError(
+                f"linear_attention={has.linear_attention} would drop branches of the given model, "
+                f"which has {had.linear_attention}; keep those"
+            )
+    if had.experts is not None:
+        counts = zip(had.experts, has.experts, strict=True)
+        if any(before not in (1, after) for before, after in counts):
+            raise ValueError(
+                f"experts={has.experts} would change how many there are in a stage of the given "
+                f"model, which has {had.experts}; keep those above 1"
+            )
+        if max(had.experts) > 1 and had.experts_per_token != has.experts_per_token:
+            raise ValueError(
+                f"experts_per_token={has.experts_per_token} would change the given model, which "
+                f"has {had.experts_per_token}; keep that"
+            )
+
 
 class ConditionMLP(nn.Module):
     """Linear, SiLU, linear."""
@@ -624,6 +739,16 @@ def _check(
         raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
     if len(patch_size) != 3 or patch_size[0] != 1 or min(patch_size) < 1:
         raise ValueError(f"patch_size must be (1, height, width), got {tuple(patch_size)}")
+
+
+def _check_branches(wanted: Sequence[bool] | None, stages: int) -> None:
+    if wanted is not None and (
+        len(wanted) != stages or not all(isinstance(each, bool) for each in wanted)
+    ):
+        raise ValueError(
+            f"linear_attention must be {stages} of true or false, one for each stage, got "
+            f"{tuple(wanted)}"
+        )
 
 
 def _check_sparsity(num_layers: Sequence[int], sparsity: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from skiparse.models.suv.rope import rotate
@@ -93,9 +93,40 @@ def head_norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: f
     return rotate(head_norm(x, weight, eps).float(), cos, sin).to(x.dtype)
 
 
-def fp32_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer of few rows, ``[B, C_in]`` to ``[B, C_out]``, in fp32 whatever comes in."""
-    return F.linear(x.float(), weight.float(), bias.float())
+def fp32_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A small linear layer, ``[..., C_in]`` to ``[..., C_out]``, in fp32 whatever comes in."""
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+
+
+def linear_state(k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """What linear attention reads, once for all queries: ``phi(k)^T [v, 1]`` of every head.
+
+    ``phi`` is the softmax over the dimensions of a head, which is positive, so that weights are.
+
+    Args:
+        k, v: ``[B, N, H, D]``.
+        mask: of keys, ``[B, N]``, bool; None for all.
+
+    Returns:
+        ``[B, H, D, D + 1]`` fp32, a sum over tokens: their order says nothing.
+
+    Source: Katharopoulos et al., arXiv 2006.16236 (linear attention); softmax as its feature map
+    and beside a sparse attention: Zhang et al., SLA, arXiv 2509.24006.
+    """
+    features = k.float().softmax(-1)
+    if mask is not None:
+        features = features * mask[:, :, None, None]
+    return torch.einsum("bnhd,bnhe->bhde", features, F.pad(v.float(), (0, 1), value=1.0))
+
+
+def linear_attention(q: Tensor, state: Tensor) -> Tensor:
+    """What queries ``[B, N, H, D]`` find in :func:`linear_state`: a mean of values, weighed.
+
+    Token ``j`` weighs ``phi(q) . phi(k_j)``. Where no key counts it is 0.
+    """
+    found = torch.einsum("bnhd,bhde->bnhe", q.float().softmax(-1), state)
+    tiny = torch.finfo(found.dtype).tiny
+    return (found[..., :-1] / found[..., -1:].clamp_min(tiny)).to(q.dtype)
 
 
 def clamp_fp16(x: Tensor) -> Tensor:
@@ -134,6 +165,14 @@ def _keeps_inputs(*inputs: Any) -> bool:
 
 def _device_type(inputs: tuple[Any, ...]) -> str:
     return next(x.device.type for x in inputs if isinstance(x, Tensor))
+
+
+class Fp32Linear(nn.Linear):
+    """A linear layer that computes in fp32, whatever the dtype of its weights and its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., C_in]`` to fp32 ``[..., C_out]``."""
+        return recomputed(fp32_linear, input, self.weight, self.bias)
 
 
 class _Recomputed(torch.autograd.Function):

@@ -15,12 +15,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from skiparse import SkipPattern
 from skiparse.layout import Layout, Route, route
-from skiparse.parallel import gather_tokens, rank_of, skip_exchange, ulysses_joint_attention
+from skiparse.parallel import (
+    gather_tokens,
+    rank_of,
+    skip_exchange,
+    total,
+    ulysses_joint_attention,
+)
 from skiparse.pattern import has_skip_order, inverse_order, skip_order
 
 NATURAL = 1  # an order is named by the sparsity it serves
@@ -179,6 +186,17 @@ class SharedLayer:
         if self.before == self.layout:
             return video
         return skip_exchange(video, self.before, self.layout, self.group)
+
+    def own(self, mask: Tensor | None) -> Tensor | None:
+        """Of a mask of all tokens ``[B, N]``, in natural order, this process's part."""
+        if mask is None:
+            return None
+        owned = torch.from_numpy(self.layout.owned(rank_of(self.group))).to(mask.device)
+        return mask.index_select(1, owned)
+
+    def total(self, x: Tensor) -> Tensor:
+        """A sum over tokens: this process's own to that of all."""
+        return total(x, self.group)
 
     def joint_attention(self, *tokens: Tensor, **named: Any) -> tuple[Tensor, Tensor]:
         """As :func:`skiparse.joint_attention`, but ``mask`` is of all tokens in natural order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,15 @@ from skiparse.models.data.features import Batch
 from skiparse.models.pipeline import SUVPipeline
 from skiparse.models.strict import WRITTEN_BY_DIFFUSERS
 from skiparse.models.suv.encoders import Encoders, fingerprints
-from skiparse.models.suv.model import CHECKPOINTS, SUV
+from skiparse.models.suv.model import CHECKPOINTS, SUV, SUVOutput
 from skiparse.models.text import TextEncoders
 from skiparse.models.train.checkpoint import Checkpoint
 from skiparse.models.train.config import HOW, Config, Stage
 from skiparse.models.train.export import check_encoders, model_of
 from skiparse.models.train.recipe import Recipe
 from skiparse.models.wfvae.model import WFVAE
+
+BALANCE = 0.01  # Fedus et al., Switch Transformer, arXiv 2101.03961
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +37,21 @@ class SUVStage(Stage):
         skip_connection: False for the dense model of the first stages. A stage with skips after
             one without converts the model: new skips begin without effect.
         checkpointing: what is computed again in the backward pass: none, feed_forward or block.
+        linear_attention: for each part of the U, whether attention has a linear branch over all
+            tokens beside it. A stage with some after one without converts the model: new ones
+            begin without effect. None for what the model has.
+        experts: for each part, of how many feed-forwards its blocks have a mixture; 1 for the
+            feed-forward itself. New ones begin as its copies. None for what the model has.
+        experts_per_token: how many each token goes through, at least 2. None for what the model
+            has.
     """
 
     sparsity: tuple[int, ...] | None = None
     skip_connection: bool = True
     checkpointing: str = field(default="none", metadata=HOW)
+    linear_attention: tuple[bool, ...] | None = None
+    experts: tuple[int, ...] | None = None
+    experts_per_token: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,6 +59,16 @@ class SUVStage(Stage):
             raise ValueError(
                 f"checkpointing must be one of {', '.join(CHECKPOINTS)}, got {self.checkpointing!r}"
             )
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What it asks of the model besides: arguments of :meth:`SUV.extended`."""
+        asked = {
+            "linear_attention": self.linear_attention,
+            "experts": self.experts,
+            "experts_per_token": self.experts_per_token,
+        }
+        return {name: value for name, value in asked.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +82,8 @@ class SUVConfig(Config):
         model: arguments of SUV that differ from the preset's.
         vae: folder of a WFVAE; not needed where all stages have a cache and nothing is sampled.
         text: folder that holds the text encoders, as a pipeline keeps them; as ``vae``.
+        balance: weight in the loss of how unevenly experts are used; None for 0.01, the Switch
+            Transformer's, where there are some.
     """
 
     recipe: Literal["suv"] = field(default="suv", metadata=HOW)
@@ -67,9 +92,12 @@ class SUVConfig(Config):
     model: dict[str, Any] = field(default_factory=dict)
     vae: str | None = field(default=None, metadata=HOW)
     text: str | None = field(default=None, metadata=HOW)
+    balance: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.balance is not None and not 0 <= self.balance < math.inf:
+            raise ValueError(f"balance must be a number from 0 on, got {self.balance}")
         if self.preset not in SUV.presets:
             raise ValueError(f"preset must be one of {', '.join(SUV.presets)}, got {self.preset!r}")
         if self.init is not None and self.model:
@@ -116,11 +144,31 @@ class SUVRecipe(Recipe):
         except ValueError as error:
             raise ValueError(f"model: {error}") from error
         for name, stage in config.stages.items():
+            try:
+                wanted = self._extended(model, stage)
+            except ValueError as error:
+                raise ValueError(f"stages.{name}: {error}") from error
+            if config.lora is not None and wanted is not model:
+                raise ValueError(
+                    f"stages.{name}: with lora the model stays that of init, which lacks "
+                    f"{', '.join(stage.parts)}; train those first without lora"
+                )
+            model, mixed = wanted, max(wanted.config.experts or (1,)) > 1
+            if stage.experts_per_token is not None and not mixed:
+                raise ValueError(
+                    f"stages.{name}: experts_per_token={stage.experts_per_token} is of experts, "
+                    "and there are none; leave it out, or set experts"
+                )
             if stage.sparsity is not None:
                 try:
                     model.set_sparsity(stage.sparsity)
                 except ValueError as error:
                     raise ValueError(f"stages.{name}.sparsity: {error}") from error
+        if config.balance is not None and max(model.config.experts or (1,)) == 1:
+            raise ValueError(
+                f"balance={config.balance} is of experts, and no stage has some; leave it out, or "
+                "set experts in a stage"
+            )
         if coder is None:
             return
         for key, width, what in (
@@ -147,13 +195,13 @@ class SUVRecipe(Recipe):
         if config.init is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
-                return skeleton(config, stage)
+                return self._extended(skeleton(config, stage), stage)
         model = self.pretrained(config.init)
-        if model.config.skip_connection == stage.skip_connection:
-            return model
-        return SUV.from_dense(
-            model, sparsity=model.config.sparsity, skip_connection=stage.skip_connection
-        )
+        if model.config.skip_connection != stage.skip_connection:
+            model = SUV.from_dense(
+                model, sparsity=model.config.sparsity, skip_connection=stage.skip_connection
+            )
+        return self._extended(model, stage)
 
     def pretrained(self, init: str) -> SUV:
         """As the folder has it."""
@@ -173,13 +221,23 @@ class SUVRecipe(Recipe):
         }
 
     def changes(self, model: Any, stage: SUVStage) -> bool:
-        """It gets skips."""
-        changes: bool = model.config.skip_connection != stage.skip_connection
-        return changes
+        """It gets skips, a linear branch or experts."""
+        skips: bool = model.config.skip_connection != stage.skip_connection
+        return skips or _lacks(model, stage)
 
     def converted(self, model: Any, stage: SUVStage) -> SUV:
-        """With skips that begin without effect."""
-        return SUV.from_dense(model, sparsity=stage.sparsity or model.config.sparsity)
+        """With what it lacks, which begins without effect."""
+        if model.config.skip_connection != stage.skip_connection:
+            model = SUV.from_dense(model, sparsity=stage.sparsity or model.config.sparsity)
+        return self._extended(model, stage)
+
+    @staticmethod
+    def _extended(model: SUV, stage: SUVStage) -> SUV:
+        """With the branches and experts of the stage; itself where it has them.
+
+        Routers begin alike in all runs, as in all processes.
+        """
+        return SUV.extended(model, **stage.parts) if _lacks(model, stage) else model
 
     def prepare(self, model: Any, config: SUVConfig, stage: SUVStage) -> None:
         """Sparsity, and what is computed again in the backward pass."""
@@ -210,14 +268,18 @@ class SUVRecipe(Recipe):
 
     def velocity(self, net: nn.Module, noisy: Tensor, levels: Tensor, batch: Batch) -> Tensor:
         """SUV's forward."""
-        found: Tensor = net(
-            noisy,
-            flow.timesteps(levels),
-            batch.captions["states"],
-            batch.captions["pooled"],
-            text_mask=batch.captions["states_mask"],
-        )
+        found: Tensor = _answer(net, noisy, levels, batch).sample
         return found
+
+    def penalised(
+        self, config: SUVConfig, net: nn.Module, noisy: Tensor, levels: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor | None]:
+        """With how unevenly experts are used."""
+        found = _answer(net, noisy, levels, batch)
+        if found.imbalance is None:
+            return found.sample, None
+        weight = BALANCE if config.balance is None else config.balance
+        return found.sample, weight * found.imbalance.mean()
 
     def pipeline(self, model: Any, coder: Encoders) -> SUVPipeline:
         """With the encoders it is trained with."""
@@ -254,6 +316,30 @@ class SUVRecipe(Recipe):
             encoders.tokenizer_2,
             encoders.encoder_2,
         )
+
+
+def _answer(net: nn.Module, noisy: Tensor, levels: Tensor, batch: Batch) -> SUVOutput:
+    captions = batch.captions
+    found: SUVOutput = net(
+        noisy,
+        flow.timesteps(levels),
+        captions["states"],
+        captions["pooled"],
+        text_mask=captions["states_mask"],
+        return_dict=True,
+    )
+    return found
+
+
+def _lacks(model: SUV, stage: SUVStage) -> bool:
+    """Whether the stage asks for other branches or experts than the model has."""
+    config, stages = model.config, len(model.config.num_layers)
+    has = {
+        "linear_attention": config.linear_attention or (False,) * stages,
+        "experts": config.experts or (1,) * stages,
+        "experts_per_token": config.experts_per_token,
+    }
+    return any(value != has[name] for name, value in stage.parts.items())
 
 
 def skeleton(config: SUVConfig, stage: SUVStage) -> SUV:

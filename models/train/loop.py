@@ -200,7 +200,10 @@ class Denoising:
 
 
 def loss_of(net: nn.Module, batch: Batch, seed: int, config: Config) -> Tensor:
-    """The flow-matching loss of a micro-batch; noise and its level are each sample's own."""
+    """The flow-matching loss of a micro-batch, and what its recipe adds to it.
+
+    Noise and its level are each sample's own.
+    """
     recipe: Recipe = recipe_of(config.recipe)
     shape = batch.latents.shape[1:]
     shift = recipe.shift(tuple(shape))
@@ -215,8 +218,9 @@ def loss_of(net: nn.Module, batch: Batch, seed: int, config: Config) -> Tensor:
     noisy = flow.add_noise(batch.latents, noises, levels)
     dtype = getattr(torch, config.dtype)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        velocity = recipe.velocity(net, noisy, levels, batch)
-    return flow.loss(velocity, flow.velocity(batch.latents, noises))
+        velocity, penalty = recipe.penalised(config, net, noisy, levels, batch)
+    loss = flow.loss(velocity, flow.velocity(batch.latents, noises))
+    return loss if penalty is None else loss + penalty
 
 
 def data_of(

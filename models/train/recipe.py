@@ -128,6 +128,12 @@ class Recipe(ABC):
     def velocity(self, net: nn.Module, noisy: Tensor, levels: Tensor, batch: Batch) -> Tensor:
         """The model's answer to latents ``[B, C, t, h, w]`` with noise of ``levels`` ``[B]``."""
 
+    def penalised(
+        self, config: Any, net: nn.Module, noisy: Tensor, levels: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor | None]:
+        """:meth:`velocity`, and what the loss has besides its error, weighed; None for nothing."""
+        return self.velocity(net, noisy, levels, batch), None
+
     def exported(self, last: Checkpoint, weights: str, **given: Any) -> Any:
         """What a checkpoint is used as, by ``save_pretrained``.
 
