@@ -1,4 +1,4 @@
-"""``skiparse sample``: prompts, and images, in, videos out. ``skiparse plan``: what many devices send."""
+"""``skiparse sample``: prompts in, videos out. ``skiparse plan``: what many devices send."""
 
 from __future__ import annotations
 

@@ -98,8 +98,8 @@ class Sampler(ABC):
 
         if self.table(CONFIG).get("images") is None:
             raise ValueError(
-                f"--image {image}: the model of {self.folder} is told of text alone; train one with "
-                "images, or leave it out"
+                f"--image {image}: the model of {self.folder} is told of text alone; train one "
+                "with images, or leave it out"
             )
         size = (self.settings["height"], self.settings["width"])
         if self.settings["num_frames"] == 1:

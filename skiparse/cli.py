@@ -20,6 +20,7 @@ COMMANDS = {
     "experiment clipping": "skiparse.bench.experiments.commands:Clipping",
     "experiment sparsity": "skiparse.bench.experiments.commands:Sparsity",
     "experiment retrofit": "skiparse.bench.experiments.commands:Retrofit",
+    "experiment images": "skiparse.bench.experiments.commands:Images",
     "experiment wavelets": "skiparse.bench.experiments.commands:Wavelets",
     "convert suv": "skiparse.models.suv.commands:Convert",
     "convert vae": "skiparse.models.wfvae.commands:Convert",

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class Scenes:
         _, _, t, h, w = self.latents.shape
         return t * h * w // 4
 
-    def part(self, kept: slice) -> Scenes:
+    def part(self, kept: slice | list[int]) -> Self:
         """Some of the scenes."""
         parts = {name: getattr(self, name)[kept] for name in ("latents", "text", "pooled")}
         return replace(self, **parts)
@@ -112,7 +112,7 @@ def scenes_of(clip: Path, size: Size) -> Scenes:
     return Scenes((raw - mean) / spread, text, pooled, mean, spread, basis)
 
 
-def dense_of(scenes: Scenes, size: Size, **settings: Any) -> SUV:
+def dense_of(scenes: Scenes, size: Size, *, seed: int = 0, **settings: Any) -> SUV:
     """A dense model of the scenes with seeded random weights; ``settings`` are SUV's own."""
     channels = scenes.latents.shape[1]
     config = SUV.presets["tiny"] | {
@@ -122,7 +122,7 @@ def dense_of(scenes: Scenes, size: Size, **settings: Any) -> SUV:
         "sparsity": (1,) * len(size.sparsity),
     }
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return SUV(**config | settings)
 
 

@@ -32,7 +32,7 @@ EULER = FlowMatchEulerDiscreteScheduler.__name__
 
 
 class WanSampler(Sampler):
-    """A WanPipeline, of text or images too; what nobody asked for is as diffusers has it, 16 frames a second."""
+    """A WanPipeline, also of images; what nobody asked for is as diffusers has it, at 16 fps."""
 
     defaults = Asked(height=480, width=832, frames=81, steps=50, fps=16, guidance=5.0, negative="")
 
