@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -206,7 +207,7 @@ class Guide(nn.Module):
             ValueError: if the shapes differ.
         """
         _check(noisy, frames)
-        with torch.autocast(noisy.device.type, enabled=False):
+        with _without_autocast(noisy.device.type):
             noisy = noisy.float()
             if self.shift is None:
                 mask = frames.known[:, None, :, None, None].float()
@@ -301,6 +302,11 @@ def high_pass(latents: Tensor, share: Tensor) -> Tensor:
     cut = (reached < wanted).sum(2)  # [B, n], the first ring that stays
     kept = rings >= cut[:, None, :, None, None]
     return torch.fft.ifft2(spectrum * kept).abs()
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """In fp32; tensors without memory know no autocast."""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def _check(noisy: Tensor, frames: KnownFrames) -> None:
@@ -400,9 +406,12 @@ def coded(vae: Any, pixels: Tensor) -> Tensor:
     Raises:
         FloatingPointError: if they are not finite.
     """
+    from diffusers.utils.torch_utils import get_module_execution_device  # of offloaded models
+
+    device = get_module_execution_device(vae)
     found = []
     for image in pixels:
-        video = (image.to(vae.device).movedim(-1, 0)[None, :, None] / 127.5 - 1).to(vae.dtype)
+        video = (image.to(device).movedim(-1, 0)[None, :, None] / 127.5 - 1).to(vae.dtype)
         mean = vae.encode(video).latent_dist.mean.float()  # [1, C, 1, h, w]
         found.append(normalized(vae, mean))
     latents = torch.cat(found)

@@ -227,11 +227,10 @@ def test_images_come_from_a_cache(source, text_model, tmp_path, capsys):
     more, less = (cache.Cache(tmp_path / x, plain.fingerprints()) for x in ("ends", "first"))
     assert same(dataclasses.replace(more[place], last=None), less[place])
     shard = next((tmp_path / "ends" / "shards").iterdir())
-    spoilt = bytearray(shard.read_bytes())
-    at = spoilt.index(clip[place].last.numpy().tobytes())
-    spoilt[at] ^= 1
+    spoilt, found = bytearray(shard.read_bytes()), clip[place]
+    spoilt[spoilt.index(found.last.numpy().tobytes())] ^= 1
     shard.write_bytes(spoilt)
-    assert [damage.keys for damage in cache.verify(tmp_path / "ends")] == [(clip[place].key,)]
+    assert [damage.keys for damage in cache.verify(tmp_path / "ends")] == [(found.key,)]
 
 
 def test_a_lora_beside_images(source, text_model, tmp_path):
@@ -324,8 +323,8 @@ def test_the_pipeline_of_a_wan(init):
     words = pipe.encode_prompt("a cat", negative_prompt="", max_sequence_length=512)
     pipe.scheduler.set_timesteps(2)
     x = noise
-    for t, sigma, after in zip(pipe.scheduler.timesteps, pipe.scheduler.sigmas,
-                               pipe.scheduler.sigmas[1:], strict=True):  # fmt: skip
+    levels = itertools.pairwise(pipe.scheduler.sigmas)
+    for t, (sigma, after) in zip(pipe.scheduler.timesteps, levels, strict=True):
         cond, uncond = (told(x, t[None], e, return_dict=False, images=images)[0] for e in words)
         x = x + (after - sigma) * (uncond + 2.0 * (cond - uncond))
     torch.testing.assert_close(found, x, rtol=0, atol=1e-4 * x.abs().max().item())

@@ -49,7 +49,7 @@ BEFORE, STILL = "text, before", "first frame, held"
 ARMS = {"text": None, "flash": "flash", "mask": "mask"}  # paradigms
 COLOURS = {"text": "#3b6ea5", "flash": "#d1803a", "mask": "#4c9a5a", STILL: "#999"}
 SIZES = {
-    "full": toy.Size(7, 19, 17, 160, 256, order=3, heads=4, text=8),
+    "full": toy.Size(7, 18, 17, 160, 256, order=3, heads=4, text=8),
     "quick": toy.Size(3, 17, 17, 64, 128, order=2, heads=2, text=4),
 }
 

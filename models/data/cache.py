@@ -252,8 +252,9 @@ class Cache(Dataset[Features]):
         self.folder = Path(folder)
         about = _about(self.folder)
         if fingerprints is not None:
-            more = {} if LAST in fingerprints else {LAST}  # it may have more than is asked for
-            held = {name: x for name, x in about["encoders"].items() if name not in more}
+            held = dict(about["encoders"])
+            if LAST not in fingerprints:  # it may have more than is asked for
+                held.pop(LAST, None)
             _refuse_others(self.folder, held, dict(fingerprints))
         self._index = _index(self.folder)
         if len(self._index) != about["clips"]:
