@@ -12,6 +12,7 @@ from diffusers import WanTransformer3DModel
 
 from skiparse.models import flow
 from skiparse.models.data.draws import Use, numbers
+from skiparse.models.image_wan import ImageWan
 from skiparse.models.images import (
     KINDS,
     SHARE,
@@ -26,7 +27,6 @@ from skiparse.models.images import (
 )
 from skiparse.models.retrofit import Retrofit, retrofit
 from skiparse.models.suv.model import SUV
-from skiparse.models.wan.image import ImageWan
 
 C, GRID = 4, (3, 8, 8)  # of latents
 PARADIGMS = ["flash", "mask"]

@@ -28,6 +28,7 @@ from skiparse.models.data.draws import Place
 from skiparse.models.data.features import collate
 from skiparse.models.data.manifest import Manifest
 from skiparse.models.data.video import probe
+from skiparse.models.image_wan import ImageWan, ImageWanPipeline
 from skiparse.models.images import Images, KnownFrames, coded
 from skiparse.models.pipeline import NEGATIVE_PROMPT, TEMPLATE, SUVPipeline
 from skiparse.models.retrofit import Retrofit, retrofit
@@ -37,7 +38,6 @@ from skiparse.models.train.config import Lora, Samples
 from skiparse.models.train.core import train
 from skiparse.models.train.export import export
 from skiparse.models.wan import encoders as wan_encoders
-from skiparse.models.wan.image import ImageWan, ImageWanPipeline
 from skiparse.models.wan.recipe import Sparse
 
 FLASH = Images(kinds={"first": 0.5, "ends": 0.5})

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from skiparse.models import flow
 from skiparse.models.data.features import Batch
+from skiparse.models.image_wan import ImageWan, ImageWanPipeline, kind_of
 from skiparse.models.images import of_other_images
 from skiparse.models.retrofit import Retrofit, Sparsity, retrofit, schedule
 from skiparse.models.train.checkpoint import Checkpoint
@@ -25,7 +26,6 @@ from skiparse.models.train.config import HOW, Config, Stage
 from skiparse.models.train.export import check_encoders, model_of
 from skiparse.models.train.recipe import Recipe
 from skiparse.models.wan.encoders import Encoders, padded
-from skiparse.models.wan.image import ImageWan, ImageWanPipeline, kind_of
 
 CHECKPOINTS = ("none", "block")
 

@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import UMT5EncoderModel
 
 from skiparse.models import flow, hif8, sizes, strict
+from skiparse.models.image_wan import ImageWan, ImageWanPipeline, kind_of
 from skiparse.models.options import Asked
 from skiparse.models.retrofit import retrofit
 from skiparse.models.sample import CONFIG, Sampler
 from skiparse.models.text import load_encoder
 from skiparse.models.wan.encoders import LENGTH, padded, trimmed
-from skiparse.models.wan.image import ImageWan, ImageWanPipeline, kind_of
 
 TRANSFORMERS = ("transformer", "transformer_2")
 EULER = FlowMatchEulerDiscreteScheduler.__name__

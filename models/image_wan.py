@@ -3,6 +3,9 @@
 Weights that a text-to-video Wan has keep their names. What is told of images goes in as further
 channels of the latents, which the patch embedding tells apart; so a retrofit, LoRA, caches and
 compiled blocks find all that they look for.
+
+This file is not in ``wan/``: diffusers writes into the folder of a pipeline that a class is its
+own, if the folder of the class is called as one of its pipelines.
 """
 
 from __future__ import annotations
@@ -12,7 +15,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import (
+    ModelMixin,  # a pipeline looks for it in the module of a model
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from torch import Tensor, nn
 
 from skiparse.models import sizes
@@ -42,7 +49,7 @@ class GuidedPatches(nn.Conv3d):
         return found + self.beside(more) if more.shape[1] else found
 
 
-class ImageWan(WanTransformer3DModel):  # type: ignore[misc]  # diffusers' classes are untyped
+class ImageWan(WanTransformer3DModel, ModelMixin):  # type: ignore[misc]  # diffusers' are untyped
     """diffusers' Wan of text, told of known frames besides; see :mod:`skiparse.models.images`.
 
     Args:
