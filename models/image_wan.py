@@ -69,7 +69,8 @@ class ImageWan(WanTransformer3DModel, ModelMixin):  # type: ignore[misc]  # diff
                 f"out_channels={self.config.out_channels}; give one of text alone"
             )
         self.guide = Guide(images, self.config.in_channels)
-        self.patch_embedding = GuidedPatches(self.patch_embedding, self._beside(images))
+        own: nn.Conv3d = self.get_submodule("patch_embedding")
+        self.patch_embedding = GuidedPatches(own, self._beside(images))
         self.register_to_config(images=images)
 
     def _beside(self, images: str) -> nn.Module:

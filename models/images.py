@@ -46,6 +46,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 SHARES = (0.05, 0.95)  # of the low frequencies in training; drawn evenly between
 SHARE = 0.1  # in sampling
+_EDGE = (0, 1, 1)  # of zeros around frames, for kernels of 1 x 3 x 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,11 +183,11 @@ class Guide(nn.Module):
         check_paradigm(paradigm)
         self.shift: nn.Sequential | None = None
         if paradigm == "flash":
-            inner, kernel, edge = 4 * channels, (1, 3, 3), (0, 1, 1)
+            inner, kernel = 4 * channels, (1, 3, 3)
             self.shift = nn.Sequential(
-                nn.Conv3d(channels, inner, kernel, padding=edge),
+                nn.Conv3d(channels, inner, kernel, padding=_EDGE),
                 nn.SiLU(),
-                nn.Conv3d(inner, channels, kernel, padding=edge),
+                nn.Conv3d(inner, channels, kernel, padding=_EDGE),
             )
             _begin(self.shift[0], zero=False)
             _begin(self.shift[2], zero=True)
@@ -222,10 +223,12 @@ class Guide(nn.Module):
     def _shift(self, x: Tensor) -> Tensor:
         """The network of shifts, in fp32: ``[B, C, n, h, w]`` to the same."""
         assert self.shift is not None
-        first, activation, second = self.shift
-        for layer in (first, second):
-            x = F.conv3d(x, layer.weight.float(), layer.bias.float(), padding=layer.padding)
-            x = activation(x) if layer is first else x
+        for layer in self.shift:
+            if isinstance(layer, nn.Conv3d):
+                weight, bias = layer.weight.float(), layer.bias
+                x = F.conv3d(x, weight, None if bias is None else bias.float(), padding=_EDGE)
+            else:
+                x = layer(x)
         return x
 
 

@@ -509,7 +509,7 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
             _check_finite(branch.text, "the text embeddings are not finite")
             _check_finite(branch.pooled, "the pooled text embeddings are not finite")
 
-        known = None if pictures is None else pictures.known(self.vae, shape[1]).to(device)
+        shown = None if pictures is None else pictures.known(self.vae, shape[1]).to(device)
         if latents is None:
             latents = randn_tensor(
                 (batch, *shape), generator=generator, device=device, dtype=torch.float32
@@ -524,10 +524,9 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
                 if self.interrupt:
                     break
                 self._current_timestep = timestep
-                noisy = (
-                    latents if known is not None else latents.to(dtype)
-                )  # they are shifted in fp32
-                velocity = self._velocity(noisy, timestep, branches, sequential_cfg, backend, known)
+                # images shift them in fp32
+                noisy = latents.to(dtype) if shown is None else latents
+                velocity = self._velocity(noisy, timestep, branches, sequential_cfg, backend, shown)
                 if self.do_classifier_free_guidance:
                     velocity = flow.guide(
                         *velocity.chunk(2), scale=self._guidance_scale, rescale=guidance_rescale
@@ -681,7 +680,7 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
         branches: dict[str, TextEmbeddings],
         sequential: bool,
         backend: str,
-        known: KnownFrames | None,
+        shown: KnownFrames | None,
     ) -> Tensor:
         """The model's velocity: of the prompt, or with guidance of the negative one and of it."""
         if not self.do_classifier_free_guidance:
@@ -699,7 +698,7 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
         found = []
         for name, text in calls.items():
             copies = len(text) // len(latents)
-            images = {} if known is None else {"images": known.repeated(copies)}
+            images = {} if shown is None else {"images": shown.repeated(copies)}
             context = getattr(self.transformer, "cache_context", nullcontext)
             with context(name):
                 found.append(

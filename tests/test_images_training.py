@@ -184,6 +184,11 @@ def test_the_pipeline_of_an_suv(source, text_model):
         ]
         x = flow.euler_step(x, flow.guide(*both, scale=3.0, rescale=0.7), sigma, after)
     torch.testing.assert_close(found, x, rtol=0, atol=1e-4 * x.abs().max().item())
+    again = sample(
+        image=first, last_image=last, guidance_scale=3.0,
+        callback_on_step_end=lambda pipe, step, timestep, given: given,
+    )  # fmt: skip
+    assert torch.equal(again, found)
     alone = sample(guidance_scale=3.0)
     assert (alone - found).abs().max() > 0.01 * x.abs().max()
     one, two = (sample(image=first, guidance_scale=3.0, sequential_cfg=way) for way in (0, 1))
