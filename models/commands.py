@@ -16,6 +16,9 @@ class Sample(Asked, Computed):
         model: a folder with a pipeline: an SUVPipeline, or a WanPipeline of diffusers.
         prompt: what to show; default: those of --prompts.
         prompts: a text file, one prompt a line; default: the one of --prompt.
+        image: the first frame of every video, a JPEG, PNG or WebP, cut and scaled to its size; of a
+            model that was trained with images; default: none.
+        last_image: the last frame, beside the first; default: none.
         out: the .mp4 to write, a .png for one frame; with --prompts a folder of them. Side-car
             files beside them record how they were made. Default: sample.mp4, samples/.
         vbench: lay videos out in this folder as VBench expects; default: no.
@@ -30,6 +33,8 @@ class Sample(Asked, Computed):
     model: Annotated[str, "DIR"]
     prompt: Annotated[str | None, "TEXT"] = None
     prompts: Annotated[str | None, "FILE"] = None
+    image: Annotated[str | None, "FILE"] = None
+    last_image: Annotated[str | None, "FILE"] = None
     out: Annotated[str | None, "PATH"] = None
     vbench: Annotated[str | None, "DIR"] = None
     samples: Annotated[int | None, "VIDEOS"] = None
@@ -45,6 +50,8 @@ class Sample(Asked, Computed):
             raise ValueError("--samples and --list go with --vbench DIR")
         if self.vbench is not None and (self.out is not None or self.frames == 1):
             raise ValueError("--vbench DIR is for videos of several frames, and instead of --out")
+        if self.last_image is not None and self.image is None:
+            raise ValueError("--last-image goes with --image; give both, or --image alone")
         if self.negative is not None and self.guidance == 1:
             raise ValueError("--negative does nothing at --guidance 1; leave one of them out")
 
@@ -63,6 +70,8 @@ class Sample(Asked, Computed):
         if self.offload and device == "cpu":
             raise ValueError("--offload moves models off a GPU; leave it out on a CPU")
         sampler = sample.sampler_of(self.model, self)
+        if self.image is not None:
+            sampler.show(self.image, self.last_image)
         if self.vbench is None:
             frames, folder = sampler.asked.frames, self.prompts is not None
             jobs = sample.named(prompts, self.out, self.seed, frames=frames, folder=folder)

@@ -27,6 +27,7 @@ from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T
 import skiparse
 from skiparse.models import flow, sizes
 from skiparse.models.data.atomic import read_table, write_json
+from skiparse.models.images import KnownFrames, Pictures
 from skiparse.models.scheduler import FlowScheduler, check_scheduler
 from skiparse.models.strict import write_import
 from skiparse.models.suv.model import SUV
@@ -57,7 +58,7 @@ class SUVPipelineOutput(BaseOutput):  # type: ignore[misc]  # diffusers' classes
 
 
 class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[misc]  # untyped
-    """Text to video with a :class:`SUV`; a picture is a video of one frame.
+    """Text, or text and images, to video with a :class:`SUV`; a picture is a video of one frame.
 
     Every component may be None, and may be set at any time; what a call needs and does not find it
     names, before any work.
@@ -358,6 +359,8 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         *,
+        image: Any = None,
+        last_image: Any = None,
         guidance_rescale: float = 0.7,
         shift: float | None = None,
         schedule: flow.Schedule | None = None,
@@ -394,6 +397,10 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
             num_videos_per_prompt: n, so ``B * n`` videos in all.
             generator: for the noise, one or a list of ``B * n``.
             latents: fp32 noise ``[B * n, C, t, h, w]`` in place of drawn noise.
+            image: the first frame, for a transformer that is told of images: a PIL image or uint8
+                ``[height, width, 3]`` of just that size, or a list of one for each prompt. None
+                for text alone.
+            last_image: likewise the last frame, beside the first.
             guidance_rescale: in [0, 1], more against over-saturated colours.
             shift, schedule: instead of those of our scheduler; another one has its own settings.
             template, clean_caption: of ``text.encode``, for ``prompt``; the negative prompt is
@@ -482,6 +489,13 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
                 f"latents must be {[batch, *shape]} for {batch} videos, got {list(latents.shape)}"
             )
 
+        pictures = None
+        if image is not None or last_image is not None:
+            self._check_images(transformer)
+            pictures = Pictures.of(
+                image, last_image, height=height, width=width, frames=num_frames, videos=batch
+            )
+
         device, dtype = self._execution_device, transformer.dtype
         if hasattr(transformer, "_reset_stateful_cache"):
             transformer._reset_stateful_cache()  # a run that failed may have left something
@@ -495,6 +509,7 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
             _check_finite(branch.text, "the text embeddings are not finite")
             _check_finite(branch.pooled, "the pooled text embeddings are not finite")
 
+        shown = None if pictures is None else pictures.known(self.vae, shape[1]).to(device)
         if latents is None:
             latents = randn_tensor(
                 (batch, *shape), generator=generator, device=device, dtype=torch.float32
@@ -509,8 +524,9 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
                 if self.interrupt:
                     break
                 self._current_timestep = timestep
-                noisy = latents.to(dtype)
-                velocity = self._velocity(noisy, timestep, branches, sequential_cfg, backend)
+                # images shift them in fp32
+                noisy = latents.to(dtype) if shown is None else latents
+                velocity = self._velocity(noisy, timestep, branches, sequential_cfg, backend, shown)
                 if self.do_classifier_free_guidance:
                     velocity = flow.guide(
                         *velocity.chunk(2), scale=self._guidance_scale, rescale=guidance_rescale
@@ -584,6 +600,18 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
             raise ValueError(f"this pipeline has no {name}; set pipe.{name} before the call")
         return found
 
+    def _check_images(self, transformer: Any) -> None:
+        """ValueError unless this pipeline can be told of images."""
+        if transformer.config.get("images") is None:
+            raise ValueError(
+                "image: this transformer is told of text alone; train it with images, or leave "
+                "image out"
+            )
+        if not hasattr(self._model("vae"), "encode"):
+            raise ValueError(
+                f"image: the vae, a {type(self.vae).__name__}, has no encode; give one that has"
+            )
+
     def _set_timesteps(
         self, steps: int, shift: float | None, schedule: flow.Schedule | None
     ) -> None:
@@ -652,6 +680,7 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
         branches: dict[str, TextEmbeddings],
         sequential: bool,
         backend: str,
+        shown: KnownFrames | None,
     ) -> Tensor:
         """The model's velocity: of the prompt, or with guidance of the negative one and of it."""
         if not self.do_classifier_free_guidance:
@@ -669,6 +698,7 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
         found = []
         for name, text in calls.items():
             copies = len(text) // len(latents)
+            images = {} if shown is None else {"images": shown.repeated(copies)}
             context = getattr(self.transformer, "cache_context", nullcontext)
             with context(name):
                 found.append(
@@ -681,6 +711,7 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
                         backend=backend,
                         attention_kwargs=self._attention_kwargs,
                         return_dict=False,
+                        **images,
                     )[0]
                 )
         return torch.cat(found)

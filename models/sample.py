@@ -28,6 +28,7 @@ from skiparse.models.text import check_text
 SAMPLERS = {
     "SUVPipeline": "skiparse.models.suv.sampler:SUVSampler",
     "WanPipeline": "skiparse.models.wan.sampler:WanSampler",
+    "ImageWanPipeline": "skiparse.models.wan.sampler:WanSampler",
 }
 CONFIG = "transformer/config.json"  # which model it is; its SHA-256 is noted beside every video
 
@@ -50,6 +51,7 @@ class Sampler(ABC):
 
     Attributes:
         settings: all that decides a video besides prompt and seed, ready for JSON.
+        images: the frames that are known, by the pipeline's arguments: uint8 ``[H, W, 3]``.
         pipeline: of diffusers, once it is loaded.
 
     Raises:
@@ -59,10 +61,11 @@ class Sampler(ABC):
 
     defaults: ClassVar[Asked]
     settings: dict[str, Any]
+    images: dict[str, Tensor]
     pipeline: Any
 
     def __init__(self, folder: Path, asked: Asked) -> None:
-        self.folder, self.asked = folder, asked
+        self.folder, self.asked, self.images = folder, asked, {}
         self.table(CONFIG)
 
     def table(self, name: str) -> dict[str, Any]:
@@ -79,6 +82,32 @@ class Sampler(ABC):
                 "with its VAE and text encoder"
             )
         return read_table(path)
+
+    def show(self, image: str, last_image: str | None) -> None:
+        """Take the first frame of every video, and the last one, from image files.
+
+        They are cut about their centre to the size of the video, and scaled.
+
+        Raises:
+            ValueError: for a model of text alone, files that cannot be read or are smaller than
+                the video, and videos of one frame.
+        """
+        from skiparse.models.data.image import (
+            read_image,
+        )  # needs what reads videos, as nothing else
+
+        if self.table(CONFIG).get("images") is None:
+            raise ValueError(
+                f"--image {image}: the model of {self.folder} is told of text alone; train one "
+                "with images, or leave it out"
+            )
+        size = (self.settings["height"], self.settings["width"])
+        if self.settings["num_frames"] == 1:
+            raise ValueError(f"--image {image}: it is the first of several frames; --frames is 1")
+        for name, file in (("image", image), ("last_image", last_image)):
+            if file is not None:
+                self.images[name] = read_image(file, size=size)[0]
+                self.settings[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
     @abstractmethod
     def load(self, dtype: torch.dtype) -> None:

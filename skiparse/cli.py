@@ -21,6 +21,7 @@ COMMANDS = {
     "experiment sparsity": "skiparse.bench.experiments.commands:Sparsity",
     "experiment extended": "skiparse.bench.experiments.commands:Extended",
     "experiment retrofit": "skiparse.bench.experiments.commands:Retrofit",
+    "experiment images": "skiparse.bench.experiments.commands:Images",
     "experiment wavelets": "skiparse.bench.experiments.commands:Wavelets",
     "convert suv": "skiparse.models.suv.commands:Convert",
     "convert vae": "skiparse.models.wfvae.commands:Convert",

@@ -81,6 +81,17 @@ class Retrofit(Experiment):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Images(Experiment):
+    """Tell a tiny SUV of first frames, by FlashI2V and by masks, beside one of text alone."""
+
+    def run(self) -> None:
+        """Train, sample and draw."""
+        from skiparse.bench.experiments import images
+
+        images.run(self.out, **self.asked)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Wavelets(Experiment):
     """Train a tiny WF-VAE with and without its wavelet loss and its energy flow."""
 

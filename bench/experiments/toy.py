@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class Scenes:
         _, _, t, h, w = self.latents.shape
         return t * h * w // 4
 
-    def part(self, kept: slice) -> Scenes:
+    def part(self, kept: slice | list[int]) -> Self:
         """Some of the scenes."""
         parts = {name: getattr(self, name)[kept] for name in ("latents", "text", "pooled")}
         return replace(self, **parts)

@@ -47,7 +47,7 @@ from skiparse.models.data.buckets import Buckets, Rule, assign
 from skiparse.models.data.content import Content
 from skiparse.models.data.dataset import Clip, Clips
 from skiparse.models.data.draws import Place
-from skiparse.models.data.features import Coder, Features, Text, digest
+from skiparse.models.data.features import LAST, Coder, Features, Text, digest
 from skiparse.models.data.limits import Limits
 from skiparse.models.data.manifest import DataError, Manifest
 from skiparse.models.data.plain import printable
@@ -252,7 +252,10 @@ class Cache(Dataset[Features]):
         self.folder = Path(folder)
         about = _about(self.folder)
         if fingerprints is not None:
-            _refuse_others(self.folder, about["encoders"], dict(fingerprints))
+            held = dict(about["encoders"])
+            if LAST not in fingerprints:  # it may have more than is asked for
+                held.pop(LAST, None)
+            _refuse_others(self.folder, held, dict(fingerprints))
         self._index = _index(self.folder)
         if len(self._index) != about["clips"]:
             raise CacheError(
@@ -279,6 +282,11 @@ class Cache(Dataset[Features]):
     def __len__(self) -> int:
         return len(self._index)
 
+    @property
+    def has_last(self) -> bool:
+        """Whether it has the last frames of its clips, coded by themselves."""
+        return LAST in self.fingerprints
+
     def report(self) -> Report:
         """How many clips are used, of those that it was built from."""
         return Report(str(self.folder), int(self.buckets.counts.sum()), self.buckets.dropped, {})
@@ -299,7 +307,8 @@ class Cache(Dataset[Features]):
             for i in range(entry["captions"])
         )
         mean, std = tensors["mean"].float(), tensors["std"].float()
-        return Features(mean, std, texts, self.null, entry["key"], place)
+        last = tensors[LAST].float() if self.has_last else None
+        return Features(mean, std, texts, self.null, entry["key"], place, last)
 
     def __getstate__(self) -> dict[str, Any]:
         """For a worker that is started anew, which maps the shards for itself."""
@@ -311,7 +320,7 @@ class Cache(Dataset[Features]):
         try:
             if entry["shard"] not in self._shards:
                 self._shards[entry["shard"]] = _opened(path)
-            tensors = _sample(self._shards[entry["shard"]], entry, self.null)
+            tensors = _sample(self._shards[entry["shard"]], entry, self.null, self.has_last)
         except (OSError, SafetensorError) as error:
             raise _damaged(self.folder, path, error) from error
         if entry["row"] not in self._checked:
@@ -467,6 +476,8 @@ class _Shards:
     def add(self, features: Features, bucket: int, was: Content) -> None:
         """One more clip; the shard is closed if that fills it."""
         sample = {"mean": features.mean, "std": features.std}
+        if features.last is not None:
+            sample[LAST] = features.last
         for i, text in enumerate(features.texts):
             sample |= {f"{name}/{i}": x for name, x in text.items()}
         sample = {name: _stored(features.key, x, self.dtype) for name, x in sample.items()}
@@ -595,10 +606,13 @@ def _opened(path: Path) -> Any:
     return safe_open(path, framework="pt")
 
 
-def _sample(shard: Any, entry: Mapping[str, Any], names: Collection[str]) -> dict[str, Tensor]:
+def _sample(
+    shard: Any, entry: Mapping[str, Any], names: Collection[str], last: bool
+) -> dict[str, Tensor]:
     """The tensors of one clip, as they were added; ``names`` are those of a caption."""
+    own = ("mean", "std", LAST) if last else ("mean", "std")
     texts = (f"{name}/{i}" for i in range(entry["captions"]) for name in names)
-    return {name: shard.get_tensor(f"{entry['row']}/{name}") for name in ("mean", "std", *texts)}
+    return {name: shard.get_tensor(f"{entry['row']}/{name}") for name in (*own, *texts)}
 
 
 def _read_null(folder: Path) -> Text:
@@ -636,7 +650,8 @@ def _damages(folder: Path, about: Mapping[str, Any]) -> list[Damage]:
             found.append(Damage(f"{INDEX}/{path.name}", str(error)))
             continue
         count += len(table)
-        damage = _shard_damage(folder, path.stem, table.to_pylist(), null)
+        last = LAST in about["encoders"]
+        damage = _shard_damage(folder, path.stem, table.to_pylist(), null, last)
         if damage is not None:
             found.append(damage)
     if not found and about["clips"] not in (None, count):
@@ -645,7 +660,7 @@ def _damages(folder: Path, about: Mapping[str, Any]) -> list[Damage]:
 
 
 def _shard_damage(
-    folder: Path, name: str, entries: list[dict[str, Any]], null: Text | None
+    folder: Path, name: str, entries: list[dict[str, Any]], null: Text | None, last: bool
 ) -> Damage | None:
     file = f"{SHARDS}/{name}.safetensors"
     try:
@@ -655,12 +670,12 @@ def _shard_damage(
     # Names as ROW/NAME/CAPTION; without the embeddings of no caption only the shard knows them.
     parts = [key.split("/") for key in shard.keys()]  # noqa: SIM118
     names = {part[1] for part in parts if len(part) == 3} if null is None else set(null)
-    lost = tuple(entry["key"] for entry in entries if not _is_whole(shard, entry, names))
+    lost = tuple(entry["key"] for entry in entries if not _is_whole(shard, entry, names, last))
     return Damage(file, "not as it was written", lost) if lost else None
 
 
-def _is_whole(shard: Any, entry: Mapping[str, Any], names: Collection[str]) -> bool:
+def _is_whole(shard: Any, entry: Mapping[str, Any], names: Collection[str], last: bool) -> bool:
     try:
-        return digest(_sample(shard, entry, names)) == entry["sha256"]
+        return digest(_sample(shard, entry, names, last)) == entry["sha256"]
     except SafetensorError:  # a flipped bit in a name
         return False

@@ -27,6 +27,7 @@ class Use(IntEnum):
     STAGE = 7  # the seed of a stage of a run
     REPLACE = 8  # which sample stands in for one that cannot be read
     SHORT = 9  # which clips shorter than asked for stay
+    IMAGES = 10  # which frames are known
 
 
 class Place(NamedTuple):

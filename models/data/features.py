@@ -22,12 +22,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from skiparse.models.data.draws import Place, Use, numbers, torch_numbers
+from skiparse.models.images import Images, KnownFrames, drawn, stacked
 
 if TYPE_CHECKING:  # features are read from a cache where there is no decoder of videos
     from skiparse.models.data.dataset import Clip
 
 Mode = Literal["sample", "mean"]
 
+
+# Among fingerprints, of encoders that code the last frame of each clip besides; and what it says.
+LAST, ALONE = "last", "coded alone"
 
 Text = Mapping[str, Tensor]  # the embeddings of one caption by name, fp32: [l, D], or [P]
 
@@ -42,6 +46,7 @@ class Features:
     null: Text  # of no caption
     key: str
     place: Place
+    last: Tensor | None = None  # [C, 1, h, w] fp32, mean of the last frame alone, where asked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +58,7 @@ class Batch:
     # L] bool, is False; or [B, P] fp32
     places: list[Place]
     keys: list[str]
+    images: KnownFrames | None = None  # where a model is told of them
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on ``device``."""
@@ -60,6 +66,7 @@ class Batch:
             self,
             latents=self.latents.to(device),
             captions={name: x.to(device) for name, x in self.captions.items()},
+            images=None if self.images is None else self.images.to(device),
         )
 
 
@@ -78,7 +85,12 @@ class Coder(Protocol):
 
 
 def collate(
-    features: Sequence[Features], *, seed: int, drop: float, mode: Mode = "sample"
+    features: Sequence[Features],
+    *,
+    seed: int,
+    drop: float,
+    mode: Mode = "sample",
+    images: Images | None = None,
 ) -> Batch:
     """One batch of samples of one shape; what is random follows from the seed and their places.
 
@@ -88,12 +100,14 @@ def collate(
         drop: how often a sample's caption is dropped, in [0, 1], for guidance without a classifier:
             one coin for all that encode it.
         mode: "sample" draws latents from their posterior, "mean" takes its mean.
+        images: which frames are known, and how often; None tells of none.
 
     Returns:
         A batch whose captions are as long as its longest.
 
     Raises:
-        ValueError: if there are no features or several shapes, or for a drop or mode out of range.
+        ValueError: if there are no features or several shapes, for a drop or mode out of range, or
+            if features lack the last frames that ``images`` wants.
     """
     if not 0 <= drop <= 1:
         raise ValueError(f"drop must be in [0, 1], got {drop}")
@@ -120,6 +134,7 @@ def collate(
         captions=captions,
         places=[each.place for each in features],
         keys=[each.key for each in features],
+        images=None if images is None else stacked([_known(x, seed, images) for x in features]),
     )
 
 
@@ -139,6 +154,13 @@ def _text(features: Features, seed: int, drop: float) -> Text:
         return features.null
     choice = numbers(seed, step, index, Use.CAPTION).integers(len(features.texts))
     return features.texts[choice]
+
+
+def _known(features: Features, seed: int, images: Images) -> KnownFrames:
+    """What of a sample the model is told beside its caption."""
+    step, index, _ = features.place
+    chance = numbers(seed, step, index, Use.IMAGES)
+    return drawn(images, features.mean, features.last, chance)
 
 
 def _latents(features: Features, seed: int, mode: Mode) -> Tensor:

@@ -74,7 +74,8 @@ def cost_of(
             f"{', '.join(CALLS)}"
         )
     cls = next(cls for cls in type(model).__mro__ if cls.__name__ == name)
-    config = {key: value for key, value in model.config.items() if key != "skiparse"}
+    beside = ("skiparse", "images")  # of what tells of images nothing is counted
+    config = {key: value for key, value in model.config.items() if key not in beside}
     latents = _latents(name, model.config, frames, height, width)
     counts: list[int] = []
     tokens = others = 0

@@ -6,12 +6,21 @@ Source: Open-Sora Plan v1.5 report, "text encoders".
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from skiparse.models.data.features import Features, Text, fingerprint, of_text, refuse_infinite
+from skiparse.models.data.features import (
+    ALONE,
+    LAST,
+    Features,
+    Text,
+    fingerprint,
+    of_text,
+    refuse_infinite,
+)
 from skiparse.models.text import TextEncoders, clean
 from skiparse.models.wfvae.model import WFVAE
 
@@ -26,12 +35,20 @@ class Encoders:
         vae: moved to ``device``, in its own dtype; only its encoder is used.
         text: likewise.
         device: where both compute.
+        last: whether features have the last frame of each clip too, coded by itself.
     """
 
-    def __init__(self, vae: WFVAE, text: TextEncoders, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        vae: WFVAE,
+        text: TextEncoders,
+        device: torch.device | str = "cpu",
+        *,
+        last: bool = False,
+    ) -> None:
         if text.encoder is None or text.encoder_2 is None:
             raise ValueError("text has let go of its encoders; load it again")
-        self.vae, self.text, self.device = vae, text, torch.device(device)
+        self.vae, self.text, self.device, self.last = vae, text, torch.device(device), last
         for model in (vae, text.encoder, text.encoder_2):
             model.to(self.device).eval().requires_grad_(False)
         self.null = self.embed("")
@@ -44,6 +61,7 @@ class Encoders:
         device: torch.device | str = "cpu",
         *,
         dtype: torch.dtype = torch.float32,
+        last: bool = False,
     ) -> Encoders:
         """Load from two folders.
 
@@ -51,6 +69,7 @@ class Encoders:
             vae: of a :class:`WFVAE`.
             text: holds what :meth:`TextEncoders.from_pretrained` wants.
             device, dtype: where and in what to compute.
+            last: as above.
 
         Raises:
             FileNotFoundError: if the autoencoder or a part of the text encoders is not there.
@@ -58,7 +77,7 @@ class Encoders:
         """
         WFVAE.load_config(vae)  # so that both are known to be there before either is loaded
         encoders = TextEncoders.from_pretrained(text, dtype=dtype)
-        return cls(WFVAE.from_pretrained(vae, torch_dtype=dtype), encoders, device)
+        return cls(WFVAE.from_pretrained(vae, torch_dtype=dtype), encoders, device, last=last)
 
     def features(self, clip: Clip) -> Features:
         """The features of one clip, on the CPU; those of the same clip are always the same.
@@ -70,7 +89,8 @@ class Encoders:
                 not finite.
         """
         texts = tuple(self.embed(caption) for caption in clip.captions)
-        return Features(*self.posterior(clip), texts, self.null, clip.key, clip.place)
+        last = self.posterior(replace(clip, frames=clip.frames[-1:]))[0] if self.last else None
+        return Features(*self.posterior(clip), texts, self.null, clip.key, clip.place, last)
 
     def posterior(self, clip: Clip) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of a clip's normalised latents, fp32 ``[C, t, h, w]``.
@@ -98,8 +118,8 @@ class Encoders:
         }
 
     def fingerprints(self) -> dict[str, str]:
-        """As :func:`fingerprints` of the autoencoder and the text encoders."""
-        return fingerprints(self.vae, self.text)
+        """As :func:`fingerprints` of the autoencoder and the text encoders; and ``last``."""
+        return fingerprints(self.vae, self.text) | ({LAST: ALONE} if self.last else {})
 
 
 def fingerprints(vae: WFVAE, text: TextEncoders) -> dict[str, str]:

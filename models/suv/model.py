@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroup
 
 import skiparse
 from skiparse import SkipPattern
+from skiparse.models.images import Guide, KnownFrames, embedding
 from skiparse.models.strict import StrictModelMixin, check_sizes
 from skiparse.models.suv import caching
 from skiparse.models.suv.blocks import INIT_STD, Norm, Stage, SUVBlock
@@ -78,6 +79,8 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
             :mod:`skiparse.models.suv.experts`; 1 for a feed-forward as it is, None for that
             everywhere. A text's own feed-forward stays one.
         experts_per_token: how many of them each token goes through, at least 2.
+        images: how it is told of frames that are known, ``"flash"`` or ``"mask"``; None for text
+            alone. See :mod:`skiparse.models.images`.
 
     Raises:
         ValueError: for sizes that make no model.
@@ -93,7 +96,13 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
     _repeated_blocks: ClassVar[list[str]] = ["SUVBlock"]
     _group_offload_block_modules: ClassVar[list[str]] = ["stages"]  # a group is of blocks
     _cache_config: Any = None
-    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["_embed", "skips", "norm", "router"]
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = [
+        "_embed",
+        "skips",
+        "norm",
+        "router",
+        "guide",
+    ]
     _cp_plan: ClassVar[dict[str, Any]] = {}  # diffusers cuts nothing: the forward does
 
     @register_to_config
@@ -118,6 +127,7 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         linear_attention: Sequence[bool] | None = None,
         experts: Sequence[int] | None = None,
         experts_per_token: int = 2,
+        images: str | None = None,
     ) -> None:
         super().__init__()
         layers, skipped = tuple(num_layers), tuple(sparsity)
@@ -177,6 +187,16 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         for stage in cast(list[list[SUVBlock]], self.stages):
             for block in stage:
                 block.init_weights()
+        self.guide: Guide | None = None
+        self.guide_embed: nn.Module | None = None
+        if images is not None:
+            self._guided(images)
+
+    def _guided(self, images: str) -> None:
+        """New weights for images."""
+        channels, width = self.config.in_channels, self.text_embed.out_features
+        self.guide = Guide(images, channels)
+        self.guide_embed = embedding(images, channels, width, self.config.patch_size)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -188,6 +208,7 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         text_mask: Tensor | None = None,
         video_mask: Tensor | None = None,
         *,
+        images: KnownFrames | None = None,
         trim_text: bool = True,
         reorder: bool = True,
         backend: str = "auto",
@@ -205,6 +226,7 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
                 (:func:`skiparse.key_mask`); all of it if None.
             video_mask: ``[B, t, h, w]``, True or 1 where there is video; a patch counts if any of
                 its pixels does; all of it if None.
+            images: frames that are known, of a model that is told of them; None for text alone.
             trim_text: drop what is padding in the whole batch. The velocity is the same, since
                 masked text reaches nothing, and a k = 8 layer 15 % cheaper; False keeps it, and so
                 does a whole model that is compiled.
@@ -229,6 +251,8 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         keys, text, text_keys = self._keys(text, text_mask, video_mask, trim_text)
 
         order: Any = plan.orders[0]
+        if images is not None:
+            latents = self._guiding()(latents, images)
         patches = self._take(self._patches(latents.to(dtype)), plan, NATURAL, order)
         video = self._embed(patches)
         text = self.text_embed(text.to(dtype))
@@ -347,7 +371,20 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         One below the other they are an image, whose convolution keeps their order.
         """
         column = rearrange(patches, "b n c ph pw -> b c (n ph) pw")
-        return self.patch_embed(column).squeeze(-1).transpose(1, 2)
+        own, beside = column.tensor_split([self.config.in_channels], 1)
+        video = self.patch_embed(own)  # [B, width, N, 1]
+        if beside.shape[1]:  # of images
+            assert self.guide_embed is not None
+            video = video + self.guide_embed(beside[:, :, None]).squeeze(2)
+        return video.squeeze(-1).transpose(1, 2)
+
+    def _guiding(self) -> Guide:
+        """What tells it of images; ValueError if there is nothing."""
+        if self.guide is None:
+            raise ValueError(
+                'this SUV is told of text alone; train one with images, or take_images("flash")'
+            )
+        return self.guide
 
     def _condition(self, timestep: Tensor, pooled: Tensor) -> Tensor:
         """``[B, timestep_channels]`` fp32 from the time and the pooled text."""
@@ -432,6 +469,29 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         skipped = tuple(sparsity)
         _check_sparsity(self.config.num_layers, skipped)
         self.register_to_config(sparsity=skipped)
+
+    def take_images(self, images: str, *, seed: int = 0) -> None:
+        """Add what it takes to be told of images; the velocity stays what it is until that learns.
+
+        Args:
+            images: ``"flash"`` or ``"mask"``.
+            seed: of the weights that are not 0.
+
+        Raises:
+            ValueError: for another paradigm, or if it is told of images already.
+        """
+        if self.guide is not None:
+            raise ValueError(
+                f"this SUV is told of images already, by {self.config.images!r}; leave it out"
+            )
+        weight = self.text_embed.weight
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._guided(images)
+        for module in (self.guide, self.guide_embed):
+            assert module is not None
+            module.to(weight.device, weight.dtype).train(self.training)
+        self.register_to_config(images=images)
 
     def set_context_parallel(self, group: ProcessGroup | None) -> None:
         """Share the tokens of every forward with the processes of ``group``; None ends that.

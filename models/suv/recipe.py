@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from skiparse.models import flow
 from skiparse.models.data.features import Batch
+from skiparse.models.images import of_other_images
 from skiparse.models.pipeline import SUVPipeline
 from skiparse.models.strict import WRITTEN_BY_DIFFUSERS
 from skiparse.models.suv.encoders import Encoders, fingerprints
@@ -100,6 +101,8 @@ class SUVConfig(Config):
             raise ValueError(f"balance must be a number from 0 on, got {self.balance}")
         if self.preset not in SUV.presets:
             raise ValueError(f"preset must be one of {', '.join(SUV.presets)}, got {self.preset!r}")
+        if self.model.get("images") is not None:
+            raise ValueError("model.images is set by images.paradigm; leave it out")
         if self.init is not None and self.model:
             raise ValueError("model has no effect with init, which has a config; leave one out")
         wrong = self.model.keys() - inspect.signature(SUV.__init__).parameters.keys()
@@ -197,11 +200,24 @@ class SUVRecipe(Recipe):
                 torch.manual_seed(config.seed)
                 return self._extended(skeleton(config, stage), stage)
         model = self.pretrained(config.init)
+        if config.images is not None:
+            model = self.told_of_images(model, config.images.paradigm, config.seed)
         if model.config.skip_connection != stage.skip_connection:
             model = SUV.from_dense(
                 model, sparsity=model.config.sparsity, skip_connection=stage.skip_connection
             )
         return self._extended(model, stage)
+
+    takes_images = True
+
+    def told_of_images(self, model: Any, paradigm: str, seed: int) -> SUV:
+        """In place."""
+        if model.config.images not in (None, paradigm):
+            raise ValueError(of_other_images(model.config.images, paradigm))
+        if model.config.images is None:
+            model.take_images(paradigm, seed=seed)
+        told: SUV = model
+        return told
 
     def pretrained(self, init: str) -> SUV:
         """As the folder has it."""
@@ -260,7 +276,8 @@ class SUVRecipe(Recipe):
         """WF-VAE, T5 and CLIP."""
         if config.vae is None or config.text is None:
             raise ValueError("vae and text are needed to encode clips; give their folders")
-        return Encoders.from_pretrained(config.vae, config.text, device)
+        last = config.images is not None and config.images.needs_last
+        return Encoders.from_pretrained(config.vae, config.text, device, last=last)
 
     def shift(self, shape: tuple[int, ...]) -> float:
         """By height and width."""
@@ -326,6 +343,7 @@ def _answer(net: nn.Module, noisy: Tensor, levels: Tensor, batch: Batch) -> SUVO
         captions["states"],
         captions["pooled"],
         text_mask=captions["states_mask"],
+        images=batch.images,
         return_dict=True,
     )
     return found
@@ -353,9 +371,14 @@ def sizes_of(config: SUVConfig) -> dict[str, Any]:
     Raises:
         FileNotFoundError: if ``config.init`` is no folder of weights.
     """
+    told = {} if config.images is None else {"images": config.images.paradigm}
     if config.init is None:
-        return SUV.presets[config.preset] | config.model
+        return SUV.presets[config.preset] | config.model | told
     known = SUV.load_config(_weights(config.init))
+    own, asked = known.get("images"), told.get("images")
+    if own is not None and own != asked:
+        raise ValueError(f"init={config.init}: {of_other_images(own, asked)}")
+    known |= told
     return {
         name: value
         for name, value in known.items()

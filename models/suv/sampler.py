@@ -69,7 +69,7 @@ class SUVSampler(Sampler):
             generator=noise,
             sequential_cfg=self.asked.sequential_cfg,
             output_type="uint8",
-            **self.settings,
+            **self.settings | self.images,
         )
         found: Tensor = made.frames[0]
         return found

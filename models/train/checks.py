@@ -7,6 +7,7 @@ from typing import Any
 
 from skiparse.models.data.cache import Cache
 from skiparse.models.data.features import Coder
+from skiparse.models.data.image import read_image
 from skiparse.models.train.checkpoint import Checkpoint
 from skiparse.models.train.config import Config
 from skiparse.models.train.parallel import World
@@ -30,6 +31,11 @@ def check(config: Config, world: World, coder: Coder | None) -> None:
             f"context_parallel={shared}: the recipe {config.recipe} does not let processes share "
             "tokens; leave it out"
         )
+    if config.images is not None and not recipe_of(config.recipe).takes_images:
+        raise ValueError(
+            f"images: the recipe {config.recipe} tells its models of none; leave it out"
+        )
+    _check_pictures(config)
     for name, stage in config.stages.items():
         parts = world.size // shared * stage.accumulate
         if stage.global_batch % parts:
@@ -44,7 +50,22 @@ def check(config: Config, world: World, coder: Coder | None) -> None:
                 f"stages.{name}: {cache} was built by another rule, {Cache(cache).rule.table()}; "
                 f"build one for stages.{name}.rule, or take over that rule"
             )
+        needs_last = config.images is not None and config.images.needs_last
+        if cache is not None and needs_last and not Cache(cache).has_last:
+            raise ValueError(
+                f"stages.{name}: {cache} has no last frames, which images.kinds with ends wants; "
+                "build it anew with this config, or leave ends out"
+            )
     recipe_of(config.recipe).check(config, coder)
+
+
+def _check_pictures(config: Config) -> None:
+    """ValueError unless the images of samples can be read, and are large enough."""
+    frames, *size = config.samples.shape
+    if config.samples.images and frames == 1:
+        raise ValueError("samples.images are first frames of videos; samples.shape has 1 frame")
+    for file in config.samples.images:
+        read_image(file, size=(size[0], size[1]), limits=config.limits)
 
 
 def check_resumed(config: Config, last: Checkpoint, *, gave_up: bool) -> dict[str, Any]:

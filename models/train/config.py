@@ -24,6 +24,7 @@ import yaml
 
 from skiparse.models.data.buckets import Rule
 from skiparse.models.data.limits import Limits
+from skiparse.models.images import Images
 from skiparse.models.text import cleaned
 from skiparse.models.train.clip import AdaptiveGradClipper, Mode
 from skiparse.models.train.recipe import recipe_of
@@ -222,10 +223,12 @@ class Samples:
         shape: frames, height and width in pixels.
         steps: of the sampler.
         guidance: 1 is none.
+        images: files with the first frame of each video; none for videos of text alone.
     """
 
     every: int = 0
     prompts: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
     shape: tuple[int, int, int] = (17, 128, 128)
     steps: int = 50
     guidance: float = 7.0
@@ -239,6 +242,11 @@ class Samples:
             )
         if self.every and not self.prompts:
             raise ValueError("samples.every is set but samples.prompts is empty; give a prompt")
+        if len(self.images) not in (0, len(self.prompts)):
+            raise ValueError(
+                f"samples.images has {len(self.images)} files for {len(self.prompts)} prompts; "
+                "give one each"
+            )
         if not 1 <= self.guidance < math.inf:
             raise ValueError(f"samples.guidance must be at least 1, got {self.guidance}")
         for prompt in self.prompts:
@@ -255,6 +263,7 @@ class Config(Run):
         posterior: latents to learn: a sample of the autoencoder's posterior, or its mean.
         drop: share of captions that are dropped, for guidance without a classifier.
         lora: what is trained instead of the weights themselves; null for none.
+        images: which frames the model knows beside text; null for text alone.
         optimizer: AdamW's settings.
         clip: how gradients are clipped.
         ema: decay of the averaged weights, per step.
@@ -271,6 +280,7 @@ class Config(Run):
     posterior: Literal["sample", "mean"] = "sample"
     drop: float = 0.1
     lora: Lora | None = None
+    images: Images | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
     clip: Clip = field(default_factory=Clip)
     ema: float = 0.9999
@@ -286,6 +296,8 @@ class Config(Run):
             raise ValueError(f"drop must be in [0, 1], got {self.drop}")
         if self.context_parallel < 1:
             raise ValueError(f"context_parallel must be at least 1, got {self.context_parallel}")
+        if self.samples.images and self.images is None:
+            raise ValueError("samples.images is for a model that takes them; set images too")
         if self.lora is not None and self.init is None:
             raise ValueError("lora needs init: the weights that it is trained beside")
         if not 0 <= self.ema <= 1:

@@ -282,4 +282,6 @@ def batches_of(
         if isinstance(data, Clips):
             assert coder is not None
             features = [coder.features(clip) for clip in read]
-        yield collate(features, seed=seed, drop=config.drop, mode=config.posterior)
+        yield collate(
+            features, seed=seed, drop=config.drop, mode=config.posterior, images=config.images
+        )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from skiparse.models.checkpoints import refuse
 from skiparse.models.data.features import digest
+from skiparse.models.images import Images
 from skiparse.models.train.checkpoint import Checkpoint
 from skiparse.models.train.config import Lora
 from skiparse.models.train.parallel import frozen_of
@@ -28,14 +29,24 @@ from skiparse.models.train.recipe import Recipe, recipe_of
 _NAME = "default"  # of the adapter, in the names of its weights
 
 
-def beside(recipe: Recipe, init: str, lora: Lora, seed: int) -> nn.Module:
+def beside(
+    recipe: Recipe, init: str, lora: Lora, seed: int, images: Images | None = None
+) -> nn.Module:
     """The model in ``init``, frozen and in float32, with a new LoRA.
 
+    What tells it of ``images``, if it does not have that, is new and trained as a whole.
+
     Raises:
-        ValueError: as :func:`adapt`.
+        ValueError: as :func:`adapt`, or if it has another paradigm of images.
     """
     model = recipe.pretrained(init)
+    before = {name for name, _ in model.named_parameters()}
+    if images is not None:
+        model = recipe.told_of_images(model, images.paradigm, seed)
+    new = [x for name, x in model.named_parameters() if name not in before]
     adapt(model, lora, targets(recipe, lora), seed)
+    for x in new:
+        x.requires_grad_(True)
     return model
 
 
@@ -83,7 +94,8 @@ def merged(last: Checkpoint, weights: str, init: str | os.PathLike[str] | None) 
     lora = Lora.of(settings)
     assert lora is not None
     init = settings["init"] if init is None else os.fspath(init)
-    model = beside(recipe, init, lora, 0)
+    told = settings.get("images")  # there were none once
+    model = beside(recipe, init, lora, 0, None if told is None else Images(**told))
     if digest(frozen_of(model, settings["dtype"])) != last.about["frozen"]:
         raise ValueError(
             f"init={init} holds not the weights that {last.path} was trained beside; give the "
@@ -116,11 +128,14 @@ def save_apart(last: Checkpoint, weights: str, folder: str | os.PathLike[str]) -
     lora, recipe = Lora.of(last.about["settings"]), recipe_of(last.about["recipe"])
     assert lora is not None
     end = f".{_NAME}.weight"
-    layers: dict[str, Tensor] = {
-        f"{name.removesuffix(end)}.weight": x
-        for name, x in last.read(f"{weights}.").items()
-        if name.endswith(end)
-    }
+    found = last.read(f"{weights}.")
+    others = sorted(name for name in found if not name.endswith(end))
+    if others:
+        raise ValueError(
+            f"lora=apart: {last.path} has weights that are of no LoRA, for images: "
+            f"{', '.join(others[:3])}; export it merged"
+        )
+    layers: dict[str, Tensor] = {f"{name.removesuffix(end)}.weight": x for name, x in found.items()}
     WanLoraLoaderMixin.save_lora_weights(
         folder,
         transformer_lora_layers=layers,

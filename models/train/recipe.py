@@ -106,6 +106,21 @@ class Recipe(ABC):
     def prepare(self, model: nn.Module, config: Any, stage: Any) -> None:
         """Set what a stage decides and no checkpoint holds, such as sparsity."""
 
+    takes_images: ClassVar[bool] = False  # whether its models can be told of them
+
+    def told_of_images(self, model: nn.Module, paradigm: str, seed: int) -> nn.Module:
+        """The model with weights for them, which change nothing yet; or as it is, if it has them.
+
+        Args:
+            model: new, or as :meth:`pretrained` gives it.
+            paradigm: of :mod:`skiparse.models.images`.
+            seed: of the new weights.
+
+        Raises:
+            ValueError: if it has those of another paradigm.
+        """
+        raise NotImplementedError(f"{type(self).__name__} tells no models of images")
+
     shares: ClassVar[bool] = False  # whether processes can share the tokens of its model
 
     def share(self, model: nn.Module, group: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from skiparse.models.data.image import read_image
 from skiparse.models.train.config import Config, Stage
 from skiparse.models.writer import write_image, write_video
 
@@ -19,6 +20,11 @@ def make_samples(config: Config, stage: Stage, step: int, pipeline: Any) -> None
     folder.mkdir(exist_ok=True)
     frames, height, width = options.shape
     for i, prompt in enumerate(options.prompts):
+        told = {}
+        if options.images:
+            told["image"] = read_image(
+                options.images[i], size=(height, width), limits=config.limits
+            )[0]
         video = pipeline(
             prompt,
             height=height,
@@ -28,6 +34,7 @@ def make_samples(config: Config, stage: Stage, step: int, pipeline: Any) -> None
             guidance_scale=options.guidance,
             generator=torch.Generator().manual_seed(config.seed + i),
             output_type="pt",  # which pipelines of diffusers have too
+            **told,
         ).frames[0]
         video = video.float().movedim(1, -1).mul(255).round().to(torch.uint8)
         path = folder / f"step-{step:08d}-{i}"

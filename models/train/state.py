@@ -151,7 +151,7 @@ def _beside(config: Config) -> nn.Module:
 
     assert config.init is not None
     assert config.lora is not None
-    return beside(recipe_of(config.recipe), config.init, config.lora, config.seed)
+    return beside(recipe_of(config.recipe), config.init, config.lora, config.seed, config.images)
 
 
 def _refuse_changes(model: nn.Module, stage: Stage, recipe: Recipe) -> None:

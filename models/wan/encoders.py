@@ -8,6 +8,7 @@ So it is kept without, and padded again when a model is called (:data:`LENGTH`).
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,21 @@ import torch.nn.functional as F
 from diffusers import WanPipeline
 from torch import Tensor
 
-from skiparse.models.data.features import Features, Text, fingerprint, of_text, refuse_infinite
+from skiparse.models.data.features import (
+    ALONE,
+    LAST,
+    Features,
+    Text,
+    fingerprint,
+    of_text,
+    refuse_infinite,
+)
 
 if TYPE_CHECKING:  # features are read from a cache where there is no decoder of videos
     from skiparse.models.data.dataset import Clip
 
 LENGTH = 512  # rows of text
+PIPELINES = ("WanPipeline", "ImageWanPipeline")  # whose folders are read here
 
 
 class Encoders:
@@ -31,17 +41,24 @@ class Encoders:
         pipeline: with or without its transformer; its VAE and text encoder are moved to ``device``,
             in their own dtypes, and frozen.
         device: where both compute.
+        last: whether features have the last frame of each clip too, coded by itself.
     """
 
-    def __init__(self, pipeline: Any, device: torch.device | str = "cpu") -> None:
-        self.pipeline, self.device = pipeline, torch.device(device)
+    def __init__(
+        self, pipeline: Any, device: torch.device | str = "cpu", *, last: bool = False
+    ) -> None:
+        self.pipeline, self.device, self.last = pipeline, torch.device(device), last
         for model in (pipeline.vae, pipeline.text_encoder):
             model.to(self.device).eval().requires_grad_(False)
         self.null = self.embed("")
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu"
+        cls,
+        folder: str | os.PathLike[str],
+        device: torch.device | str = "cpu",
+        *,
+        last: bool = False,
     ) -> Encoders:
         """Load from the folder of a WanPipeline; its transformers are not read.
 
@@ -49,7 +66,7 @@ class Encoders:
             FileNotFoundError: if ``folder`` holds no pipeline.
             ValueError: if it is of another kind.
         """
-        return cls(loaded(folder, transformer=None, transformer_2=None), device)
+        return cls(loaded(folder, transformer=None, transformer_2=None), device, last=last)
 
     @torch.no_grad()
     def features(self, clip: Clip) -> Features:
@@ -57,6 +74,17 @@ class Encoders:
 
         Raises:
             ValueError: if the autoencoder gives numbers that are not finite.
+        """
+        texts = tuple(self.embed(caption) for caption in clip.captions)
+        last = self.posterior(replace(clip, frames=clip.frames[-1:]))[0] if self.last else None
+        return Features(*self.posterior(clip), texts, self.null, clip.key, clip.place, last)
+
+    @torch.no_grad()
+    def posterior(self, clip: Clip) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of a clip's normalised latents, fp32 ``[C, t, h, w]``.
+
+        Raises:
+            ValueError: as :meth:`features`.
         """
         vae = self.pipeline.vae
         pixels = clip.frames.to(self.device).movedim(-1, 0)[None]  # [1, 3, T, H, W]
@@ -67,8 +95,7 @@ class Encoders:
         )
         mean, std = (found.mean[0].float() - shift) / spread, found.std[0].float() / spread
         refuse_infinite(clip.key, vae.dtype, mean, std)
-        texts = tuple(self.embed(caption) for caption in clip.captions)
-        return Features(mean.cpu(), std.cpu(), texts, self.null, clip.key, clip.place)
+        return mean.cpu(), std.cpu()
 
     @torch.no_grad()
     def embed(self, caption: str) -> Text:
@@ -82,11 +109,12 @@ class Encoders:
         return {"states": trimmed(rows[0].float().cpu())}  # [l, D]
 
     def fingerprints(self) -> dict[str, str]:
-        """SHA-256 of what features depend on, by ``vae`` and ``umt5``."""
+        """SHA-256 of what features depend on, by ``vae`` and ``umt5``; and ``last``."""
         vae, encoder = self.pipeline.vae, self.pipeline.text_encoder
         return {
             "vae": fingerprint(vae, vae.config),
             "umt5": fingerprint(encoder, of_text(encoder, self.pipeline.tokenizer)),
+            **({LAST: ALONE} if self.last else {}),
         }
 
 
@@ -114,7 +142,7 @@ def loaded(folder: str | os.PathLike[str], **without: None) -> WanPipeline:
             "WanPipeline, such as its save_pretrained makes"
         )
     kind = WanPipeline.load_config(folder, local_files_only=True).get("_class_name")
-    if kind != "WanPipeline":
+    if kind not in PIPELINES:
         raise ValueError(f"{folder} holds a {kind}; give the folder of a WanPipeline")
     return WanPipeline.from_pretrained(
         folder, torch_dtype=torch.float32, local_files_only=True, **without

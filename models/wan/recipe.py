@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from skiparse.models import flow
 from skiparse.models.data.features import Batch
+from skiparse.models.image_wan import ImageWan, ImageWanPipeline, kind_of
+from skiparse.models.images import of_other_images
 from skiparse.models.retrofit import Retrofit, Sparsity, retrofit, schedule
 from skiparse.models.train.checkpoint import Checkpoint
 from skiparse.models.train.config import HOW, Config, Stage
@@ -109,6 +111,9 @@ class WanRecipe(Recipe):
                 f"init={config.init}: its transformer takes images too; the models that are "
                 "trained here get text alone"
             )
+        asked = None if config.images is None else config.images.paradigm
+        if model.get("images") not in (None, asked):
+            raise ValueError(f"init={config.init}: {of_other_images(model['images'], asked)}")
         for name, stage in config.stages.items():
             try:
                 _sparsity(config, stage)
@@ -137,17 +142,30 @@ class WanRecipe(Recipe):
     def initial(self, config: WanConfig, stage: WanStage) -> Any:
         """As ``config.init`` has it, in float32."""
         assert config.init is not None
-        return self.pretrained(config.init)
+        model = self.pretrained(config.init)
+        if config.images is not None:
+            model = self.told_of_images(model, config.images.paradigm, config.seed)
+        return model
+
+    takes_images = True
+
+    def told_of_images(self, model: Any, paradigm: str, seed: int) -> ImageWan:
+        """Of the same parts."""
+        if not isinstance(model, ImageWan):
+            return ImageWan.of(model, paradigm, seed=seed)
+        if model.config.images != paradigm:
+            raise ValueError(of_other_images(model.config.images, paradigm))
+        return model
 
     def pretrained(self, init: str) -> Any:
         """As the folder has it, dense whatever its config says."""
-        return WanTransformer3DModel.from_pretrained(
-            _transformer(init), torch_dtype=torch.float32, local_files_only=True
-        )
+        folder = _transformer(init)
+        kind = kind_of(WanTransformer3DModel.load_config(folder, local_files_only=True))
+        return kind.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
 
     def remade(self, config: WanConfig, about: Mapping[str, Any]) -> Any:
         """All of it is trained, so it has any weights."""
-        return WanTransformer3DModel(**_parted(about)[0])
+        return kind_of(about)(**_parted(about)[0])
 
     def about(self, model: Any) -> dict[str, Any]:
         """Its config."""
@@ -176,7 +194,8 @@ class WanRecipe(Recipe):
     def coder(self, config: WanConfig, device: torch.device) -> Encoders:
         """Its VAE and UMT5."""
         assert config.init is not None
-        return Encoders.from_pretrained(config.init, device)
+        last = config.images is not None and config.images.needs_last
+        return Encoders.from_pretrained(config.init, device, last=last)
 
     def shift(self, shape: tuple[int, ...]) -> float:
         """By height and width, as OSP-Next trains it."""
@@ -185,12 +204,13 @@ class WanRecipe(Recipe):
     def velocity(self, net: nn.Module, noisy: Tensor, levels: Tensor, batch: Batch) -> Tensor:
         """Wan's forward; text is padded by zeros, to which it attends."""
         states = padded(batch.captions["states"])
-        found: Tensor = net(noisy, flow.timesteps(levels), states, return_dict=False)[0]
+        told = {} if batch.images is None else {"images": batch.images}
+        found: Tensor = net(noisy, flow.timesteps(levels), states, return_dict=False, **told)[0]
         return found
 
     def pipeline(self, model: Any, coder: Encoders) -> WanPipeline:
         """With the encoders it is trained with, and the pipeline's own scheduler."""
-        return WanPipeline(**coder.pipeline.components | {"transformer": model})
+        return _around(coder, model)
 
     def exported(self, last: Checkpoint, weights: str, **given: Any) -> WanPipeline:
         """The pipeline in the folder ``vae``, with the run's transformer."""
@@ -205,14 +225,20 @@ class WanRecipe(Recipe):
             found = encoders.fingerprints()
             check_encoders(last, found, dict.fromkeys(found, folder))
         about, sparsity = _parted(last.about["model"])
-        model = model_of(last, WanTransformer3DModel, about, weights, given["init"])
+        model = model_of(last, kind_of(about), about, weights, given["init"])
         if sparsity is not None:
             retrofit(model, sparsity)
-        return WanPipeline(**encoders.pipeline.components | {"transformer": model})
+        return _around(encoders, model)
 
     def sparsity(self, about: Mapping[str, Any]) -> Sparsity | None:
         """As its config says."""
         return _parted(about)[1]
+
+
+def _around(coder: Encoders, model: Any) -> WanPipeline:
+    """The pipeline of a model, with its encoders and the scheduler that they came with."""
+    kind = ImageWanPipeline if isinstance(model, ImageWan) else WanPipeline
+    return kind(**coder.pipeline.components | {"transformer": model})
 
 
 def _sparsity(config: WanConfig, stage: WanStage) -> Sparsity | None:

@@ -15,15 +15,15 @@ from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     WanPipeline,
-    WanTransformer3DModel,
 )
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
 from skiparse.models import flow, hif8, sizes, strict
+from skiparse.models.image_wan import ImageWan, ImageWanPipeline, kind_of
 from skiparse.models.options import Asked
 from skiparse.models.retrofit import retrofit
-from skiparse.models.sample import Sampler
+from skiparse.models.sample import CONFIG, Sampler
 from skiparse.models.text import load_encoder
 from skiparse.models.wan.encoders import LENGTH, padded, trimmed
 
@@ -32,7 +32,7 @@ EULER = FlowMatchEulerDiscreteScheduler.__name__
 
 
 class WanSampler(Sampler):
-    """A WanPipeline; what nobody asked for is as diffusers has it, 16 frames a second."""
+    """A WanPipeline, also of images; what nobody asked for is as diffusers has it, at 16 fps."""
 
     defaults = Asked(height=480, width=832, frames=81, steps=50, fps=16, guidance=5.0, negative="")
 
@@ -109,13 +109,15 @@ class WanSampler(Sampler):
     def load(self, dtype: torch.dtype) -> None:
         """Every component, strictly; the autoencoder in float32 at least, as Wan's has to be."""
         index, parts = self.table("model_index.json"), {}
-        kinds = dict.fromkeys(TRANSFORMERS, WanTransformer3DModel) | {"vae": AutoencoderKLWan}
+        transformer = kind_of(self.table(CONFIG))
+        kinds = dict.fromkeys(TRANSFORMERS, transformer) | {"vae": AutoencoderKLWan}
         for name, kind in kinds.items():
             if index.get(name, [None])[0] is not None:
                 number = torch.promote_types(dtype, torch.float32) if name == "vae" else dtype
                 parts[name] = strict.loaded(kind, self.folder / name, dtype=number)
         encoder = load_encoder(UMT5EncoderModel, self.folder / "text_encoder", dtype)
-        self.pipeline = WanPipeline.from_pretrained(
+        kind = ImageWanPipeline if transformer is ImageWan else WanPipeline
+        self.pipeline = kind.from_pretrained(
             self.folder, text_encoder=encoder, local_files_only=True, **parts
         )
         for model in (parts[name] for name in TRANSFORMERS if name in parts):
@@ -125,8 +127,8 @@ class WanSampler(Sampler):
                 hif8.apply(model)
         config = self.pipeline.scheduler.config
         if self.asked.schedule is None:
-            kind = type(self.pipeline.scheduler)
-            self.pipeline.scheduler = kind.from_config(config, **self.shifted)
+            scheduler = type(self.pipeline.scheduler)
+            self.pipeline.scheduler = scheduler.from_config(config, **self.shifted)
         else:
             sigmas = flow.inference_sigmas(
                 self.called["num_inference_steps"],
@@ -158,6 +160,7 @@ class WanSampler(Sampler):
         made = self.pipeline(
             **{name: padded(self.rows[text])[None].to(device) for name, text in given.items()},
             **self.called,
+            **self.images,
             generator=noise,
             output_type="pt",
             callback_on_step_end=self._check_latents,
