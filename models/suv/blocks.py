@@ -251,11 +251,12 @@ class SUVBlock(nn.Module):
         video, text = self._finite(video), self._finite(text)
         inner, inner_text, gate, text_gate = self.norm2(video, text, condition)
         video = gated_residual(video, gate, self._feed(self.ff, inner, checkpoint_ff))
-        if not self.last:
+        leaving = pattern.leave(video) if isinstance(pattern, SharedLayer) else None
+        if not self.last:  # the text does not need what is on its way
             text_ff = self.ff if self.text_ff is None else self.text_ff
             update = self._feed(text_ff, inner_text, checkpoint_ff)
             text = gated_residual(text, text_gate, update)
-        return video, text
+        return video if leaving is None else leaving.end(), text
 
     def _finite(self, x: Tensor) -> Tensor:
         return x if self.training or x.dtype != torch.float16 else clamp_fp16(x)
@@ -303,8 +304,11 @@ class Stage(nn.ModuleList):
         """
         again = again if torch.is_grad_enabled() else "none"
         for block, pattern in zip(self, patterns, strict=True):
-            if isinstance(pattern, SharedLayer):
-                video, rotary = pattern.enter(video), pattern.rotary
+            shared = pattern if isinstance(pattern, SharedLayer) else None
+            whole = again == "block" or (self.gradient_checkpointing and torch.is_grad_enabled())
+            if shared is not None:
+                rotary = shared.rotary
+                pattern = shared.staying() if whole else shared
             if _is_compiled(block):
                 _mark_lengths(video, text, rotary, mask, text_mask)
             arguments = (video, text, condition, rotary, pattern, mask, text_mask)
@@ -314,6 +318,9 @@ class Stage(nn.ModuleList):
                 video, text = checkpoint(block, *arguments, False, backend, use_reentrant=False)
             else:
                 video, text = block(*arguments, again == "feed_forward", backend)
+            leaving = shared.leave(video) if shared is not None and whole else None
+            if leaving is not None:
+                video = leaving.end()
         return video, text
 
 

@@ -516,6 +516,28 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         Raises:
             ValueError: if ``dense`` has skips and the new model should not.
         """
+        model, new = cls.beyond(dense, sparsity=sparsity, skip_connection=skip_connection)
+        state = {name: x.clone() for name, x in (dense.state_dict() | new).items()}
+        model.load_state_dict(state, strict=True, assign=True)
+        return model.train(dense.training)
+
+    @classmethod
+    def beyond(
+        cls, dense: SUV, *, sparsity: Sequence[int], skip_connection: bool = True
+    ) -> tuple[SUV, dict[str, Tensor]]:
+        """What :meth:`from_dense` makes, without the weights; and those that ``dense`` lacks.
+
+        ``dense`` may be in shards, of which nothing is read.
+
+        Args:
+            dense, sparsity, skip_connection: as there.
+
+        Returns:
+            The model on the meta device, and its new tensors by name; they are all one.
+
+        Raises:
+            ValueError: as there.
+        """
         had = dense.config.skip_connection
         if had and not skip_connection:
             raise ValueError(
@@ -527,15 +549,15 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
             config["skip_zero_init"] = True
         with torch.device("meta"):
             model = cls(**config)
-        state = {name: x.clone() for name, x in dense.state_dict().items()}
+        new: dict[str, Tensor] = {}
         if not had:
             weight = dense.text_embed.weight
-            skip = Skip(weight.shape[0], None, dense.config.eps).to(weight)
+            skip = Skip(weight.shape[0], None, dense.config.eps)
+            skip.to(device=weight.device, dtype=weight.dtype)
             for skips in ("skips", "text_skips"):
                 for i in range(len(model.skips)):
-                    state |= {f"{skips}.{i}.{k}": x.clone() for k, x in skip.state_dict().items()}
-        model.load_state_dict(state, strict=True, assign=True)
-        return model.train(dense.training)
+                    new |= {f"{skips}.{i}.{k}": x for k, x in skip.state_dict().items()}
+        return model.train(dense.training), new
 
 
 class ConditionMLP(nn.Module):

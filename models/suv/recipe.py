@@ -177,9 +177,9 @@ class SUVRecipe(Recipe):
         changes: bool = model.config.skip_connection != stage.skip_connection
         return changes
 
-    def converted(self, model: Any, stage: SUVStage) -> SUV:
+    def converted(self, model: Any, stage: SUVStage) -> tuple[SUV, dict[str, Tensor]]:
         """With skips that begin without effect."""
-        return SUV.from_dense(model, sparsity=stage.sparsity or model.config.sparsity)
+        return SUV.beyond(model, sparsity=stage.sparsity or model.config.sparsity)
 
     def prepare(self, model: Any, config: SUVConfig, stage: SUVStage) -> None:
         """Sparsity, and what is computed again in the backward pass."""
