@@ -258,7 +258,7 @@ class SUVModel(Model):
     def kept(self, tokens: int, checkpointing: str) -> Kept:
         """Counted on a block of that size."""
         s = self.sizes
-        shape = (s["num_heads"], s["head_dim"], s["timestep_channels"], s["double_ff"])
+        shape = (s["num_heads"], s["head_dim"], s["timestep_channels"], s.get("double_ff", True))
         return _kept_by_suv(shape, tokens, checkpointing)
 
     def between(self, tokens: int) -> int:

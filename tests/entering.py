@@ -8,6 +8,7 @@ import sys
 import torch
 import torch.distributed as dist
 from parallel_run import far
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,7 +33,8 @@ class Made(TorchDispatchMode):
         if "c10d" in func.name():
             self.calls.append(func.name())
         for x in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(x, torch.Tensor) and x.device.type != "meta":
+            real = isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)  # without memory
+            if real and x.device.type != "meta":
                 self.largest = max(self.largest, x.untyped_storage().nbytes())
         return out
 
