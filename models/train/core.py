@@ -146,7 +146,7 @@ def run(
         World.joined(device, timeout) as world,
         alone(out, world),
         told_to_stop(world) as told,
-        Checkpoints(out / FOLDER, keep=keep) as checkpoints,
+        Checkpoints(out / FOLDER, keep=keep, timeout=timeout) as checkpoints,
         torch.random.fork_rng([world.device] if world.device.type == "cuda" else []),
     ):
         last = checkpoints.latest()

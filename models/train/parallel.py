@@ -221,7 +221,7 @@ def bare(model: nn.Module) -> nn.Module:
     return inner
 
 
-def in_shards(model: FSDPModule, made: nn.Module, new: Mapping[str, Tensor]) -> None:
+def in_shards(model: nn.Module, made: nn.Module, new: Mapping[str, Tensor]) -> None:
     """Fill ``made``, whose tensors are on the meta device, with those of ``model``; both in shards.
 
     Each process copies its own shards, and nothing is sent.
