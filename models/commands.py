@@ -27,6 +27,8 @@ class Sample(Asked, Computed):
         seed: of a prompt's first video.
         crf: x264's quality, 0 best to 51.
         offload: keep on the GPU only the model that runs.
+        context_parallel: processes that share the tokens of a video; default: all that torchrun
+            started. Groups of so many make videos side by side.
     """
 
     extra: ClassVar[str] = "models,video"
@@ -42,6 +44,7 @@ class Sample(Asked, Computed):
     seed: Annotated[int, "SEED"] = 0
     crf: Annotated[int, "CRF"] = 23
     offload: bool = False
+    context_parallel: Annotated[int | None, "PROCESSES"] = None
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.prompts is None):
@@ -52,12 +55,15 @@ class Sample(Asked, Computed):
             raise ValueError("--vbench DIR is for videos of several frames, and instead of --out")
         if self.last_image is not None and self.image is None:
             raise ValueError("--last-image goes with --image; give both, or --image alone")
+        if self.context_parallel is not None and self.context_parallel < 1:
+            raise ValueError(f"--context-parallel {self.context_parallel}: give at least 1")
         if self.negative is not None and self.guidance == 1:
             raise ValueError("--negative does nothing at --guidance 1; leave one of them out")
 
     def run(self) -> None:
         """Make the videos, or tell which are missing."""
         from skiparse.models import sample, vbench
+        from skiparse.models.train.parallel import World
 
         prompts = vbench.read_prompts(self.prompts) if self.prompts else [self.prompt or ""]
         sample.check_texts([*prompts, self.negative or ""], self.seed)
@@ -75,42 +81,61 @@ class Sample(Asked, Computed):
         if self.vbench is None:
             frames, folder = sampler.asked.frames, self.prompts is not None
             jobs = sample.named(prompts, self.out, self.seed, frames=frames, folder=folder)
-        sample.run(
-            jobs,
-            sampler,
-            device=device,
-            dtype=dtype,
-            crf=self.crf,
-            offload=self.offload,
-            resume=self.vbench is not None,
-        )
+        with World.joined(device) as world:
+            shared = self.context_parallel
+            sample.run(
+                jobs,
+                sampler,
+                world=world,
+                context_parallel=world.size if shared is None else shared,
+                dtype=dtype,
+                crf=self.crf,
+                offload=self.offload,
+                resume=self.vbench is not None,
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Show where the tokens of a video lie in each layer when several processes share them.
+    """Show what many devices send each other, and what training takes on them: computed alone.
 
-    Which layout a layer has, and what is sent for that, beside Ulysses in every layer. Computed; no
-    process is started.
+    With --context-parallel: which layout each layer has when so many processes share the tokens of
+    a video, and what is sent for that, beside Ulysses in every layer. With --cluster: estimates of
+    the seconds of a step and the memory of a device, for 8 to 512 devices and the stages of v1.5.
 
     Args:
-        preset: of a model: a size of SUV, or osp-next.
-        shape: of a clip, in frames and pixels.
+        preset: of a model: a size of SUV, or osp-next; default: v1.5.
+        shape: of a clip, in frames and pixels; default: 121x576x1024.
         context_parallel: processes that share a sequence.
+        cluster: a file with memory, flops, devices_per_machine, inside and between; see the guide.
     """
 
-    extra: ClassVar[str] = "models"
-    context_parallel: Annotated[int, "PROCESSES"]
-    preset: Annotated[str, "NAME"] = "v1.5"
-    shape: Annotated[str, "FRAMESxHEIGHTxWIDTH"] = "121x576x1024"
+    extra: ClassVar[str] = "models,train"
+    context_parallel: Annotated[int | None, "PROCESSES"] = None
+    preset: Annotated[str | None, "NAME"] = None
+    shape: Annotated[str | None, "FRAMESxHEIGHTxWIDTH"] = None
+    cluster: Annotated[str | None, "FILE"] = None
+
+    def __post_init__(self) -> None:
+        if (self.context_parallel is None) == (self.cluster is None):
+            raise ValueError("give --context-parallel PROCESSES or --cluster FILE, and one alone")
+        if self.cluster is not None and (self.preset is not None or self.shape is not None):
+            raise ValueError("--preset and --shape go with --context-parallel: leave them out")
 
     def run(self) -> None:
         """Print the table."""
+        if self.cluster is not None:
+            from skiparse.models.cluster import Cluster, table
+
+            print(table(Cluster.load(self.cluster)))
+            return
         from skiparse.models.planning import Context
 
-        sides = self.shape.split("x")
+        shape = "121x576x1024" if self.shape is None else self.shape
+        sides = shape.split("x")
         if len(sides) != 3 or not all(side.isdecimal() for side in sides):
             raise ValueError(
-                f"--shape {self.shape}: give frames, height and width, such as 121x576x1024"
+                f"--shape {shape}: give frames, height and width, such as 121x576x1024"
             )
-        print(Context.of(self.preset, [int(side) for side in sides], self.context_parallel))
+        assert self.context_parallel is not None
+        print(Context.of(self.preset or "v1.5", [int(x) for x in sides], self.context_parallel))

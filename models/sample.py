@@ -3,6 +3,9 @@
 All that it has to know of a pipeline is a :class:`Sampler`, found by the class that the pipeline's
 folder names. What a video is to be, nobody has to say: what is not asked for is as the folder has
 it in ``sampling.json``, if there is one, and else as the model is sampled usually.
+
+Under torchrun, groups of processes share the tokens of a video, each has the whole of it in the
+end, and its first one writes the files. A video is the same however many there are, up to rounding.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from skiparse.models import vbench, writer
 from skiparse.models.data.atomic import check_writable, read_table, write_json
 from skiparse.models.options import Asked
 from skiparse.models.text import check_text
+from skiparse.models.train.parallel import World
 
 SAMPLERS = {
     "SUVPipeline": "skiparse.models.suv.sampler:SUVSampler",
@@ -53,6 +57,7 @@ class Sampler(ABC):
         settings: all that decides a video besides prompt and seed, ready for JSON.
         images: the frames that are known, by the pipeline's arguments: uint8 ``[H, W, 3]``.
         pipeline: of diffusers, once it is loaded.
+        group: the processes that share the tokens, if any do.
 
     Raises:
         ValueError: for what this model does not have, or sizes that it cannot take.
@@ -63,6 +68,7 @@ class Sampler(ABC):
     settings: dict[str, Any]
     images: dict[str, Tensor]
     pipeline: Any
+    group: Any = None
 
     def __init__(self, folder: Path, asked: Asked) -> None:
         self.folder, self.asked, self.images = folder, asked, {}
@@ -108,6 +114,14 @@ class Sampler(ABC):
             if file is not None:
                 self.images[name] = read_image(file, size=size)[0]
                 self.settings[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+    def share(self, group: Any) -> None:
+        """Let the processes of ``group`` share the tokens of every call, once models are loaded.
+
+        Raises:
+            ValueError: for what they cannot do together.
+        """
+        self.group = group
 
     @abstractmethod
     def load(self, dtype: torch.dtype) -> None:
@@ -207,7 +221,8 @@ def run(
     jobs: Sequence[Job],
     sampler: Sampler,
     *,
-    device: str,
+    world: World,
+    context_parallel: int,
     dtype: torch.dtype,
     crf: int,
     offload: bool,
@@ -216,9 +231,11 @@ def run(
     """Make every video, from one loading of the models.
 
     Args:
-        jobs: what to make.
+        jobs: what to make; groups of processes take them in turn.
         sampler: what makes it.
-        device, dtype: of the models.
+        world: the processes that call this alike, and the device of this one.
+        context_parallel: of them those that share the tokens of a video, a divisor of all.
+        dtype: of the models.
         crf: x264's quality.
         offload: keep on the GPU only the model that runs.
         resume: leave videos alone that are there, and were made so.
@@ -230,6 +247,11 @@ def run(
     asked = sampler.asked
     assert asked.fps is not None  # every sampler has one
     writer.check_settings(fps=asked.fps, crf=crf)
+    if world.size % context_parallel:
+        raise ValueError(
+            f"--context-parallel {context_parallel} must divide the number of processes, "
+            f"{world.size}; start them by torchrun"
+        )
     record = {
         **sampler.settings,
         "fps": asked.fps,
@@ -250,21 +272,30 @@ def run(
                     "take another folder for --vbench, or remove what is old"
                 )
     check_writable(*(file for job in jobs for file in (job.video, job.sidecar)))
+    context = world.context(context_parallel)
+    left = [i for i, there in enumerate(done) if not there]
+    own = world.of_first(left)[context.index :: context.count]
+    if context.group is not None:
+        sampler.share(context.group)
 
     sampler.load(dtype)
+    if world.rank > 0:
+        sampler.pipeline.set_progress_bar_config(disable=True)
     if offload:
-        sampler.pipeline.enable_model_cpu_offload(device=device)
+        sampler.pipeline.enable_model_cpu_offload(device=world.device)
     else:
-        sampler.pipeline.to(device)
+        sampler.pipeline.to(world.device)
     sampler.encode([job.prompt for job in jobs])
-    for job, made_from, there in zip(jobs, records, done, strict=True):
-        if there:
-            continue
+    for i in own:
+        job = jobs[i]
         noise = torch.Generator("cpu").manual_seed(job.seed)  # the same on every device
         frames = sampler.frames(job.prompt, noise)
-        write_json(job.sidecar, made_from)
+        if not context.first:
+            continue
+        write_json(job.sidecar, records[i])
         if len(frames) == 1:
             writer.write_image(job.video, frames[0])
         else:
             writer.write_video(job.video, frames, fps=asked.fps, crf=crf)
         print(job.video)
+    world.wait()

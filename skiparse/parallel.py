@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,13 +71,51 @@ def skip_exchange(
 
     Source: OSP-Next, arXiv 2605.28691, "sparse sequence parallelism".
     """
+    return begin_exchange(x, before, after, group, dim=dim).end()
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """Tokens on their way from one layout to another; :meth:`end` gives them."""
+
+    coming: Tensor
+    shape: tuple[int, ...]
+    dim: int
+    unpack: Tensor | None
+
+    @torch.compiler.disable  # as above
+    def end(self) -> Tensor:
+        """What :func:`skip_exchange` returns; the device waits for it from here on."""
+        x = self.coming.view(self.shape).transpose(0, self.dim)
+        return _taken(x, self.dim, self.unpack)
+
+
+@torch.compiler.disable  # as above
+def begin_exchange(
+    x: Tensor, before: Layout, after: Layout, group: Group = None, *, dim: int = 1
+) -> Exchange:
+    """:func:`skip_exchange` in two halves: what does not need the tokens is computed between them.
+
+    On NCCL the tokens travel on a stream of its own, while the device computes on. In the backward
+    pass they travel in one piece.
+
+    Args:
+        x, before, after, group, dim: as of :func:`skip_exchange`.
+
+    Returns:
+        The exchange, to be ended once, in the order in which exchanges were begun.
+
+    Raises:
+        ValueError: as :func:`skip_exchange`.
+    """
     rank, group = _joined(before, group)
     switch = before.switch(after, rank)
     _check_tokens("x", x, dim, before, rank)
     pack, unpack = _index(before, after, rank, x.device)
+    rows = x.transpose(0, dim)
     if moved(before, after) == 0:  # a local permutation, in every process
-        return _taken(x, dim, unpack)
-    rows = _taken(x.transpose(0, dim), 0, pack)
+        return Exchange(rows, tuple(rows.shape), dim, unpack)
+    rows = _taken(rows, 0, pack)
     width = rows.shape[1:].numel()
     flat = _all_to_all(
         rows.reshape(-1),
@@ -84,8 +123,7 @@ def skip_exchange(
         [width * n for n in switch.received],
         group,
     )
-    came = flat.view(sum(switch.received), *rows.shape[1:])
-    return _taken(came.transpose(0, dim), dim, unpack)
+    return Exchange(flat, (sum(switch.received), *rows.shape[1:]), dim, unpack)
 
 
 @torch.compiler.disable  # as above

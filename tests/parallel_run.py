@@ -3,6 +3,7 @@
 Each case is compared with one process alone; `test_parallel.py` reads what the first one prints.
 """
 
+import datetime
 import functools
 import itertools
 import sys
@@ -19,6 +20,7 @@ from skiparse.parallel import skip_exchange, ulysses_attention, ulysses_joint_at
 
 B, T, D = 2, 3, 4
 DENSE = SkipPattern.dense()
+WAIT = datetime.timedelta(seconds=90)  # for a process that does not answer
 
 
 def kinds(single, group):
@@ -155,9 +157,17 @@ def far(ours, theirs):
 
 
 def summed(xs, group=None):
-    for x in xs:
-        dist.all_reduce(x, group=group)
-    return xs
+    """Over all processes, in one message: each costs them a switch of who computes."""
+    if not xs:
+        return []
+    flat = torch.cat([x.flatten() for x in xs])
+    dist.all_reduce(flat, group=group)
+    return [x.view_as(y) for x, y in zip(flat.split([y.numel() for y in xs]), xs, strict=True)]
+
+
+def averaged(xs):
+    """The same of a loss that all of them have."""
+    return [x / dist.get_world_size() for x in summed(xs)]
 
 
 def compare(name, with_text, masked, again=False, layouts=None, group=None):
@@ -213,7 +223,7 @@ def own(name):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=WAIT)
     few = sys.argv[1:] == ["few"]
     for name in FEW if few else CASES:
         for with_text, masked in ((True, False), (True, True), (False, False)):

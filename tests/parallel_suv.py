@@ -10,7 +10,7 @@ import sys
 import diffusers
 import torch
 import torch.distributed as dist
-from parallel_run import far, grads
+from parallel_run import WAIT, averaged, far, grads
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from volumes import Sent, elements
@@ -86,13 +86,6 @@ def run(case):
     )
 
 
-def averaged(xs):
-    for x in xs:
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return xs
-
-
 def compare(case):
     sizes, size, how = CASES[case]
     wanted = run(case)
@@ -165,7 +158,7 @@ def loss_of(its, given, masks, sample):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=WAIT)
     for case in FEW if sys.argv[1:] == ["few"] else CASES:
         compare(case)
     if dist.get_world_size() == 4 and sys.argv[1:] != ["few"]:

@@ -6,7 +6,7 @@ Each case is compared with one process alone; `test_parallel.py` reads what the 
 import diffusers
 import torch
 import torch.distributed as dist
-from parallel_run import far, grads
+from parallel_run import WAIT, averaged, far, grads
 from volumes import Sent, elements
 
 from skiparse.models.retrofit import retrofit
@@ -44,13 +44,6 @@ def run(model, grid):
     ]  # fmt: skip
 
 
-def averaged(xs):
-    for x in xs:
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return xs
-
-
 def compare(name):
     pattern, grid, again = CASES[name]
     rank, P = dist.get_rank(), dist.get_world_size()
@@ -85,7 +78,7 @@ def compare(name):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=WAIT)
     for name in CASES:
         compare(name)
     dist.destroy_process_group()

@@ -246,3 +246,13 @@ def test_the_table_of_a_plan(capsys):
             arguments = [*arguments, "--context-parallel", "2"]
         assert main(["plan", *arguments]) != 0
         assert words in capsys.readouterr().err
+
+
+def test_a_model_in_shards_gets_its_skips_without_sending_anything():
+    (found,) = lines("entering.py", 2)
+    calls, largest, most, held, numbers, error, average, *training = found
+    assert int(calls) == 0
+    assert 0 < int(largest) <= int(most)  # a new skip, or a shard: nothing of the model whole
+    assert int(held) < 0.6 * int(numbers)
+    assert float(error) == float(average) == 0
+    assert training == ["True", "False"]

@@ -6,8 +6,10 @@ import hashlib
 import itertools
 import json
 import logging
+import re
 import shutil
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +21,9 @@ pytest.importorskip("diffusers")
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from processes import torchrun
 from safetensors.torch import load_file, save_file
+from same_videos import same
 from test_text import tiny_encoders
 
 import skiparse.models
@@ -616,3 +620,29 @@ def test_a_mark_of_the_encoding_is_no_part_of_a_prompt(tmp_path, encoding):
     path.write_bytes("a cat".encode("utf-16-le"))
     with pytest.raises(ValueError, match=r"is not UTF-8: .*NUL in it; is it UTF-16.*convert it"):
         vbench.read_prompts(path)
+
+
+@pytest.mark.full
+def test_processes_that_share_tokens_make_the_same_videos(tmp_path):
+    """Four: two groups of two, each with its own videos, of an SUV with a WF-VAE."""
+    torch.manual_seed(1)
+    names = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
+    parts = dict(zip(names, tiny_encoders(), strict=True))
+    model = SUV(**SUV.presets["tiny"])
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    vae = WFVAE(
+        base_channels=8, latent_channels=4, encoder_energy_channels=4, decoder_energy_channels=4,
+        encoder_res_blocks=1, decoder_res_blocks=1,
+    )  # fmt: skip
+    SUVPipeline(model.eval(), vae.eval(), **parts).save_pretrained(tmp_path / "model")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\nrain\na dog\n")
+    words = ["sample", "--model", tmp_path / "model", "--height", 32, "--width", 48, "--frames", 9,
+             "--steps", 2, "--device", "cpu", "--prompts", prompts, "--crf", 0]  # fmt: skip
+    assert main([*map(str, words), "--out", str(tmp_path / "one")]) == 0
+    counting = Path(__file__).with_name("counting.py")
+    done = torchrun(4, counting, *words, "--out", tmp_path / "two", "--context-parallel", 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(re.findall(r"^sent \d [1-9]", done.stdout, re.MULTILINE)) == 4, done.stdout
+    same(tmp_path / "one", tmp_path / "two", number=3)

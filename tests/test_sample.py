@@ -6,6 +6,7 @@ What it promises of files, records and prompts for any pipeline is in `test_pipe
 import inspect
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from processes import torchrun
+from same_videos import same
 from test_osp_next import HEADS, SMALL, tiny_text
 from test_wan import tiny_pipeline, tiny_transformer
 
@@ -336,3 +339,30 @@ def test_nothing_is_written_that_is_not_finite(folders, tmp_path, capsys, part, 
     assert sample(tmp_path / "model", "--prompt", "a", "--out", tmp_path / "x.mp4") == 1
     assert message in capsys.readouterr().err
     assert {file.name for file in tmp_path.iterdir()} == {"model"}
+
+
+@pytest.mark.parametrize("kind", ["sparse", pytest.param("dense", marks=pytest.mark.full)])
+def test_processes_that_share_tokens_make_the_same_videos(folders, tmp_path, kind):
+    """Two with one video; of a dense model and of a sparse one."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("A cat\nrain\n")
+    asked = ["--prompts", prompts, "--seed", 5, "--crf", 0]
+    assert sample(folders / kind, *asked, "--out", tmp_path / "one") == 0
+    words = ["sample", "--model", folders / kind, "--height", 64, "--width", 32, "--frames", 5,
+             "--steps", 2, "--device", "cpu", *asked, "--out", tmp_path / "two"]  # fmt: skip
+    counting = Path(__file__).with_name("counting.py")
+    done = torchrun(2, counting, *words, "--context-parallel", 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(re.findall(r"^sent \d [1-9]", done.stdout, re.MULTILINE)) == 2, done.stdout
+    assert done.stdout.count(".mp4") == 2  # the first process alone writes, and says so
+    same(tmp_path / "one", tmp_path / "two")
+
+
+def test_what_processes_cannot_share_is_said_before_any_work(folders, tmp_path, capsys):
+    assert sample(folders / "dense", "--prompt", "a", "--context-parallel", 2) == 2
+    assert "--context-parallel 2 must divide the number of processes, 1" in capsys.readouterr().err
+    assert sample(folders / "dense", "--prompt", "a", "--context-parallel", 0) == 2
+    assert "--context-parallel 0: give at least 1" in capsys.readouterr().err
+    asked = Asked(hif8=True, height=64, width=32, frames=5)
+    with pytest.raises(ValueError, match="--hif8: its scales are of whole tensors"):
+        sampler_of(folders / "sparse", asked).share(object())

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ pytest.importorskip("jsonargparse")
 pytest.importorskip("pyarrow")
 pytest.importorskip("tensorboard")
 
+from processes import torchrun
 from test_text import save, tiny_encoders
 
 from skiparse import cli
@@ -479,14 +481,13 @@ def test_accumulation_changes_rounding_only(source, whole, tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
-def launch(processes, *arguments):
-    """``skiparse train`` under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command += ["--master-port", "0", "--standalone", "-m", "skiparse.cli", "train", *arguments]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+def launch(processes, *arguments, shared=False):
+    """``skiparse train`` under torchrun; ``shared``: each process has to give tokens to others."""
+    script = Path(__file__).with_name("counting.py")
+    done = torchrun(processes, script, "train", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
+    sent = re.findall(r"^sent \d [1-9]", done.stdout, re.MULTILINE)
+    assert len(sent) == (processes if shared else 0), done.stdout
 
 
 def as_yaml(path, given):
@@ -509,7 +510,7 @@ def test_two_processes_equal_one(source, whole, tmp_path, parallel):
 def test_processes_that_share_tokens_equal_one(source, whole, tmp_path):
     """Two with one batch; begun by them, and finished by one."""
     given = config(source, tmp_path / "run", context_parallel=2)
-    launch(2, as_yaml(tmp_path / "config.yaml", given))
+    launch(2, as_yaml(tmp_path / "config.yaml", given), shared=True)
     for a, b in zip(rows(whole), rows(given.out), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
         assert a["norm"] == pytest.approx(b["norm"], rel=1e-4)
@@ -518,9 +519,50 @@ def test_processes_that_share_tokens_equal_one(source, whole, tmp_path):
     begun = config(
         source, tmp_path / "begun", stages={"image": stages()["image"]}, context_parallel=2
     )
-    launch(2, as_yaml(tmp_path / "begun.yaml", begun))
+    launch(2, as_yaml(tmp_path / "begun.yaml", begun), shared=True)
     train(dataclasses.replace(begun, stages=stages(), context_parallel=1))
     for a, b in zip(rows(whole), rows(begun.out), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("how", ["hangs", pytest.param("dies", marks=pytest.mark.full)])
+def test_a_process_that_is_lost_ends_the_run_and_is_named(source, whole, tmp_path, how):
+    """In a group that shares tokens; another number of processes goes on from what was saved."""
+    given = config(source, tmp_path / "run", context_parallel=2, timeout=8.0)
+    file = as_yaml(tmp_path / "config.yaml", given)
+    began = time.monotonic()
+    done = torchrun(2, Path(__file__).with_name("faulty.py"), how, 1, 6, file)
+    assert time.monotonic() - began < 8 + 10 + 5 + 60  # the last is to start, of a busy machine
+    assert done.returncode != 0
+    assert "process 0: process 1 does not answer (timeout=8 s)" in done.stderr
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest().step == 5
+    train(dataclasses.replace(given, context_parallel=1))
+    for a, b in zip(rows(whole), rows(given.out), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+
+
+@pytest.mark.full
+def test_four_processes_on_a_mesh_go_on_from_one(source, whole, tmp_path):
+    """Begun by one; then two groups of two that share tokens, with all weights in shards."""
+    begun = config(source, tmp_path / "run", stages={"image": stages()["image"]})
+    train(begun)
+    given = dataclasses.replace(begun, stages=stages(), parallel="fsdp")
+    file = as_yaml(tmp_path / "config.yaml", given)
+    launch(4, file, "--context-parallel", "2", shared=True)
+    for a, b in zip(rows(whole), rows(given.out), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+    assert tensors(whole).keys() == tensors(given.out).keys()
+
+
+@pytest.mark.full
+def test_every_stage_has_its_own_number(source, whole, tmp_path):
+    """Shared by two, by none, and by two again."""
+    made = stages()
+    for name, number in (("image", 2), ("video", 2)):
+        made[name] = dataclasses.replace(made[name], context_parallel=number)
+    given = config(source, tmp_path / "run", stages=made)
+    launch(2, as_yaml(tmp_path / "config.yaml", given), shared=True)
+    for a, b in zip(rows(whole), rows(given.out), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
 
 

@@ -47,6 +47,9 @@ def test_the_chain_of_the_report():
     assert dense == [True] * 3 + [False] * 6
     assert chain.optimizer == Optimizer(betas=(0.9, 0.999), eps=1e-15, weight_decay=1e-4)
     assert (chain.ema, chain.clip.decay, chain.drop, chain.preset) == (0.9999, 0.99, 0.1, "v1.5")
+    shared = {name: chain.context_of(s) for name, s in chain.stages.items() if name[0] == "V"}
+    assert shared == {"V1": 2, "V2": 2, "V3": 4, "V4": 4, "V5": 4}
+    assert {chain.context_of(s) for name, s in chain.stages.items() if name[0] == "I"} == {1}
     V4 = chain.stages["V4"]
     assert [V4.rate(step) for step in (0, 15_999, 16_000, 24_999)] == [2e-5, 2e-5, 1e-5, 1e-5]
 
@@ -295,3 +298,18 @@ def test_what_decides_a_run_is_what_it_was():
             Config(**given, stages={"a": stage(rule=Rule(size=(32, 32), every=2))}), "a"
         )["stages.a.rule"]
     )
+
+
+def test_settings_may_be_written_with_dashes(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "{out: o, source: s, vae: v, text: t, stages: {a-b: {steps: 1, learning_rate: 1.0, "
+        "global_batch: 4, rule: {size: [32, 32]}}}}"
+    )
+    found = load(file, ["--context-parallel", "2", "--stages.a-b.global-batch=8", "--save-every=3"])
+    assert (found.context_parallel, found.save_every) == (2, 3)
+    assert found.stages["a-b"].global_batch == 8
+    with pytest.raises(ValueError, match="timeout must be seconds above 0, got 0"):
+        load(file, ["--timeout", "0"])
+    with pytest.raises(ValueError, match="context_parallel must be at least 1, got 0"):
+        load(file, ["--stages.a-b.context-parallel", "0"])

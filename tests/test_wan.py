@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from processes import torchrun
 from test_text import tiny_tokenizer
 from test_train import as_yaml, launch
 from transformers import UMT5Config, UMT5EncoderModel
@@ -538,3 +540,38 @@ def test_what_makes_no_sense_is_refused(init, source, tmp_path):
     frames = torch.zeros(5, 32, 32, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"key: the autoencoder in torch\.float32 gives"):
         coder.features(Clip(frames, ("a",), "key", Place(0, 0, 0)))
+
+
+@pytest.mark.full
+def test_processes_that_share_tokens_equal_one(init, source, tmp_path):
+    """A dense stage, a sparse one, one that nobody shares, and a sparse one again."""
+    one = config(init, source, tmp_path / "one", steps=2, checkpointing="block").stages["only"]
+    kinds = ("dense", "single")
+    grid = Sparse(pattern="2d", ratio=2, kinds=kinds)
+    line = Sparse(pattern="1d", ratio=2, kinds=kinds)
+    stages = {
+        "dense": replace(one, context_parallel=2),
+        "sparse": replace(one, sparsity=grid),
+        "alone": replace(one, sparsity=grid, context_parallel=1),
+        "line": replace(one, sparsity=line),
+    }
+    logs = []
+    for out, number in (("one", 1), ("two", 2)):
+        given = config(init, source, tmp_path / out, stages=stages)
+        table = json.loads(json.dumps(asdict(given)))
+        if number == 1:
+            table["stages"]["dense"]["context_parallel"] = 1
+        file = tmp_path / f"{out}.yaml"
+        file.write_text(json.dumps(table))
+        counting = Path(__file__).with_name("counting.py")
+        done = torchrun(number, counting, "train", file, "--context-parallel", number)
+        assert done.returncode == 0, done.stderr[-3000:]
+        sent = re.findall(r"^sent \d [1-9]", done.stdout, re.MULTILINE)
+        assert len(sent) == (2 if number == 2 else 0), done.stdout
+        lines = (tmp_path / out / "log.jsonl").read_text().splitlines()
+        logs.append([json.loads(line) for line in lines])
+    for a, b in zip(*logs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["norm"] == pytest.approx(b["norm"], rel=1e-4)
+    about = [last(tmp_path / out).about["model"] for out in ("one", "two")]
+    assert about[0] == about[1]

@@ -210,6 +210,11 @@ class Retrofit:
         for part in self.parts:
             part.share(group)
 
+    @property
+    def shared(self) -> bool:
+        """Whether processes share the tokens of a transformer."""
+        return any(part.state.sharing is not None for part in self.parts)
+
     def undo(self) -> None:
         """Make the models as they were: no hook, no attribute and no setting is left.
 

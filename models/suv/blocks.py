@@ -279,11 +279,13 @@ class SUVBlock(nn.Module):
         inner, inner_text, gate, text_gate = self.norm2(video, text, condition)
         update, *loads = self._feed(self.ff, inner, checkpoint_ff)
         video = gated_residual(video, gate, update)
-        if not self.last:
+        told = [self._imbalance(load, inner.shape[1], pattern) for load in loads]
+        leaving = pattern.leave(video) if isinstance(pattern, SharedLayer) else None
+        if not self.last:  # the text does not need what is on its way
             text_ff = self.ff if self.text_ff is None else self.text_ff
             update, *_ = self._feed(text_ff, inner_text, checkpoint_ff)
             text = gated_residual(text, text_gate, update)
-        return video, text, *(self._imbalance(load, inner.shape[1], pattern) for load in loads)
+        return video if leaving is None else leaving.end(), text, *told
 
     def _imbalance(self, load: Tensor, tokens: int, pattern: SkipPattern | SharedLayer) -> Tensor:
         """Of all tokens, also where processes share them."""
@@ -350,8 +352,11 @@ class Stage(nn.ModuleList):
         """
         again, told = again if torch.is_grad_enabled() else "none", []
         for block, pattern in zip(self, patterns, strict=True):
-            if isinstance(pattern, SharedLayer):
-                video, rotary = pattern.enter(video), pattern.rotary
+            shared = pattern if isinstance(pattern, SharedLayer) else None
+            whole = again == "block" or (self.gradient_checkpointing and torch.is_grad_enabled())
+            if shared is not None:
+                rotary = shared.rotary
+                pattern = shared.staying() if whole else shared
             if _is_compiled(block):
                 _mark_lengths(video, text, rotary, mask, text_mask)
             arguments = (video, text, condition, rotary, pattern, mask, text_mask)
@@ -363,6 +368,9 @@ class Stage(nn.ModuleList):
                 found = block(*arguments, again == "feed_forward", backend)
             video, text, *more = found
             told += more
+            leaving = shared.leave(video) if shared is not None and whole else None
+            if leaving is not None:
+                video = leaving.end()
         return video, text, told
 
 

@@ -615,26 +615,7 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         Raises:
             ValueError: if ``dense`` has skips and the new model should not.
         """
-        had = dense.config.skip_connection
-        if had and not skip_connection:
-            raise ValueError(
-                "skip_connection=False would drop the skips of the given model; pass True"
-            )
-        config = dense.arguments
-        config |= {"sparsity": tuple(sparsity), "skip_connection": skip_connection}
-        if not had:
-            config["skip_zero_init"] = True
-        with torch.device("meta"):
-            model = cls(**config)
-        state = {name: x.clone() for name, x in dense.state_dict().items()}
-        if not had:
-            weight = dense.text_embed.weight
-            skip = Skip(weight.shape[0], None, dense.config.eps).to(weight)
-            for skips in ("skips", "text_skips"):
-                for i in range(len(model.skips)):
-                    state |= {f"{skips}.{i}.{k}": x.clone() for k, x in skip.state_dict().items()}
-        model.load_state_dict(state, strict=True, assign=True)
-        return model.train(dense.training)
+        return dense._become(*cls.beyond(dense, sparsity=sparsity, skip_connection=skip_connection))
 
     @classmethod
     def extended(
@@ -665,28 +646,68 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
             ValueError: if a branch would be dropped, or experts that are there become more or
                 fewer, in number or for a token.
         """
+        return model._become(
+            *cls.beyond(
+                model,
+                linear_attention=linear_attention,
+                experts=experts,
+                experts_per_token=experts_per_token,
+                seed=seed,
+            )
+        )
+
+    @classmethod
+    def beyond(cls, model: SUV, *, seed: int = 0, **wanted: Any) -> tuple[SUV, dict[str, Tensor]]:
+        """What :meth:`from_dense` and :meth:`extended` make, without the weights ``model`` has.
+
+        ``model`` may be in shards, of which nothing is read.
+
+        Args:
+            model: any SUV; it is not changed.
+            seed: of the weights of routers.
+            wanted: arguments of those two; None for what ``model`` has.
+
+        Returns:
+            The other one on the meta device, and those of its tensors that ``model`` lacks, by
+            name. One that ``model`` has with a dimension less is a copy of that for each expert.
+
+        Raises:
+            ValueError: as those two.
+        """
         config = model.arguments
-        wanted = {
-            "linear_attention": linear_attention,
-            "experts": experts,
-            "experts_per_token": experts_per_token,
-        }
         config |= {name: value for name, value in wanted.items() if value is not None}
+        had = model.config.skip_connection
+        if had and not config["skip_connection"]:
+            raise ValueError(
+                "skip_connection=False would drop the skips of the given model; pass True"
+            )
+        if not had and config["skip_connection"]:
+            config["skip_zero_init"] = True
         with torch.device("meta"):
             made = cls(**config)
         _refuse_less(model, made)
         generator = torch.Generator().manual_seed(seed)
-        state = {name: x.detach().clone() for name, x in model.state_dict().items()}
-        for name, shape in made.state_dict().items():
-            if name.endswith(".router.weight") and name not in state:
-                drawn = torch.empty(shape.shape).normal_(std=INIT_STD, generator=generator)
-                state[name] = drawn.to(model.text_embed.weight)
-            elif name not in state:
-                state[name] = model.text_embed.weight.new_zeros(shape.shape)
-            elif state[name].ndim < shape.ndim:  # a feed-forward's, of what has experts now
-                state[name] = state[name].expand(shape.shape).clone()
+        weight, has = model.text_embed.weight, model.state_dict().keys()
+        skip = Skip(weight.shape[0], None, model.config.eps).state_dict()
+        new = {}
+        for name, like in made.state_dict().items():
+            if name in has:
+                continue
+            if name.startswith(("skips.", "text_skips.")):
+                begun = skip[name.split(".", 2)[2]]  # as every other one
+            elif name.endswith(".router.weight"):
+                begun = torch.empty(like.shape).normal_(std=INIT_STD, generator=generator)
+            else:
+                begun = torch.zeros(like.shape)
+            new[name] = begun.to(device=weight.device, dtype=weight.dtype)
+        return made.train(model.training), new
+
+    def _become(self, made: SUV, new: Mapping[str, Tensor]) -> SUV:
+        """``made`` of :meth:`beyond` with all its weights, copies of these and of ``new``."""
+        state, shapes = self.state_dict() | dict(new), made.state_dict()
+        state = {name: x.detach().expand(shapes[name].shape).clone() for name, x in state.items()}
         made.load_state_dict(state, strict=True, assign=True)
-        return made.train(model.training)
+        return made
 
 
 def _refuse_less(model: SUV, made: SUV) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from torch import Tensor
 from skiparse import SkipPattern
 from skiparse.layout import Layout, Route, route
 from skiparse.parallel import (
+    Exchange,
+    begin_exchange,
     gather_tokens,
     rank_of,
     skip_exchange,
@@ -141,10 +143,10 @@ class SharedPlan:
     def pattern(self, stage: int, layer: int, rotary: tuple[Tensor, Tensor]) -> SharedLayer:
         """A layer of a stage; ``rotary`` are the tables of its layout's own tokens."""
         i = self.firsts[stage] + layer
-        before = self.route.layouts[i - 1 if layer else i]
+        after = self.route.layouts[i + (i + 1 < self.firsts[stage + 1])]
         pattern = self.route.patterns[i]
         assert isinstance(pattern, SkipPattern)
-        return SharedLayer(pattern, before, self.route.layouts[i], rotary, self.group)
+        return SharedLayer(pattern, self.route.layouts[i], after, rotary, self.group)
 
     def layout(self, stage: int, layer: int) -> Layout:
         """Where a layer of a stage finds its tokens."""
@@ -173,19 +175,27 @@ class Processes:
 
 @dataclass(frozen=True, eq=False)
 class SharedLayer:
-    """What a block is told where processes share the tokens: in the place of a pattern."""
+    """What a block is told where processes share the tokens: in the place of a pattern.
+
+    ``after`` is where the next layer of the stage wants them; for the last one, where they are.
+    """
 
     pattern: SkipPattern
-    before: Layout
     layout: Layout
+    after: Layout
     rotary: tuple[Tensor, Tensor]
     group: Any
 
-    def enter(self, video: Tensor) -> Tensor:
-        """The tokens as the layer before left them, to where this one wants them."""
-        if self.before == self.layout:
-            return video
-        return skip_exchange(video, self.before, self.layout, self.group)
+    @torch.compiler.disable  # comparisons of layouts, and a collective
+    def leave(self, video: Tensor) -> Exchange | None:
+        """The tokens on their way to the next layer; None if they stay."""
+        if self.after == self.layout:
+            return None
+        return begin_exchange(video, self.layout, self.after, self.group)
+
+    def staying(self) -> SharedLayer:
+        """The same, for a block that is computed again, which must not send them again."""
+        return replace(self, after=self.layout)
 
     def own(self, mask: Tensor | None) -> Tensor | None:
         """Of a mask of all tokens ``[B, N]``, in natural order, this process's part."""

@@ -241,11 +241,10 @@ class SUVRecipe(Recipe):
         skips: bool = model.config.skip_connection != stage.skip_connection
         return skips or _lacks(model, stage)
 
-    def converted(self, model: Any, stage: SUVStage) -> SUV:
+    def converted(self, model: Any, stage: SUVStage) -> tuple[SUV, dict[str, Tensor]]:
         """With what it lacks, which begins without effect."""
-        if model.config.skip_connection != stage.skip_connection:
-            model = SUV.from_dense(model, sparsity=stage.sparsity or model.config.sparsity)
-        return self._extended(model, stage)
+        skips = model.config.skip_connection or stage.skip_connection
+        return SUV.beyond(model, sparsity=stage.sparsity, skip_connection=skips, **stage.parts)
 
     @staticmethod
     def _extended(model: SUV, stage: SUVStage) -> SUV:

@@ -52,6 +52,7 @@ class SUVSampler(Sampler):
     def load(self, dtype: torch.dtype) -> None:
         """Every component, strictly; the size is held against them."""
         self.pipeline = SUVPipeline.from_pretrained(self.folder, dtype=dtype)
+        self.pipeline.transformer.set_context_parallel(self.group)
         size = (self.settings[name] for name in ("height", "width", "num_frames"))
         self.pipeline.latent_shape(*size)  # raises before any work
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -38,6 +39,7 @@ import skiparse
 from skiparse.models import shards
 from skiparse.models.checkpoints import refuse
 from skiparse.models.data.atomic import write_json
+from skiparse.models.train.parallel import TIMEOUT
 
 FOLDER = "checkpoints"  # in the folder of a run
 ABOUT, COMPLETE = "about.json", "COMPLETE"
@@ -57,15 +59,18 @@ class Checkpoints:
     Args:
         folder: made by the first :meth:`save`.
         keep: how many stay; older ones are removed once a new one is complete.
+        timeout: seconds to wait for another process.
 
     Raises:
         ValueError: if ``keep`` is below 1.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], keep: int = 2) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], keep: int = 2, *, timeout: float = TIMEOUT
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
-        self.folder, self.keep = Path(folder), keep
+        self.folder, self.keep, self.timeout = Path(folder), keep, timedelta(seconds=timeout)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._gloo: dist.ProcessGroup | None = None
@@ -114,7 +119,8 @@ class Checkpoints:
         if _is_complete(path):
             raise ValueError(f"{path} is complete already; save another step, or remove it first")
         if _processes() > 1 and self._gloo is None:
-            self._gloo = dist.new_group(backend="gloo")  # for the CPU, and for a thread of its own
+            # For the CPU, and for a thread of its own.
+            self._gloo = dist.new_group(backend="gloo", timeout=self.timeout)
         held = _on_cpu(tensors)
         if asynchronous:
             self._writing = self._writer.submit(self._write, path, step, held, about, hold)

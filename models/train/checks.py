@@ -21,22 +21,23 @@ def check(config: Config, world: World, coder: Coder | None) -> None:
         ValueError: naming the setting.
         FileNotFoundError: if ``config.init`` does not hold weights.
     """
-    shared = config.context_parallel
-    if world.size % shared:
-        raise ValueError(
-            f"context_parallel={shared} must divide the number of processes, {world.size}"
-        )
-    if shared > 1 and not recipe_of(config.recipe).shares:
-        raise ValueError(
-            f"context_parallel={shared}: the recipe {config.recipe} does not let processes share "
-            "tokens; leave it out"
-        )
     if config.images is not None and not recipe_of(config.recipe).takes_images:
         raise ValueError(
             f"images: the recipe {config.recipe} tells its models of none; leave it out"
         )
     _check_pictures(config)
     for name, stage in config.stages.items():
+        shared = config.context_of(stage)
+        if world.size % shared:
+            raise ValueError(
+                f"stages.{name}: context_parallel={shared} must divide the number of processes, "
+                f"{world.size}"
+            )
+        if shared > 1 and not recipe_of(config.recipe).shares:
+            raise ValueError(
+                f"stages.{name}: context_parallel={shared}: the recipe {config.recipe} does not "
+                "let processes share tokens; leave it out"
+            )
         parts = world.size // shared * stage.accumulate
         if stage.global_batch % parts:
             among = f" in groups of context_parallel={shared}" if shared > 1 else ""

@@ -27,6 +27,7 @@ from skiparse.models.data.limits import Limits
 from skiparse.models.images import Images
 from skiparse.models.text import cleaned
 from skiparse.models.train.clip import AdaptiveGradClipper, Mode
+from skiparse.models.train.parallel import TIMEOUT
 from skiparse.models.train.recipe import recipe_of
 
 CHAINS = {file.stem: file for file in Path(__file__).parent.glob("*.yaml")}
@@ -52,6 +53,8 @@ class Run:
         save_every: steps from one checkpoint to the next; there is one after every stage too.
         keep: checkpoints that stay.
         asynchronous: write checkpoints while training goes on.
+        timeout: seconds that a process waits for another before the run ends; longer than the
+            first one needs to look through new data, and to make samples.
     """
 
     recipe: str = field(metadata=HOW)
@@ -65,6 +68,7 @@ class Run:
     save_every: int = field(default=1000, metadata=HOW)
     keep: int = field(default=2, metadata=HOW)
     asynchronous: bool = field(default=False, metadata=HOW)
+    timeout: float = field(default=TIMEOUT, metadata=HOW)
 
     def __post_init__(self) -> None:
         _refuse_nulls(self)
@@ -85,6 +89,8 @@ class Run:
         for name, least in (("save_every", 1), ("keep", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"timeout must be seconds above 0, got {self.timeout}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +107,7 @@ class Stage:
         rule: which clips are taken, and what shapes they get.
         source: instead of the run's.
         cache: instead of the run's.
+        context_parallel: instead of the run's.
     """
 
     steps: int
@@ -112,9 +119,11 @@ class Stage:
     rule: Rule
     source: str | None = field(default=None, metadata=HOW)
     cache: str | None = field(default=None, metadata=HOW)
+    context_parallel: int | None = field(default=None, metadata=HOW)
 
     def __post_init__(self) -> None:
         _refuse_nulls(self)
+        _check_context(self.context_parallel)
         for name in ("steps", "global_batch", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -294,10 +303,9 @@ class Config(Run):
         super().__post_init__()
         if not 0 <= self.drop <= 1:
             raise ValueError(f"drop must be in [0, 1], got {self.drop}")
-        if self.context_parallel < 1:
-            raise ValueError(f"context_parallel must be at least 1, got {self.context_parallel}")
         if self.samples.images and self.images is None:
             raise ValueError("samples.images is for a model that takes them; set images too")
+        _check_context(self.context_parallel)
         if self.lora is not None and self.init is None:
             raise ValueError("lora needs init: the weights that it is trained beside")
         if not 0 <= self.ema <= 1:
@@ -320,9 +328,20 @@ class Config(Run):
         """What ``stage`` reads, if it reads no cache."""
         return None if self.cache_of(stage) is not None else stage.source or self.source
 
+    def context_of(self, stage: Stage) -> int:
+        """How many processes share the tokens of a micro-batch of ``stage``."""
+        own = stage.context_parallel
+        return self.context_parallel if own is None else own
+
     def cache_of(self, stage: Stage) -> str | None:
         """The cache that ``stage`` reads, if it reads one; its own source goes before the run's."""
         return stage.cache or (self.cache if stage.source is None else None)
+
+
+def _check_context(number: int | None) -> None:
+    """ValueError unless a number of processes that share tokens is one."""
+    if number is not None and number < 1:
+        raise ValueError(f"context_parallel must be at least 1, got {number}")
 
 
 def load(path: str | os.PathLike[str] | None = None, arguments: Sequence[str] = ()) -> Any:
@@ -330,7 +349,8 @@ def load(path: str | os.PathLike[str] | None = None, arguments: Sequence[str] = 
 
     Args:
         path: a file, or a name of :data:`CHAINS`.
-        arguments: such as ``["--stages.V1.steps", "100"]``; ``--print_config`` prints instead.
+        arguments: such as ``["--stages.V1.steps", "100"]``, with _ or - in the names of settings;
+            ``--print_config`` prints instead.
 
     Returns:
         The config of the recipe that it names, a :class:`Run`; that of an SUV if it names none.
@@ -341,7 +361,7 @@ def load(path: str | os.PathLike[str] | None = None, arguments: Sequence[str] = 
     """
     from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-    given, (file, read) = list(arguments), _read(path)
+    given, (file, read) = [_by_field(each) for each in arguments], _read(path)
     recipe = recipe_of(read.get("recipe", "suv"))
     if file is not None:
         wrong = list(unknown_keys(recipe.config, read))
@@ -367,6 +387,19 @@ def load(path: str | os.PathLike[str] | None = None, arguments: Sequence[str] = 
     except ArgumentError as error:
         raise ValueError(str(error)) from error
     return config
+
+
+def _by_field(argument: str) -> str:
+    """``--context-parallel=2`` as ``--context_parallel=2``; names of stages stay as they are."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    parts = name.split(".")
+    renamed = [
+        part if i == 1 and parts[0] == "stages" else part.replace("-", "_")
+        for i, part in enumerate(parts)
+    ]
+    return f"--{'.'.join(renamed)}{equals}{value}"
 
 
 def _read(path: str | os.PathLike[str] | None) -> tuple[Path | None, dict[str, Any]]:

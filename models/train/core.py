@@ -26,7 +26,7 @@ from skiparse.models.train.checkpoint import FOLDER, Checkpoint, CheckpointError
 from skiparse.models.train.config import Run
 from skiparse.models.train.guards import alone, told_to_stop
 from skiparse.models.train.log import opened
-from skiparse.models.train.parallel import World
+from skiparse.models.train.parallel import TIMEOUT, World
 from skiparse.models.train.recipe import recipe_of
 
 Steps = Generator[Mapping[str, Any]]
@@ -96,6 +96,7 @@ def train(config: Run) -> Path:
         FloatingPointError: if the clipper gives up. Nothing of that step was applied or saved;
             ``stopped.json`` names its samples.
         CheckpointError: if the last checkpoint cannot be written.
+        LostError: if other processes died or did not answer in time, with their ranks.
     """
     return run(
         recipe_of(config.recipe).task(config),
@@ -104,6 +105,7 @@ def train(config: Run) -> Path:
         save_every=config.save_every,
         keep=config.keep,
         asynchronous=config.asynchronous,
+        timeout=config.timeout,
     )
 
 
@@ -115,6 +117,7 @@ def run(
     save_every: int,
     keep: int,
     asynchronous: bool = False,
+    timeout: float = TIMEOUT,
 ) -> Path:
     """Do the steps of ``task`` that are left, from the last checkpoint in ``out`` if there is one.
 
@@ -129,6 +132,7 @@ def run(
         save_every: steps from one checkpoint to the next.
         keep: checkpoints that stay.
         asynchronous: write checkpoints while training goes on.
+        timeout: seconds to wait for another process.
 
     Returns:
         The folder of the last checkpoint.
@@ -136,12 +140,13 @@ def run(
     Raises:
         ValueError: as :meth:`Task.begin`, and if another run works in the folder.
         CheckpointError: if the last checkpoint is damaged, or a last one cannot be written.
+        LostError: if other processes died or hang, with their ranks.
     """
     with (
-        World.joined(device) as world,
+        World.joined(device, timeout) as world,
         alone(out, world),
         told_to_stop(world) as told,
-        Checkpoints(out / FOLDER, keep=keep) as checkpoints,
+        Checkpoints(out / FOLDER, keep=keep, timeout=timeout) as checkpoints,
         torch.random.fork_rng([world.device] if world.device.type == "cuda" else []),
     ):
         last = checkpoints.latest()

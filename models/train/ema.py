@@ -20,6 +20,7 @@ class EMA(Generic[Model]):
         model: its parameters must be float32 or float64: in fewer bits a small step is lost. Those
             that take no gradient may be of any type.
         decay: from 0, which copies, to below 1.
+        average: what it starts as instead, which is taken and not copied; it may be in shards.
 
     Attributes:
         model: the average, a model of the same class; takes no gradients. Parameters of the model
@@ -29,7 +30,7 @@ class EMA(Generic[Model]):
         ValueError: for a decay out of range or parameters of few bits.
     """
 
-    def __init__(self, model: Model, *, decay: float) -> None:
+    def __init__(self, model: Model, *, decay: float, average: Model | None = None) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
         for name, parameter in model.named_parameters():
@@ -39,8 +40,10 @@ class EMA(Generic[Model]):
                     "float32 and use autocast"
                 )
         self.decay = decay
-        shared = {id(x): x for x in model.parameters() if not x.requires_grad}
-        self.model = copy.deepcopy(model, shared).requires_grad_(False)
+        if average is None:
+            shared = {id(x): x for x in model.parameters() if not x.requires_grad}
+            average = copy.deepcopy(model, shared)
+        self.model = average.requires_grad_(False)
 
     @torch.no_grad()
     def update(self, model: Model) -> None:

@@ -71,7 +71,10 @@ class Denoising:
             self._change(last.step, check_resumed(config, last, gave_up=self._gave_up))
         self._coder = self.recipe.coder(config, world.device) if config.needs_encoders else None
         check(config, world, self._coder)
-        self._context = world.context(config.context_parallel)
+        self._contexts = {
+            number: world.context(number)
+            for number in sorted({config.context_of(stage) for stage in config.stages.values()})
+        }
         self._state = State.resumed(last, config, world) if last else None
 
     def steps(self, done: int) -> core.Steps:
@@ -86,7 +89,8 @@ class Denoising:
             assert self._state is not None
             state, self._stage = self._state, name
             prepare(state, stage, config)
-            if self._context.group is not None:
+            self._context = self._contexts[config.context_of(stage)]
+            if self.recipe.shares:
                 self.recipe.share(state.model, self._context.group)
             seed = draws.stage_seed(config.seed, number)
             data, self._source = data_of(config, name, seed, self._coder, world)

@@ -1,25 +1,38 @@
-"""The processes that share a run: who they are, how a model is spread over them and gathered.
+"""The processes that share a run: who they are, and how a model is spread over them.
 
 Started by ``torchrun``, each process finds its rank in the environment; without it there is one.
+Nobody waits for another for ever: what is not answered in time ends the run, and the processes that
+did not answer are named.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+import time
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from skiparse.models import devices
+
+T = TypeVar("T")
+TIMEOUT = 1800.0  # seconds to wait for another process, torch's own for gloo
+_NOTICE = 10.0  # at least so many seconds, until those that wait have noticed it too
+
+
+class LostError(ConnectionError):
+    """Processes of a run did not answer: which ones, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -37,31 +50,45 @@ class Context:
 
 @dataclass(frozen=True)
 class World:
-    """This process among ``size``; ``device`` is its own."""
+    """This process among ``size``; ``device`` is its own.
+
+    ``timeout`` are the seconds after which what is not answered ends the run.
+    """
 
     rank: int
     size: int
     device: torch.device
+    timeout: float = TIMEOUT
 
     @classmethod
     @contextmanager
-    def joined(cls, device: str | None) -> Iterator[World]:
+    def joined(cls, device: str | None, timeout: float = TIMEOUT) -> Iterator[World]:
         """The processes that torchrun started, or this one alone.
 
         Raises:
             ValueError: if ``device`` is none of this machine.
+            LostError: from the block, if others died or did not answer within ``timeout`` seconds;
+                with their ranks.
         """
         here = devices.chosen(device, setting="device: ")
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
-            yield cls(0, 1, here)
+            yield cls(0, 1, here, timeout)
             return
         if here == torch.device("cuda"):
             here = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(here)
-        dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
+        dist.init_process_group(
+            "nccl" if here.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout),
+            device_id=here if here.type == "cuda" else None,
+        )
         try:
-            yield cls(dist.get_rank(), size, here)
+            yield cls(dist.get_rank(), size, here, timeout)
+        except Exception as error:
+            if not _is_of_others(error):
+                raise
+            raise LostError(_told(dist.get_rank(), size, timeout)) from error
         finally:
             dist.destroy_process_group()
 
@@ -89,13 +116,18 @@ class World:
         """
         if number == 1:
             return Context(self.rank, self.size, True, None)
-        mesh = init_device_mesh(
-            self.device.type, (self.size // number, number), mesh_dim_names=("data", "context")
-        )
+        mesh = self._mesh(self.size // number, number, names=("data", "context"))
         group = mesh["context"].get_group()
         return Context(
             mesh.get_local_rank("data"), mesh.size(0), mesh.get_local_rank("context") == 0, group
         )
+
+    def _mesh(self, *shape: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
+        """All processes, whose groups wait no longer than the run does."""
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        for group in mesh.get_all_groups():
+            _set_pg_timeout(timedelta(seconds=self.timeout), group)
+        return mesh
 
     def all(self, mine: list[str]) -> list[str]:
         """The lists of all processes in one, in the order of their ranks."""
@@ -104,6 +136,14 @@ class World:
         lists: list[list[str]] = [[] for _ in range(self.size)]
         dist.all_gather_object(lists, mine)
         return [x for each in lists for x in each]
+
+    def of_first(self, mine: T) -> T:
+        """What the first process has, in all."""
+        if self.size == 1:
+            return mine
+        held = [mine]
+        dist.broadcast_object_list(held)
+        return held[0]
 
     @contextmanager
     def first_here(self) -> Iterator[None]:
@@ -120,18 +160,26 @@ class World:
             dist.barrier()
 
     def spread(self, model: nn.Module, how: str, blocks: Collection[str] = ()) -> nn.Module:
-        """``model`` to train: itself alone, a copy in every process, or a shard in each."""
+        """``model`` to train: itself alone, a copy in every process, or a shard in each.
+
+        What is in shards already stays so.
+        """
+        if isinstance(model, FSDPModule):
+            return model
+        if self.size > 1 and how == "fsdp":
+            return self.sharded(model, blocks)
         model.to(self.device)
         if self.size == 1:
             return model
-        if how == "fsdp":
-            return self.sharded(model, blocks)
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids)
 
     def sharded(self, model: nn.Module, blocks: Collection[str]) -> nn.Module:
-        """``model`` in shards, each module of a class in ``blocks`` by itself."""
-        mesh = init_device_mesh(self.device.type, (self.size,))
+        """``model`` in shards, each module of a class in ``blocks`` by itself.
+
+        One after the other comes to the device, so that there need be no room for all of it.
+        """
+        mesh = self._mesh(self.size)
         for module in model.modules():
             if type(module).__name__ in blocks:
                 fully_shard(module, mesh=mesh)
@@ -173,23 +221,26 @@ def bare(model: nn.Module) -> nn.Module:
     return inner
 
 
-def gathered(model: nn.Module, again: Callable[[], nn.Module]) -> nn.Module:
-    """``model`` whole and by itself; if it is in shards, from all processes, on the CPU.
+def in_shards(model: nn.Module, made: nn.Module, new: Mapping[str, Tensor]) -> None:
+    """Fill ``made``, whose tensors are on the meta device, with those of ``model``; both in shards.
 
-    ``again`` makes another of its kind, for which there need be no memory.
+    Each process copies its own shards, and nothing is sent but what experts are copied from.
+
+    Args:
+        model: in shards over the processes over which ``made`` is.
+        made: has tensors of the same names, and those of ``new``. One with a dimension more has a
+            copy in each entry of it; the whole tensor is sent for that, of one at a time.
+        new: whole, and the same in every process.
     """
-    if not isinstance(model, FSDPModule):
-        return model
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=False)
-    state = get_model_state_dict(model, options=options)
-    if dist.get_rank():
-        state = {}
-    held = [state]
-    dist.broadcast_object_list(held)
-    with torch.device("meta"):
-        whole = again()
-    whole.load_state_dict(held[0], strict=True, assign=True)
-    return whole.train(model.training)
+    old, state = model.state_dict(), {}
+    for name, x in made.state_dict().items():
+        if name in old and old[name].shape == x.shape:
+            state[name] = old[name].detach().clone()
+            continue
+        assert isinstance(x, DTensor)
+        whole = new[name] if name in new else old[name].full_tensor().detach().expand(x.shape)
+        state[name] = distribute_tensor(whole, x.device_mesh, x.placements, src_data_rank=None)
+    made.load_state_dict(state, strict=True, assign=True)
 
 
 def local(model: nn.Module, last: bool) -> AbstractContextManager[object]:
@@ -200,3 +251,42 @@ def local(model: nn.Module, last: bool) -> AbstractContextManager[object]:
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     return nullcontext()
+
+
+def _is_of_others(error: BaseException | None) -> bool:
+    """Whether it, or what led to it, came from the communication with other processes."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, dist.DistError) or any(x in str(error) for x in ("gloo/", "NCCL")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _told(rank: int, size: int, timeout: float) -> str:
+    """What happened, as far as those know who noticed it: the others are those that are missed."""
+    remedy = (
+        "see what it last said, and why it died or hangs; the same command goes on from the last "
+        "checkpoint, also with another number of processes"
+    )
+    try:
+        silent = _silent(rank, size, max(_NOTICE, timeout / 10))
+    except dist.DistError:
+        return f"process {rank}: the machine of process 0 does not answer; {remedy}"
+    if not silent:
+        return f"process {rank}: all processes are there, but have lost each other; {remedy}"
+    names = ", ".join(map(str, silent))
+    named = f"process {names} does" if len(silent) == 1 else f"processes {names} do"
+    return f"process {rank}: {named} not answer (timeout={timeout:g} s); {remedy}"
+
+
+def _silent(rank: int, size: int, seconds: float) -> list[int]:
+    """Those that do not say within so many seconds that they have noticed something too."""
+    store, end = _get_default_store(), time.monotonic() + seconds
+    store.set(f"noticed/{rank}", "")
+    while True:
+        silent = [each for each in range(size) if not store.check([f"noticed/{each}"])]
+        if not silent or time.monotonic() > end:
+            return silent
+        time.sleep(0.1)

@@ -98,8 +98,15 @@ class Recipe(ABC):
         """Whether ``model`` has to be converted for ``stage``."""
         return False
 
-    def converted(self, model: nn.Module, stage: Any) -> nn.Module:
-        """Another model for ``stage``, made of ``model``, where it :meth:`changes`."""
+    def converted(self, model: nn.Module, stage: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+        """Another model for ``stage``, where ``model`` :meth:`changes`.
+
+        ``model`` may be in shards. All its tensors become those of the other one, by name; where
+        that has a dimension more, in front, each entry of it becomes a copy.
+
+        Returns:
+            The other one on the meta device, and the tensors of it that ``model`` does not have.
+        """
         raise NotImplementedError(f"{type(self).__name__} converts no models")
 
     @abstractmethod
@@ -124,7 +131,10 @@ class Recipe(ABC):
     shares: ClassVar[bool] = False  # whether processes can share the tokens of its model
 
     def share(self, model: nn.Module, group: Any) -> None:
-        """Let the processes of ``group`` share the tokens; each returns the whole velocity."""
+        """Let the processes of ``group`` share the tokens; each returns the whole velocity.
+
+        None ends that. It is called for every stage, after :meth:`prepare`.
+        """
         raise NotImplementedError(f"{type(self).__name__} shares no tokens")
 
     def compiled(self, model: nn.Module) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW
 
 from skiparse.models.data.features import digest
@@ -15,7 +15,7 @@ from skiparse.models.train.clip import AdaptiveGradClipper
 from skiparse.models.train.config import Config, Stage
 from skiparse.models.train.ema import EMA
 from skiparse.models.train.optimizer import adamw, state_of
-from skiparse.models.train.parallel import World, bare, frozen_of, gathered
+from skiparse.models.train.parallel import World, bare, frozen_of, in_shards
 from skiparse.models.train.recipe import Recipe, recipe_of
 
 
@@ -46,21 +46,28 @@ class State:
 
     @classmethod
     def made(cls, model: nn.Module, average: nn.Module, config: Config, world: World) -> State:
-        """Around a model in one piece, with an optimiser and a clipper that know nothing yet."""
+        """Around a model, with an optimiser and a clipper that know nothing yet.
+
+        Args:
+            model: in one piece, or in shards already.
+            average: the same, of which a copy is made, or another, which is taken.
+        """
         recipe = recipe_of(config.recipe)
         frozen = frozen_of(model, config.dtype)
         for name, x in frozen.items():
             model.get_parameter(name).data = x
         held, names = digest(frozen) if frozen else None, [*frozen]
         del frozen
-        model.to(world.device)
-        average.to(world.device)
+        sharded = world.size > 1 and config.parallel == "fsdp"
+        if not sharded:  # shards come to the device one by one
+            model.to(world.device)
+            average.to(world.device)
         for name in names:
             average.get_parameter(name).requires_grad_(False).data = model.get_parameter(name).data
-        ema = EMA(average, decay=config.ema)
+        ema = EMA(model, decay=config.ema, average=None if average is model else average)
         ema.model.eval()
         net = world.spread(model.train(), config.parallel, recipe.blocks)
-        if world.size > 1 and config.parallel == "fsdp":
+        if sharded and not isinstance(ema.model, FSDPModule):
             world.sharded(ema.model, recipe.blocks)
         if config.compile:
             recipe.compiled(bare(net))
@@ -127,9 +134,8 @@ def entered(state: State | None, stage: Stage, config: Config, world: World) -> 
     elif config.lora is not None:
         _refuse_changes(state.model, stage, recipe)
     elif recipe.changes(state.model, stage):
-        again = partial(recipe.remade, config, recipe.about(state.model))
         model, average = (
-            recipe.converted(gathered(x, again), stage) for x in (state.model, state.ema.model)
+            _converted(x, stage, recipe, world) for x in (state.model, state.ema.model)
         )
         counts = state.clipper.counts
         state = State.made(model, average, config, world)
@@ -137,6 +143,18 @@ def entered(state: State | None, stage: Stage, config: Config, world: World) -> 
     prepare(state, stage, config)
     state.clipper.reset()
     return state
+
+
+def _converted(model: nn.Module, stage: Stage, recipe: Recipe, world: World) -> nn.Module:
+    """What :meth:`Recipe.converted` says, with its tensors: whole, or shard by shard."""
+    made, new = recipe.converted(model, stage)
+    if isinstance(model, FSDPModule):
+        in_shards(model, world.sharded(made, recipe.blocks), new)
+    else:
+        state, shapes = model.state_dict() | new, made.state_dict()
+        state = {name: x.detach().expand(shapes[name].shape).clone() for name, x in state.items()}
+        made.load_state_dict(state, strict=True, assign=True)
+    return made.train(model.training)
 
 
 def prepare(state: State, stage: Stage, config: Config) -> None:

@@ -168,12 +168,16 @@ class WanRecipe(Recipe):
         return kind_of(about)(**_parted(about)[0])
 
     def about(self, model: Any) -> dict[str, Any]:
-        """Its config."""
-        return {
+        """Its config; that all layers are dense is not said, as of any model."""
+        found = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in model.config.items()
             if not name.startswith("_")
         }
+        told = _parted(found)[1]
+        if told is not None and set(told.kinds) == {"dense"}:
+            del found["skiparse"]
+        return found
 
     def prepare(self, model: Any, config: WanConfig, stage: WanStage) -> None:
         """What is sparse, and what is computed again in the backward pass."""
@@ -186,6 +190,21 @@ class WanRecipe(Recipe):
             model.enable_gradient_checkpointing()
         else:
             model.disable_gradient_checkpointing()
+
+    shares = True
+
+    def share(self, model: Any, group: Any) -> None:
+        """By a retrofit, of which a dense model gets one with dense layers alone."""
+        made = Retrofit.found(model)
+        if made is not None and made.shared:
+            sparsity = made.sparsity
+            made.undo()
+            made = retrofit(model, sparsity)
+        if group is None:
+            return
+        if made is None:
+            made = retrofit(model, kinds=("dense",) * model.config.num_layers)
+        made.share(group)
 
     def compiled(self, model: Any) -> None:
         """Block by block."""

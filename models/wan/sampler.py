@@ -22,7 +22,7 @@ from transformers import UMT5EncoderModel
 from skiparse.models import flow, hif8, sizes, strict
 from skiparse.models.image_wan import ImageWan, ImageWanPipeline, kind_of
 from skiparse.models.options import Asked
-from skiparse.models.retrofit import retrofit
+from skiparse.models.retrofit import Retrofit, retrofit
 from skiparse.models.sample import CONFIG, Sampler
 from skiparse.models.text import load_encoder
 from skiparse.models.wan.encoders import LENGTH, padded, trimmed
@@ -106,6 +106,15 @@ class WanSampler(Sampler):
             raise ValueError(f"--shift {shift}: give a number above 0")
         return {"scheduler": name, "shift": shift, "schedule": asked.schedule}
 
+    def share(self, group: Any) -> None:
+        """A dense transformer gets a retrofit of dense layers for that."""
+        if self.asked.hif8:
+            raise ValueError(
+                "--hif8: its scales are of whole tensors, which processes that share tokens do not "
+                "have; give --context-parallel 1"
+            )
+        super().share(group)
+
     def load(self, dtype: torch.dtype) -> None:
         """Every component, strictly; the autoencoder in float32 at least, as Wan's has to be."""
         index, parts = self.table("model_index.json"), {}
@@ -123,6 +132,10 @@ class WanSampler(Sampler):
         for model in (parts[name] for name in TRANSFORMERS if name in parts):
             if model.config.get("skiparse") is not None:
                 retrofit(model)
+            elif self.group is not None:
+                retrofit(model, kinds=("dense",) * model.config.num_layers)
+            if self.group is not None:
+                Retrofit.of(model).share(self.group)
             if self.asked.hif8:
                 hif8.apply(model)
         config = self.pipeline.scheduler.config
