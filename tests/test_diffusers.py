@@ -26,14 +26,19 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    GGUFQuantizationConfig,
     PipelineQuantizationConfig,
     QuantoConfig,
     TorchAoConfig,
     UniPCMultistepScheduler,
+    hooks,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.hooks import (
+    FasterCacheConfig,
     FirstBlockCacheConfig,
+    LayerSkipConfig,
+    MagCacheConfig,
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
     group_offloading,
@@ -49,6 +54,7 @@ from skiparse.models import flow
 from skiparse.models.pipeline import TEMPLATE, SUVPipeline
 from skiparse.models.scheduler import FlowScheduler
 from skiparse.models.suv.model import SUV
+from skiparse.models.suv.sparsity import attention_cost
 from skiparse.models.wfvae.model import WFVAE
 
 CPU = torch.device("cpu")
@@ -768,6 +774,12 @@ class TestLoading:
         again = SUV.from_pretrained(tmp_path / "small")
         assert torch.equal(again(*random_inputs(model)), out)
 
+    def test_gguf_is_refused(self, tmp_path):
+        model, _ = suv()
+        model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"not read from GGUF, .* take a TorchAoConfig"):
+            SUV.from_pretrained(tmp_path, quantization_config=GGUFQuantizationConfig())
+
     def test_an_average_is_loaded(self, tmp_path):
         model, _ = suv()
         average = EMAModel(model.parameters(), decay=0.5, model_cls=SUV, model_config=model.config)
@@ -968,6 +980,41 @@ class TestCaches:
             model.enable_cache(config)
         assert not model.is_cache_enabled
 
+    @pytest.mark.parametrize(
+        ("function", "config"),
+        [
+            (hooks.apply_first_block_cache, FirstBlockCacheConfig()),
+            (hooks.apply_mag_cache, MagCacheConfig(calibrate=True)),
+            (hooks.apply_taylorseer_cache, TaylorSeerCacheConfig()),
+            (hooks.apply_taylorseer_cache, TaylorSeerCacheConfig(use_lite_mode=True)),
+            (
+                hooks.apply_pyramid_attention_broadcast,
+                PyramidAttentionBroadcastConfig(current_timestep_callback=lambda: 500),
+            ),
+            (
+                hooks.apply_pyramid_attention_broadcast,
+                PyramidAttentionBroadcastConfig(
+                    spatial_attention_block_skip_range=2,
+                    spatial_attention_block_identifiers=("stages",),
+                    current_timestep_callback=lambda: 500,
+                ),
+            ),
+            (hooks.apply_faster_cache, FasterCacheConfig(spatial_attention_block_skip_range=2)),
+            (hooks.apply_layer_skip, LayerSkipConfig(indices=[0])),
+        ],
+    )
+    def test_functions_that_would_find_nothing_are_refused(self, function, config):
+        """Those of diffusers, which look for its own names and classes, and then say nothing."""
+        model, call = suv()
+        keys, right = set(model.state_dict()), call()
+        with pytest.raises(ValueError, match="call enable_cache of the model, with a Pyramid"):
+            function(model, config)
+        assert set(model.state_dict()) == keys
+        if function is not hooks.apply_faster_cache:  # which has changed the model before
+            assert torch.equal(call(), right)
+        with pytest.raises(ValueError, match="no attention of diffusers' that '_native_npu' could"):
+            model.disable_npu_flash_attention()
+
 
 class TestGraphs:
     def test_without_memory(self):
@@ -983,6 +1030,39 @@ class TestGraphs:
             with torch.no_grad():
                 moments = vae.encode(VIDEO.to("meta")).latent_dist.parameters
                 assert vae.decode(moments.chunk(2, 1)[0]).sample.shape == VIDEO.shape
+
+    @torch.no_grad()
+    def test_the_published_size_without_memory(self):
+        """Of a video of 121x576x1024: what is known of it from counting, by hand, is what it tells.
+
+        Biases, norms and additions count nothing.
+        """
+        latents, text = (1, 32, 16, 72, 128), 300
+        with torch.device("meta"), FlopCounterMode(display=False) as flops:
+            model = SUV(**SUV.presets["v1.5"]).bfloat16()
+            config = model.config
+            out = model(
+                torch.empty(latents, dtype=torch.bfloat16),
+                torch.empty(1),
+                torch.empty(1, text, config.text_channels, dtype=torch.bfloat16),
+                torch.empty(1, config.pooled_channels, dtype=torch.bfloat16),
+            )
+        assert out.shape == (1, config.out_channels, *latents[2:])
+        tokens, width = 16 * 36 * 64, config.num_heads * config.head_dim
+        attention = sum(
+            attention_cost(tokens, text, k, width) * number
+            for k, number in zip(config.sparsity, config.num_layers, strict=True)
+        )
+        products = 0
+        for name, x in model.named_parameters():
+            if x.ndim > 1:
+                rows = text if "text_" in name else tokens
+                if "timestep_embed" in name or "pooled_embed" in name or ".linear." in name:
+                    rows = tokens if name.startswith("skips") else 1
+                if name.startswith("text_skips"):
+                    rows = text
+                products += 2 * rows * x.numel()
+        assert flops.get_total_flops() == attention + products
 
     @torch.no_grad()
     def test_an_autoencoder_in_one_graph(self):

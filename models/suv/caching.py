@@ -19,9 +19,45 @@ from diffusers.hooks import (
     apply_taylorseer_cache,
 )
 from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastHook
+from diffusers.models.attention import AttentionModuleMixin
 from torch import nn
 
 ATTENTION, BLOCK, LAST = r"stages\.\d+\.\d+\.attn", r"stages\.\d+\.\d+", "proj_out"
+
+
+class NoBlock(nn.Module, AttentionModuleMixin):  # type: ignore[misc]  # diffusers' are untyped
+    """What diffusers' own functions find where they look for a block, or for attention: a refusal.
+
+    ``apply_first_block_cache(model, ...)`` and the others go by names and classes of diffusers',
+    of which an SUV has none; most of them would say nothing and do nothing.
+    """
+
+    processor = None  # no attention either
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_diffusers_hook":  # the first that each of them does
+            raise ValueError(
+                "a SUV has no row of blocks, nor attention of diffusers', that this could be put "
+                "into; call enable_cache of the model, with a PyramidAttentionBroadcastConfig or a "
+                "TaylorSeerCacheConfig"
+            )
+        super().__setattr__(name, value)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Refused, as by the model.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"a SUV has no attention of diffusers' that {backend!r} could compute")
+
+
+def no_row() -> nn.ModuleList:
+    """For the name ``blocks``: a first and a last, and in them the names that patterns look for."""
+    row = [NoBlock(), NoBlock()]
+    for block in row:
+        block.attn, block.stages = NoBlock(), NoBlock()
+    return nn.ModuleList(row)
 
 
 def apply(model: nn.Module, config: Any) -> Any:

@@ -112,6 +112,7 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         self._tables: dict[tuple[Any, ...], Any] = {}
         self._sharing: Processes | None = None  # that share the tokens
 
+        self.blocks = caching.no_row()  # without weights
         patch = (patch_size[1], patch_size[2])
         self.patch_embed = nn.Conv2d(in_channels, width, patch, stride=patch)
         self.timestep_embed = ConditionMLP(timestep_channels, timestep_channels)
@@ -174,7 +175,7 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
                 masked text reaches nothing, and a k = 8 layer 15 % cheaper; False keeps it, and so
                 does a whole model that is compiled.
             reorder: keep tokens in skip order, where both patterns are views. The velocity is the
-                same; False keeps natural order.
+                same; False keeps natural order, which ``torch.export`` for any size of video needs.
             backend: of ``skiparse.joint_attention``.
             attention_kwargs: ``{"scale": s}`` weighs the adapters of this call.
             return_dict: True for diffusers' output with ``sample``, False for a tuple of one; None
@@ -251,11 +252,9 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
                 f"latents must be [batch, {config.in_channels}, t, h, w], got {list(latents.shape)}"
             )
         B, _, *size = latents.shape
-        nearest = [
-            max(round(length / patch), 1) * patch
-            for length, patch in zip(size, config.patch_size, strict=True)
-        ]
-        if size != nearest:
+        patches = list(zip(size, config.patch_size, strict=True))
+        if any(length % patch or length < 1 for length, patch in patches):
+            nearest = [max(round(length / patch), 1) * patch for length, patch in patches]
             raise ValueError(
                 f"latents have t, h, w = {size}, which patches of {config.patch_size} do not fill; "
                 f"the nearest valid size is {nearest}"
@@ -273,7 +272,7 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
                 raise ValueError(
                     f"{name} is on {x.device} but latents are on {latents.device}; move it there"
                 )
-        t, h, w = (n // patch for n, patch in zip(size, config.patch_size, strict=True))
+        t, h, w = (length // patch for length, patch in patches)
         return t, h, w
 
     def _keys(
@@ -319,6 +318,11 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         """How the tokens lie: of this process alone, or of those that share them."""
         config = self.config
         if self._sharing is None:
+            if reorder and isinstance(tokens, torch.SymInt):
+                raise ValueError(
+                    "reorder=True is for one number of tokens; pass reorder=False to export a "
+                    "model for videos of any size"
+                )
             return Plan.of(tokens, config.sparsity, reorder=reorder)
         layers, heads, skips = config.num_layers, config.num_heads, len(self.skips) > 0
         group = self._sharing.group
@@ -344,7 +348,7 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         def make() -> tuple[Tensor, Tensor]:
             angles = rotary_angles(grid, self.config.head_dim)
             index = plan.permutation(NATURAL, order)
-            table = torch.from_numpy(angles if index is None else angles[index])
+            table = angles if index is None else angles[torch.from_numpy(index)]
             return table.cos().to(device), table.sin().to(device)
 
         return self._kept((grid, order, device), make)
