@@ -207,7 +207,8 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
         """
         source = pretrained_model_name_or_path_or_dict
         if not isinstance(source, dict):
-            kwargs = {"local_files_only": True, "use_safetensors": True} | kwargs
+            pickled = str(source).endswith((".bin", ".pt", ".pth"))  # read as tensors alone
+            kwargs = {"local_files_only": True, "use_safetensors": not pickled} | kwargs
         found = self.lora_state_dict(source, **kwargs)
         layers = {f"transformer.{name}" for name, _ in self.transformer.named_modules()}
         unknown = sorted(

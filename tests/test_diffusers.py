@@ -732,9 +732,22 @@ class TestLoading:
             a, b = getattr(pipe, name).state_dict(), getattr(found, name).state_dict()
             assert all(torch.equal(a[key], b[key]) for key in a)
 
-    def test_a_device_for_all(self, folder):
+    def test_a_device_for_all(self, folder, monkeypatch):
+        """Text encoders are told where to be, too, when they are loaded, behind a look at them."""
+        asked = {}
+        texts = transformers.T5EncoderModel, transformers.CLIPTextModelWithProjection
+        for kind in (SUV, WFVAE, *texts):
+
+            def told(path, *arguments, real=kind.from_pretrained, name=kind.__name__, **options):
+                asked.setdefault(name, []).append(options.get("device_map"))
+                return real(path, *arguments, **options)
+
+            monkeypatch.setattr(kind, "from_pretrained", told)
         found = SUVPipeline.from_pretrained(folder, device_map="cpu")
         assert found.text_encoder.device == found.transformer.device == CPU
+        places = [places[-1] for places in asked.values()]
+        assert len(places) == 4
+        assert all(place in ("cpu", {"": "cpu"}, {"": CPU}) for place in places)
 
     def test_eight_bits_for_parts(self, folder):
         pytest.importorskip("torchao")
@@ -954,7 +967,7 @@ class TestCaches:
         found = pipe("a cat", **asked).frames
         assert len(calls) == (1 + sequential) * 5  # steps 0 to 2, 4 and 6 of 8
         assert 0 < (found - right).norm() < 0.5 * (right - noise).norm()
-        with pytest.raises(ValueError, match="is on; disable_cache"):
+        with pytest.raises(ValueError, match="by a TaylorSeerCacheConfig; call disable_cache"):
             pipe.transformer.enable_cache(config)
         pipe.transformer.disable_cache()
         assert torch.equal(pipe("a cat", **asked).frames, right)

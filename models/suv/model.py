@@ -481,7 +481,10 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
                 where the stages of a U come back; for settings that concern nothing here.
         """
         if self.is_cache_enabled:
-            raise ValueError(f"{type(self._cache_config).__name__} is on; disable_cache() first")
+            raise ValueError(
+                f"Caching has already been enabled, by a {type(self._cache_config).__name__}; call "
+                "disable_cache() first"
+            )
         self._cache_config = caching.apply(self, config)
         HookRegistry.check_if_exists_or_initialize(self).invalidate_child_registries_cache()
 
