@@ -322,7 +322,7 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
             ),
             do_classifier_free_guidance,
             num_videos_per_prompt,
-            {"clean_caption": clean_caption, "max_length": max_sequence_length},
+            {"clean_caption": clean_caption, "max_sequence_length": max_sequence_length},
             template,
         )
         place = self._execution_device if device is None else device
@@ -489,7 +489,7 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
         device, dtype = self._execution_device, transformer.dtype
         if hasattr(transformer, "_reset_stateful_cache"):
             transformer._reset_stateful_cache()  # a run that failed may have left something
-        encoding = {"clean_caption": clean_caption, "max_length": max_sequence_length}
+        encoding = {"clean_caption": clean_caption, "max_sequence_length": max_sequence_length}
         text, negative_text = self._encoded(
             positive, negative, guided, num_videos_per_prompt, encoding, template
         )

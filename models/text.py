@@ -175,7 +175,7 @@ class TextEncoders:
         *,
         template: str = "{prompt}",
         clean_caption: bool = True,
-        max_length: int = TEXT_LENGTH,
+        max_sequence_length: int = TEXT_LENGTH,
     ) -> TextEmbeddings:
         """The embeddings of ``prompts``, on the CPU, in the encoders' dtype.
 
@@ -185,8 +185,8 @@ class TextEncoders:
             prompts: one or several; ``""`` stands for no prompt.
             template: put around each, at ``{prompt}``.
             clean_caption: whether prompts go through :func:`clean`, as those of the training did.
-            max_length: tokens of T5 that a prompt is cut and padded to, at most the 512 that the
-                released SUV was trained with.
+            max_sequence_length: tokens of T5 that a prompt is cut and padded to, at most the 512
+                that the released SUV was trained with.
 
         Raises:
             ValueError: if there are no prompts, the template has no place for one, one holds what
@@ -198,18 +198,19 @@ class TextEncoders:
             raise ValueError("prompts is empty; give at least one, '' for none in particular")
         if "{prompt}" not in template:
             raise ValueError(f"template must contain {{prompt}}, got {template!r}")
-        if not isinstance(max_length, int) or not 1 <= max_length <= TEXT_LENGTH:
+        most = max_sequence_length
+        if not isinstance(most, int) or not 1 <= most <= TEXT_LENGTH:
             raise ValueError(
-                f"max_length must be from 1 to {TEXT_LENGTH} tokens of T5, got {max_length!r}"
+                f"max_sequence_length must be from 1 to {TEXT_LENGTH} tokens of T5, got {most!r}"
             )
         for prompt in prompts:  # before any of them is cleaned
             check_text(prompt)
         texts = [cleaned(prompt) if clean_caption else prompt for prompt in prompts]
-        rows = [self._row(template.replace("{prompt}", text), max_length) for text in texts]
+        rows = [self._row(template.replace("{prompt}", text), most) for text in texts]
         lengths = torch.tensor([len(text) for text, _ in rows])
         return TextEmbeddings(
-            torch.stack([functional.pad(t, (0, 0, 0, max_length - len(t))) for t, _ in rows]),
-            torch.arange(max_length) < lengths[:, None],
+            torch.stack([functional.pad(t, (0, 0, 0, most - len(t))) for t, _ in rows]),
+            torch.arange(most) < lengths[:, None],
             torch.stack([pooled for _, pooled in rows]),
         )
 

@@ -431,6 +431,24 @@ class TestCalls:
                 prompt_attention_mask=torch.ones(1, 3), **asked,
             )  # fmt: skip
 
+    def test_prompts_are_cut(self, pipe):
+        """Of both; what they are padded to matters to nothing."""
+        noise = torch.randn(1, 4, 2, 4, 6)
+        asked = {**SIZE, "latents": noise, "output_type": "latent", "template": "{prompt}"}
+        asked["negative_prompt"] = "grey"
+        right = pipe("a cat", **asked).frames
+        close(pipe("a cat", **asked, max_sequence_length=16).frames, right, FORWARD)
+        cut = pipe("a cat", **asked, max_sequence_length=5).frames
+        close(
+            pipe("a ca", **asked).frames,
+            pipe("a ca", **asked, max_sequence_length=5).frames,
+            FORWARD,
+        )
+        assert not torch.allclose(cut, right, rtol=1e-3)
+        assert pipe.encode_prompt("a cat", max_sequence_length=16)[0].shape == (1, 16, 24)
+        with pytest.raises(ValueError, match="max_sequence_length must be from 1 to 512"):
+            pipe("a cat", **asked, max_sequence_length=1000)
+
     def test_arguments_by_place(self, pipe):
         noise = torch.randn(1, 4, 2, 4, 6)
         placed = pipe("a cat", "grey", 32, 48, 9, 4, 5.0, latents=noise, output_type="latent")

@@ -381,8 +381,8 @@ def test_both_prompts_are_cleaned_or_neither(pipe, monkeypatch):
     for clean in (True, False):
         pipe("A Cat", negative_prompt="A Dog", clean_caption=clean, **SIZE)
         assert asked == [
-            ("A Cat", {"template": TEMPLATE, "clean_caption": clean, "max_length": 512}),
-            ("A Dog", {"clean_caption": clean, "max_length": 512}),
+            ("A Cat", {"template": TEMPLATE, "clean_caption": clean, "max_sequence_length": 512}),
+            ("A Dog", {"clean_caption": clean, "max_sequence_length": 512}),
         ]
         asked.clear()
 
