@@ -990,10 +990,54 @@ class TestCaches:
         pipe.transformer.disable_cache()
         assert torch.equal(pipe("a cat", **asked).frames, right)
 
+    @torch.no_grad()
+    def test_the_first_stage_decides_for_those_between(self):
+        """A step like the one before adds what they added then; the last stage is computed."""
+        model, _ = suv()
+        inputs = random_inputs(model)
+        other = [inputs[0] + 0.1 * torch.randn(inputs[0].shape, generator=seeded()), *inputs[1:]]
+        right, changed = model(*inputs), model(*other)
+        computed = []
+        for i, stage in enumerate(model.stages):
+            stage[0].register_forward_pre_hook(lambda m, x, i=i: computed.append(i))
+
+        def called(*inputs, context="cond"):
+            computed.clear()
+            with model.cache_context(context):
+                return model(*inputs)
+
+        model.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+        assert torch.equal(called(*inputs), right)
+        assert computed == [0, 1, 2, 3, 4]
+        close(called(*inputs), right, FORWARD)
+        assert computed == [0, 4]
+        assert 0 < (called(*other) - changed).norm() < 0.5 * (right - changed).norm()
+        assert torch.equal(called(*other, context="uncond"), changed)
+        assert computed == [0, 1, 2, 3, 4]
+        model._reset_stateful_cache()
+        called(*inputs)
+        assert computed == [0, 1, 2, 3, 4]
+        model.disable_cache()
+        model.enable_cache(FirstBlockCacheConfig(threshold=1e-3))
+        called(*inputs)
+        assert torch.equal(called(*other), changed)
+        assert computed == [0, 1, 2, 3, 4]
+        model.disable_cache()
+        assert torch.equal(model(*inputs), right)
+
+        model.set_sparsity((2, 1, 4, 1, 2))  # orders 2, 2, 4, 4, 2
+        model.enable_cache(FirstBlockCacheConfig())
+        with pytest.raises(ValueError, match="give the second stage and the last but one the same"):
+            called(*inputs)
+        with pytest.raises(
+            ValueError, match="between the first stage and the last; this model has"
+        ):
+            suv(num_layers=(1,), sparsity=(1,))[0].enable_cache(FirstBlockCacheConfig())
+
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            (FirstBlockCacheConfig(), "FirstBlockCacheConfig does not fit a SUV, whose stages"),
+            (MagCacheConfig(calibrate=True), "MagCacheConfig does not fit a SUV, whose stages"),
             (PyramidAttentionBroadcastConfig(), "current_timestep_callback is needed"),
             (
                 PyramidAttentionBroadcastConfig(cross_attention_block_skip_range=3),
@@ -1038,7 +1082,7 @@ class TestCaches:
         """Those of diffusers, which look for its own names and classes, and then say nothing."""
         model, call = suv()
         keys, right = set(model.state_dict()), call()
-        with pytest.raises(ValueError, match="call enable_cache of the model, with a Pyramid"):
+        with pytest.raises(ValueError, match="call enable_cache of the model, with a Py"):
             function(model, config)
         assert set(model.state_dict()) == keys
         if function is not hooks.apply_faster_cache:  # which has changed the model before

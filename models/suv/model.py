@@ -468,13 +468,14 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         self.set_attention_backend("npu")
 
     def enable_cache(self, config: Any) -> None:
-        """Take attention from the step before, by a cache of diffusers'; ``disable_cache`` ends it.
+        """Take something from steps before, by a cache of diffusers'; ``disable_cache`` ends it.
 
         Args:
             config: a ``PyramidAttentionBroadcastConfig``, whose spatial range and timesteps hold
-                for every attention, or a ``TaylorSeerCacheConfig``. Where that names no modules it
-                predicts every attention; in its lite mode the last projection, and blocks are left
-                out.
+                for every attention; a ``TaylorSeerCacheConfig``, which where it names no modules
+                predicts every attention, in its lite mode the last projection, and blocks are left
+                out; or a ``FirstBlockCacheConfig``, which where the first stage adds about what it
+                did before leaves out all but it and the last one.
 
         Raises:
             ValueError: for other caches, which compare what goes in and out of a row of blocks,
