@@ -1011,7 +1011,7 @@ class TestCaches:
         assert computed == [0, 1, 2, 3, 4]
         close(called(*inputs), right, FORWARD)
         assert computed == [0, 4]
-        assert 0 < (called(*other) - changed).norm() < 0.5 * (right - changed).norm()
+        assert 0 < (called(*other) - changed).norm() < 0.2 * changed.norm()
         assert torch.equal(called(*other, context="uncond"), changed)
         assert computed == [0, 1, 2, 3, 4]
         model._reset_stateful_cache()

@@ -14,6 +14,8 @@ Others watch a row of blocks in ways that were not made to fit, and are refused.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
@@ -70,6 +72,17 @@ def no_row() -> nn.ModuleList:
     for block in row:
         block.attn, block.stages = NoBlock(), NoBlock()
     return nn.ModuleList(row)
+
+
+@contextmanager
+def row_aside(model: nn.Module) -> Iterator[None]:
+    """Without it for a while: it holds no weights, so what moves them has nothing to do there."""
+    modules = model._modules
+    model._modules = {name: module for name, module in modules.items() if name != "blocks"}
+    try:
+        yield
+    finally:
+        model._modules = modules
 
 
 def apply(model: nn.Module, config: Any) -> Any:

@@ -489,6 +489,11 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         self._cache_config = caching.apply(self, config)
         HookRegistry.check_if_exists_or_initialize(self).invalidate_child_registries_cache()
 
+    def enable_group_offload(self, *arguments: Any, **options: Any) -> None:
+        """As of any model of diffusers."""
+        with caching.row_aside(self):
+            super().enable_group_offload(*arguments, **options)
+
     def set_checkpointing(self, stages: Sequence[str]) -> None:
         """What each stage computes again in the backward pass instead of keeping it.
 
