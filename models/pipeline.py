@@ -155,8 +155,10 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
         saved = json.loads(index.read_text(encoding="utf-8"))
         for name in ("text_encoder", "text_encoder_2"):
             library, kind = saved.get(name) or ("", "")
-            if library == "transformers" and name not in kwargs:
-                check_encoder(getattr(transformers, kind), folder / name, kwargs.get("variant"))
+            variant = kwargs.get("variant")
+            there = variant is None or any((folder / name).glob(f"*.{variant}*"))
+            if library == "transformers" and name not in kwargs and there:  # else diffusers says it
+                check_encoder(getattr(transformers, kind), folder / name, variant)
         return super().from_pretrained(folder, **{**kwargs, "local_files_only": True})
 
     @classmethod

@@ -118,6 +118,7 @@ class OfWan(Model):
 
 class OfWFVAE(Model):
     model_class = WFVAE
+    main_input_name = "sample"
     checkpointed = frozenset()
     output_shape = (3, 9, 16, 16)
 
@@ -160,13 +161,14 @@ class Pipeline(pipelines.BasePipelineTesterConfig):
 
 class OfSUVPipeline(Pipeline):
     pipeline_class = SUVPipeline
+    lora_alpha = 32  # or nothing changes by a thousandth of full scale, as they ask for
 
     def get_dummy_components(self, num_layers: int = 2) -> dict:
         names = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
         parts = dict(zip(names, tiny_encoders(), strict=True))
         torch.manual_seed(0)
         return parts | {
-            "transformer": weighed(SUV(**SUV.presets["tiny"])),
+            "transformer": weighed(SUV(**SUV.presets["tiny"]), 0.3),
             "vae": WFVAE(**WFVAE.presets["tiny"] | {"latent_channels": 4}),
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
         }
@@ -197,6 +199,7 @@ CACHES = (
     "MagCache",
     "TaylorSeerCache",
 )
+PLACES = ["blocks", "stages"]  # where attention is in a Wan, and in an SUV
 CODED = ("Model", "Memory", "Training")
 MODELS = (
     *CODED, "Attention", "AttentionBackend", "Lora", *CACHES, "TorchAo", "Quanto", "TorchCompile",
@@ -232,6 +235,9 @@ def collected() -> dict[str, type]:
                 body: dict[str, object] = {"__module__": __name__}
                 if name.startswith("TorchAo"):
                     body["torch_dtype"] = torch.bfloat16
+                if name == "PyramidAttentionBroadcast":
+                    places = bases[0].PAB_CONFIG | {"spatial_attention_block_identifiers": PLACES}
+                    body["PAB_CONFIG"] = places
                 found[label] = type(label, (config, *bases), body)
     return found
 

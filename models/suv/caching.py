@@ -108,10 +108,13 @@ def apply(model: nn.Module, config: Any) -> Any:
 def _broadcast(
     model: nn.Module, config: PyramidAttentionBroadcastConfig
 ) -> PyramidAttentionBroadcastConfig:
-    """diffusers' hook on every attention; diffusers itself looks for its own classes."""
+    """diffusers' hook on every attention; diffusers itself looks for its own classes.
+
+    Names that a config looks for, if they are not those of diffusers, choose among ours.
+    """
     for field in fields(config):
         own = field.name.startswith(("spatial_attention_block_skip", "spatial_attention_timestep"))
-        own = own or field.name == "current_timestep_callback"
+        own |= field.name in ("current_timestep_callback", "spatial_attention_block_identifiers")
         if not own and getattr(config, field.name) != field.default:
             raise ValueError(
                 f"{field.name} concerns nothing here: SUV has one attention, of space, time and "
@@ -121,8 +124,17 @@ def _broadcast(
         raise ValueError("current_timestep_callback is needed: lambda: pipe.current_timestep")
     if config.spatial_attention_block_skip_range is None:
         config = replace(config, spatial_attention_block_skip_range=2)
+    names = [name for name, _ in model.named_modules() if re.fullmatch(ATTENTION, name)]
+    asked = config.spatial_attention_block_identifiers
+    if asked != PyramidAttentionBroadcastConfig.spatial_attention_block_identifiers:
+        names = [name for name in names if any(re.search(one, name) for one in asked)]
+        if not names:
+            raise ValueError(
+                f"spatial_attention_block_identifiers={asked} are in the name of no attention here; "
+                "leave them out for all, or give such as 'stages.3'"
+            )
     for name, module in model.named_modules():
-        if re.fullmatch(ATTENTION, name):
+        if name in names:
             hook = PyramidAttentionBroadcastHook(
                 config.spatial_attention_timestep_skip_range,
                 config.spatial_attention_block_skip_range,
