@@ -31,7 +31,7 @@ from skiparse.models.images import KnownFrames, Pictures
 from skiparse.models.scheduler import FlowScheduler, check_scheduler
 from skiparse.models.strict import write_import
 from skiparse.models.suv.model import SUV
-from skiparse.models.text import PARTS, TextEmbeddings, TextEncoders, check_encoder
+from skiparse.models.text import PARTS, TEXT_LENGTH, TextEmbeddings, TextEncoders, check_encoder
 from skiparse.models.wfvae.model import WFVAE
 
 TEMPLATE = "high quality, {prompt}"
@@ -156,8 +156,10 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
         saved = json.loads(index.read_text(encoding="utf-8"))
         for name in ("text_encoder", "text_encoder_2"):
             library, kind = saved.get(name) or ("", "")
-            if library == "transformers" and name not in kwargs:
-                check_encoder(getattr(transformers, kind), folder / name, kwargs.get("variant"))
+            variant = kwargs.get("variant")
+            there = variant is None or any((folder / name).glob(f"*.{variant}*"))
+            if library == "transformers" and name not in kwargs and there:  # else diffusers says it
+                check_encoder(getattr(transformers, kind), folder / name, variant)
         return super().from_pretrained(folder, **{**kwargs, "local_files_only": True})
 
     @classmethod
@@ -208,7 +210,8 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
         """
         source = pretrained_model_name_or_path_or_dict
         if not isinstance(source, dict):
-            kwargs = {"local_files_only": True, "use_safetensors": True} | kwargs
+            pickled = str(source).endswith((".bin", ".pt", ".pth"))  # read as tensors alone
+            kwargs = {"local_files_only": True, "use_safetensors": not pickled} | kwargs
         found = self.lora_state_dict(source, **kwargs)
         layers = {f"transformer.{name}" for name, _ in self.transformer.named_modules()}
         unknown = sorted(
@@ -293,6 +296,7 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
         negative_prompt_attention_mask: Tensor | None = None,
         template: str = TEMPLATE,
         clean_caption: bool = True,
+        max_sequence_length: int = TEXT_LENGTH,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor | None, ...]:
@@ -321,8 +325,8 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
             ),
             do_classifier_free_guidance,
             num_videos_per_prompt,
+            {"clean_caption": clean_caption, "max_sequence_length": max_sequence_length},
             template,
-            clean_caption,
         )
         place = self._execution_device if device is None else device
         kind = positive.text.dtype if self.transformer is None else self.transformer.dtype
@@ -366,6 +370,7 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
         schedule: flow.Schedule | None = None,
         template: str = TEMPLATE,
         clean_caption: bool = True,
+        max_sequence_length: int = TEXT_LENGTH,
         prompt_embeds: TextEmbeddings | Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
@@ -405,6 +410,7 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
             shift, schedule: instead of those of our scheduler; another one has its own settings.
             template, clean_caption: of ``text.encode``, for ``prompt``; the negative prompt is
                 taken without a template.
+            max_sequence_length: tokens of T5 that a prompt is cut to, and encoded with padding to.
             prompt_embeds, negative_prompt_embeds: encoded prompts in place of prompts: what
                 ``text.encode`` gives, or ``[B, L, D]`` with the two that follow.
             pooled_prompt_embeds, negative_pooled_prompt_embeds: ``[B, P]``.
@@ -499,8 +505,9 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
         device, dtype = self._execution_device, transformer.dtype
         if hasattr(transformer, "_reset_stateful_cache"):
             transformer._reset_stateful_cache()  # a run that failed may have left something
+        encoding = {"clean_caption": clean_caption, "max_sequence_length": max_sequence_length}
         text, negative_text = self._encoded(
-            positive, negative, guided, num_videos_per_prompt, template, clean_caption
+            positive, negative, guided, num_videos_per_prompt, encoding, template
         )
         branches = {"cond": text.to(device, dtype)}
         if negative_text is not None:
@@ -578,6 +585,7 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
             f"call, 'auto' or one of {list(skiparse.list_backends())}"
         )
 
+    @torch.no_grad()
     def frames_of(self, latents: Tensor) -> Iterator[Tensor]:
         """One video, in pieces as they are decoded, for a writer that keeps none of them.
 
@@ -590,8 +598,8 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
         Raises:
             FloatingPointError: if frames are not finite.
         """
-        for piece in self._pieces(latents):
-            yield piece.mul(255).round().to(torch.uint8).movedim(0, -1).contiguous()
+        yield from self._levels(latents)
+        self.maybe_free_model_hooks()  # or an offloaded VAE would stay where it was brought
 
     def _model(self, name: str) -> Any:
         """A component; ValueError if it is None."""
@@ -653,13 +661,13 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
         negative: Any,
         guided: bool,
         videos: int,
+        encoding: dict[str, Any],
         template: str,
-        clean_caption: bool,
     ) -> tuple[TextEmbeddings, TextEmbeddings | None]:
         """Both texts for each video; prompts that are no embeddings yet are encoded."""
         prompts = self._check_counts(positive, negative, videos) // videos
         if not isinstance(positive, TextEmbeddings):
-            positive = self.text.encode(positive, template=template, clean_caption=clean_caption)
+            positive = self.text.encode(positive, template=template, **encoding)
         if not guided:
             if negative is not None:
                 logger.warning(
@@ -668,7 +676,7 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
             return positive.repeated(videos), None
         if not isinstance(negative, TextEmbeddings):
             negative = self.text.encode(
-                NEGATIVE_PROMPT if negative is None else negative, clean_caption=clean_caption
+                NEGATIVE_PROMPT if negative is None else negative, **encoding
             )
         negative = TextEmbeddings.cat([negative] * (prompts // len(negative)))
         return positive.repeated(videos), negative.repeated(videos)
@@ -731,10 +739,14 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
             _check_finite(video, f"the VAE gave frames that are not finite ({vae.dtype})")
             yield video[0].float().add(1).div(2).clamp(0, 1).cpu()
 
+    def _levels(self, latents: Tensor) -> Iterator[Tensor]:
+        for piece in self._pieces(latents):
+            yield piece.mul(255).round().to(torch.uint8).movedim(0, -1).contiguous()
+
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         """Frames, one video after the other, a latent at a time."""
         if output_type in ("uint8", "pil"):
-            videos = [torch.cat(list(self.frames_of(latent))) for latent in latents]
+            videos = [torch.cat(list(self._levels(latent))) for latent in latents]
             if output_type == "uint8":
                 return torch.stack(videos)
             return [VaeImageProcessor.numpy_to_pil(v.numpy() / np.float32(255)) for v in videos]

@@ -15,7 +15,7 @@ import importlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -136,8 +136,11 @@ class Sampler(ABC):
         """Encode prompts, and what to stay away from; then let go of the text encoders."""
 
     @abstractmethod
-    def frames(self, prompt: str, noise: torch.Generator) -> Tensor:
-        """A video of an encoded prompt: uint8 ``[frames, height, width, 3]``, on the CPU.
+    def frames(self, prompt: str, noise: torch.Generator) -> Iterator[Tensor]:
+        """A video of an encoded prompt, in pieces as they are decoded.
+
+        Yields:
+            uint8 ``[n, height, width, 3]``, on the CPU.
 
         Raises:
             FloatingPointError: if latents or frames are not finite.
@@ -289,13 +292,23 @@ def run(
     for i in own:
         job = jobs[i]
         noise = torch.Generator("cpu").manual_seed(job.seed)  # the same on every device
-        frames = sampler.frames(job.prompt, noise)
+        pieces = sampler.frames(job.prompt, noise)
         if not context.first:
+            next(pieces)  # the denoiser has run when there are frames; the first process has all
             continue
-        write_json(job.sidecar, records[i])
-        if len(frames) == 1:
-            writer.write_image(job.video, frames[0])
+        pieces = _noted(pieces, job.sidecar, records[i])
+        if job.video.suffix == ".png":
+            writer.write_image(job.video, torch.cat(list(pieces))[0])
         else:
-            writer.write_video(job.video, frames, fps=asked.fps, crf=crf)
+            writer.write_video(job.video, pieces, fps=asked.fps, crf=crf)
         print(job.video)
     world.wait()
+
+
+def _noted(pieces: Iterator[Tensor], sidecar: Path, record: dict[str, Any]) -> Iterator[Tensor]:
+    """The pieces; behind the last, when all are known to be sound, the record is written.
+
+    The video gets its name after that, so none is without its record.
+    """
+    yield from pieces
+    write_json(sidecar, record)

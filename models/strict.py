@@ -102,13 +102,20 @@ class StrictModelMixin(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
 
         Raises:
             FileNotFoundError: if the path is no folder with a ``config.json``.
-            ValueError: with the first ten keys that are missing, unexpected or misshapen, or if
-                the path is a file. torch's default dtype is then what it was.
+            ValueError: with the first ten keys that are missing, unexpected or misshapen, if the
+                path is a file, or for quantization by GGUF, of which there are no such folders.
+                torch's default dtype is then what it was.
         """
         path = pretrained_model_name_or_path
         kwargs["local_files_only"] = kwargs.get("local_files_only") is not False
         if os.path.isfile(path):
             raise ValueError(f"{path} is a file; give the folder of a {cls.__name__} that holds it")
+        if getattr(kwargs.get("quantization_config"), "quant_method", None) == "gguf":
+            raise ValueError(
+                f"quantization_config: a {cls.__name__} is not read from GGUF, which holds weights "
+                "that were quantized before; take a TorchAoConfig, a QuantoConfig or a "
+                "BitsAndBytesConfig of diffusers, which quantize as they load"
+            )
         wants_info = kwargs.pop("output_loading_info", False)
         default = torch.get_default_dtype()
         try:

@@ -120,7 +120,7 @@ class TextEncoders:
         tokenizer_2: PreTrainedTokenizerBase | None,
         encoder_2: CLIPTextModelWithProjection | None,
     ) -> None:
-        self._cache: dict[str, tuple[Tensor, Tensor]] = {}
+        self._cache: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._made_by: list[Any] = [None] * len(PARTS)  # which four, weakly, so that they may go
         self.take(tokenizer, encoder, tokenizer_2, encoder_2)
 
@@ -175,6 +175,7 @@ class TextEncoders:
         *,
         template: str = "{prompt}",
         clean_caption: bool = True,
+        max_sequence_length: int = TEXT_LENGTH,
     ) -> TextEmbeddings:
         """The embeddings of ``prompts``, on the CPU, in the encoders' dtype.
 
@@ -184,25 +185,32 @@ class TextEncoders:
             prompts: one or several; ``""`` stands for no prompt.
             template: put around each, at ``{prompt}``.
             clean_caption: whether prompts go through :func:`clean`, as those of the training did.
+            max_sequence_length: tokens of T5 that a prompt is cut and padded to, at most the 512
+                that the released SUV was trained with.
 
         Raises:
             ValueError: if there are no prompts, the template has no place for one, one holds what
                 is no character or cleaning left nothing of it, or one is new and the encoders have
-                been freed.
+                been freed; for another length.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("prompts is empty; give at least one, '' for none in particular")
         if "{prompt}" not in template:
             raise ValueError(f"template must contain {{prompt}}, got {template!r}")
+        most = max_sequence_length
+        if not isinstance(most, int) or not 1 <= most <= TEXT_LENGTH:
+            raise ValueError(
+                f"max_sequence_length must be from 1 to {TEXT_LENGTH} tokens of T5, got {most!r}"
+            )
         for prompt in prompts:  # before any of them is cleaned
             check_text(prompt)
         texts = [cleaned(prompt) if clean_caption else prompt for prompt in prompts]
-        rows = [self._row(template.replace("{prompt}", text)) for text in texts]
+        rows = [self._row(template.replace("{prompt}", text), most) for text in texts]
         lengths = torch.tensor([len(text) for text, _ in rows])
         return TextEmbeddings(
-            torch.stack([functional.pad(t, (0, 0, 0, TEXT_LENGTH - len(t))) for t, _ in rows]),
-            torch.arange(TEXT_LENGTH) < lengths[:, None],
+            torch.stack([functional.pad(t, (0, 0, 0, most - len(t))) for t, _ in rows]),
+            torch.arange(most) < lengths[:, None],
             torch.stack([pooled for _, pooled in rows]),
         )
 
@@ -210,22 +218,22 @@ class TextEncoders:
         """Let go of the encoders; prompts encoded before are still served."""
         self.encoder = self.encoder_2 = None
 
-    def _row(self, prompt: str) -> tuple[Tensor, Tensor]:
+    def _row(self, prompt: str, most: int) -> tuple[Tensor, Tensor]:
         """T5's states of the real tokens, ``[length, D]``, and CLIP's vector, ``[P]``."""
-        if prompt not in self._cache:
-            self._cache[prompt] = self._encode(prompt)
-        return self._cache[prompt]
+        if (prompt, most) not in self._cache:
+            self._cache[prompt, most] = self._encode(prompt, most)
+        return self._cache[prompt, most]
 
     @torch.inference_mode(False)  # or what is kept could not be trained on
     @torch.no_grad()
-    def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
+    def _encode(self, prompt: str, most: int) -> tuple[Tensor, Tensor]:
         t5, clip = self.encoder, self.encoder_2
         if t5 is None or clip is None or self.tokenizer is None or self.tokenizer_2 is None:
             raise ValueError(
                 f"prompt {prompt!r} was not encoded before and the text encoders are gone; encode "
                 "it before they are freed, or load them again"
             )
-        ids, mask = _tokens(self.tokenizer, prompt, TEXT_LENGTH)
+        ids, mask = _tokens(self.tokenizer, prompt, most)
         device = get_module_execution_device(t5)  # where its weights come to, if they move
         states = t5(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
         ids, _ = _tokens(self.tokenizer_2, prompt, POOLED_LENGTH)

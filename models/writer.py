@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,7 +23,7 @@ MAX_FPS = 1000
 
 def write_video(
     path: str | os.PathLike[str],
-    frames: Tensor,
+    frames: Tensor | Iterable[Tensor],
     *,
     fps: float | Fraction = 24,
     crf: int = CRF,
@@ -32,18 +34,23 @@ def write_video(
 
     Args:
         path: ends in ``.mp4``; an older file of that name is replaced.
-        frames: uint8 ``[T, height, width, 3]``, RGB, any device; even height and width.
+        frames: uint8 ``[T, height, width, 3]``, RGB, any device; even height and width. Or such
+            pieces of one video, each written before the next is asked for.
         fps: frames per second, above 0.
         crf: x264's constant rate factor, 0 (lossless but for the colours) to 51 (worst).
 
     Raises:
-        ValueError: for arguments that make no sense, before anything is written.
+        ValueError: for arguments that make no sense, before anything is written; for a piece of
+            another size than the first, then nothing is.
     """
-    _check(path, ".mp4", frames, 4)
-    height, width = frames.shape[1:3]
+    _check_name(path, ".mp4")
+    check_settings(fps=fps, crf=crf)
+    pieces = iter([frames] if isinstance(frames, Tensor) else frames)
+    first = next(pieces, torch.empty(0, 0, 0, 3, dtype=torch.uint8))
+    _check(first, 4)
+    height, width = first.shape[1:3]
     if height % 2 or width % 2:
         raise ValueError(f"frames must have even height and width for 4:2:0, got {height}x{width}")
-    check_settings(fps=fps, crf=crf)
     rate = Fraction(fps).limit_denominator(100_000)
     options = {"movflags": "+faststart"}
     with (
@@ -55,17 +62,24 @@ def write_video(
         codec = stream.codec_context
         codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
         codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        for picture in frames:
-            frame = VideoFrame.from_ndarray(picture.cpu().contiguous().numpy(), format="rgb24")
-            container.mux(
-                stream.encode(
-                    frame.reformat(
-                        format="yuv420p",
-                        dst_colorspace=Colorspace.ITU709,
-                        dst_color_range=ColorRange.MPEG,
+        for piece in itertools.chain([first], pieces):
+            _check(piece, 4)
+            if piece.shape[1:3] != first.shape[1:3]:
+                raise ValueError(
+                    f"a piece of frames is {list(piece.shape)} and the first {list(first.shape)}; "
+                    "give frames of one size"
+                )
+            for picture in piece:
+                frame = VideoFrame.from_ndarray(picture.cpu().contiguous().numpy(), format="rgb24")
+                container.mux(
+                    stream.encode(
+                        frame.reformat(
+                            format="yuv420p",
+                            dst_colorspace=Colorspace.ITU709,
+                            dst_color_range=ColorRange.MPEG,
+                        )
                     )
                 )
-            )
         container.mux(stream.encode())
 
 
@@ -87,7 +101,8 @@ def write_image(path: str | os.PathLike[str], picture: Tensor) -> None:
     Raises:
         ValueError: for arguments that make no sense, before anything is written.
     """
-    _check(path, ".png", picture, 3)
+    _check_name(path, ".png")
+    _check(picture, 3)
     codec = av.CodecContext.create("png", "w")
     codec.height, codec.width = picture.shape[:2]
     codec.pix_fmt, codec.time_base = "rgb24", Fraction(1)
@@ -97,9 +112,12 @@ def write_image(path: str | os.PathLike[str], picture: Tensor) -> None:
         temporary.write_bytes(data)
 
 
-def _check(path: str | os.PathLike[str], suffix: str, pixels: Tensor, dims: int) -> None:
+def _check_name(path: str | os.PathLike[str], suffix: str) -> None:
     if Path(path).suffix.lower() != suffix:
         raise ValueError(f"path must end in {suffix}, got {os.fspath(path)!r}")
+
+
+def _check(pixels: Tensor, dims: int) -> None:
     if pixels.dtype != torch.uint8 or pixels.dim() != dims or pixels.shape[-1] != 3:
         shape = "[height, width, 3]" if dims == 3 else "[T, height, width, 3]"
         raise ValueError(

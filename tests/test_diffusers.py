@@ -26,14 +26,19 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    GGUFQuantizationConfig,
     PipelineQuantizationConfig,
     QuantoConfig,
     TorchAoConfig,
     UniPCMultistepScheduler,
+    hooks,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.hooks import (
+    FasterCacheConfig,
     FirstBlockCacheConfig,
+    LayerSkipConfig,
+    MagCacheConfig,
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
     group_offloading,
@@ -49,6 +54,7 @@ from skiparse.models import flow
 from skiparse.models.pipeline import TEMPLATE, SUVPipeline
 from skiparse.models.scheduler import FlowScheduler
 from skiparse.models.suv.model import SUV
+from skiparse.models.suv.sparsity import attention_cost
 from skiparse.models.wfvae.model import WFVAE
 
 CPU = torch.device("cpu")
@@ -425,6 +431,24 @@ class TestCalls:
                 prompt_attention_mask=torch.ones(1, 3), **asked,
             )  # fmt: skip
 
+    def test_prompts_are_cut(self, pipe):
+        """Of both; what they are padded to matters to nothing."""
+        noise = torch.randn(1, 4, 2, 4, 6)
+        asked = {**SIZE, "latents": noise, "output_type": "latent", "template": "{prompt}"}
+        asked["negative_prompt"] = "grey"
+        right = pipe("a cat", **asked).frames
+        close(pipe("a cat", **asked, max_sequence_length=16).frames, right, FORWARD)
+        cut = pipe("a cat", **asked, max_sequence_length=5).frames
+        close(
+            pipe("a ca", **asked).frames,
+            pipe("a ca", **asked, max_sequence_length=5).frames,
+            FORWARD,
+        )
+        assert not torch.allclose(cut, right, rtol=1e-3)
+        assert pipe.encode_prompt("a cat", max_sequence_length=16)[0].shape == (1, 16, 24)
+        with pytest.raises(ValueError, match="max_sequence_length must be from 1 to 512"):
+            pipe("a cat", **asked, max_sequence_length=1000)
+
     def test_arguments_by_place(self, pipe):
         noise = torch.randn(1, 4, 2, 4, 6)
         placed = pipe("a cat", "grey", 32, 48, 9, 4, 5.0, latents=noise, output_type="latent")
@@ -726,9 +750,22 @@ class TestLoading:
             a, b = getattr(pipe, name).state_dict(), getattr(found, name).state_dict()
             assert all(torch.equal(a[key], b[key]) for key in a)
 
-    def test_a_device_for_all(self, folder):
+    def test_a_device_for_all(self, folder, monkeypatch):
+        """Text encoders are told where to be, too, when they are loaded, behind a look at them."""
+        asked = {}
+        texts = transformers.T5EncoderModel, transformers.CLIPTextModelWithProjection
+        for kind in (SUV, WFVAE, *texts):
+
+            def told(path, *arguments, real=kind.from_pretrained, name=kind.__name__, **options):
+                asked.setdefault(name, []).append(options.get("device_map"))
+                return real(path, *arguments, **options)
+
+            monkeypatch.setattr(kind, "from_pretrained", told)
         found = SUVPipeline.from_pretrained(folder, device_map="cpu")
         assert found.text_encoder.device == found.transformer.device == CPU
+        places = [places[-1] for places in asked.values()]
+        assert len(places) == 4
+        assert all(place in ("cpu", {"": "cpu"}, {"": CPU}) for place in places)
 
     def test_eight_bits_for_parts(self, folder):
         pytest.importorskip("torchao")
@@ -767,6 +804,12 @@ class TestLoading:
         found.save_pretrained(tmp_path / "small", safe_serialization=kind == "quanto")
         again = SUV.from_pretrained(tmp_path / "small")
         assert torch.equal(again(*random_inputs(model)), out)
+
+    def test_gguf_is_refused(self, tmp_path):
+        model, _ = suv()
+        model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"not read from GGUF, .* take a TorchAoConfig"):
+            SUV.from_pretrained(tmp_path, quantization_config=GGUFQuantizationConfig())
 
     def test_an_average_is_loaded(self, tmp_path):
         model, _ = suv()
@@ -942,15 +985,59 @@ class TestCaches:
         found = pipe("a cat", **asked).frames
         assert len(calls) == (1 + sequential) * 5  # steps 0 to 2, 4 and 6 of 8
         assert 0 < (found - right).norm() < 0.5 * (right - noise).norm()
-        with pytest.raises(ValueError, match="is on; disable_cache"):
+        with pytest.raises(ValueError, match="by a TaylorSeerCacheConfig; call disable_cache"):
             pipe.transformer.enable_cache(config)
         pipe.transformer.disable_cache()
         assert torch.equal(pipe("a cat", **asked).frames, right)
 
+    @torch.no_grad()
+    def test_the_first_stage_decides_for_those_between(self):
+        """A step like the one before adds what they added then; the last stage is computed."""
+        model, _ = suv()
+        inputs = random_inputs(model)
+        other = [inputs[0] + 0.1 * torch.randn(inputs[0].shape, generator=seeded()), *inputs[1:]]
+        right, changed = model(*inputs), model(*other)
+        computed = []
+        for i, stage in enumerate(model.stages):
+            stage[0].register_forward_pre_hook(lambda m, x, i=i: computed.append(i))
+
+        def called(*inputs, context="cond"):
+            computed.clear()
+            with model.cache_context(context):
+                return model(*inputs)
+
+        model.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+        assert torch.equal(called(*inputs), right)
+        assert computed == [0, 1, 2, 3, 4]
+        close(called(*inputs), right, FORWARD)
+        assert computed == [0, 4]
+        assert 0 < (called(*other) - changed).norm() < 0.2 * changed.norm()
+        assert torch.equal(called(*other, context="uncond"), changed)
+        assert computed == [0, 1, 2, 3, 4]
+        model._reset_stateful_cache()
+        called(*inputs)
+        assert computed == [0, 1, 2, 3, 4]
+        model.disable_cache()
+        model.enable_cache(FirstBlockCacheConfig(threshold=1e-3))
+        called(*inputs)
+        assert torch.equal(called(*other), changed)
+        assert computed == [0, 1, 2, 3, 4]
+        model.disable_cache()
+        assert torch.equal(model(*inputs), right)
+
+        model.set_sparsity((2, 1, 4, 1, 2))  # orders 2, 2, 4, 4, 2
+        model.enable_cache(FirstBlockCacheConfig())
+        with pytest.raises(ValueError, match="give the second stage and the last but one the same"):
+            called(*inputs)
+        with pytest.raises(
+            ValueError, match="between the first stage and the last; this model has"
+        ):
+            suv(num_layers=(1,), sparsity=(1,))[0].enable_cache(FirstBlockCacheConfig())
+
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            (FirstBlockCacheConfig(), "FirstBlockCacheConfig does not fit a SUV, whose stages"),
+            (MagCacheConfig(calibrate=True), "MagCacheConfig does not fit a SUV, whose stages"),
             (PyramidAttentionBroadcastConfig(), "current_timestep_callback is needed"),
             (
                 PyramidAttentionBroadcastConfig(cross_attention_block_skip_range=3),
@@ -968,6 +1055,41 @@ class TestCaches:
             model.enable_cache(config)
         assert not model.is_cache_enabled
 
+    @pytest.mark.parametrize(
+        ("function", "config"),
+        [
+            (hooks.apply_first_block_cache, FirstBlockCacheConfig()),
+            (hooks.apply_mag_cache, MagCacheConfig(calibrate=True)),
+            (hooks.apply_taylorseer_cache, TaylorSeerCacheConfig()),
+            (hooks.apply_taylorseer_cache, TaylorSeerCacheConfig(use_lite_mode=True)),
+            (
+                hooks.apply_pyramid_attention_broadcast,
+                PyramidAttentionBroadcastConfig(current_timestep_callback=lambda: 500),
+            ),
+            (
+                hooks.apply_pyramid_attention_broadcast,
+                PyramidAttentionBroadcastConfig(
+                    spatial_attention_block_skip_range=2,
+                    spatial_attention_block_identifiers=("stages",),
+                    current_timestep_callback=lambda: 500,
+                ),
+            ),
+            (hooks.apply_faster_cache, FasterCacheConfig(spatial_attention_block_skip_range=2)),
+            (hooks.apply_layer_skip, LayerSkipConfig(indices=[0])),
+        ],
+    )
+    def test_functions_that_would_find_nothing_are_refused(self, function, config):
+        """Those of diffusers, which look for its own names and classes, and then say nothing."""
+        model, call = suv()
+        keys, right = set(model.state_dict()), call()
+        with pytest.raises(ValueError, match="call enable_cache of the model, with a Py"):
+            function(model, config)
+        assert set(model.state_dict()) == keys
+        if function is not hooks.apply_faster_cache:  # which has changed the model before
+            assert torch.equal(call(), right)
+        with pytest.raises(ValueError, match="no attention of diffusers' that '_native_npu' could"):
+            model.disable_npu_flash_attention()
+
 
 class TestGraphs:
     def test_without_memory(self):
@@ -983,6 +1105,39 @@ class TestGraphs:
             with torch.no_grad():
                 moments = vae.encode(VIDEO.to("meta")).latent_dist.parameters
                 assert vae.decode(moments.chunk(2, 1)[0]).sample.shape == VIDEO.shape
+
+    @torch.no_grad()
+    def test_the_published_size_without_memory(self):
+        """Of a video of 121x576x1024: what is known of it from counting, by hand, is what it tells.
+
+        Biases, norms and additions count nothing.
+        """
+        latents, text = (1, 32, 16, 72, 128), 300
+        with torch.device("meta"), FlopCounterMode(display=False) as flops:
+            model = SUV(**SUV.presets["v1.5"]).bfloat16()
+            config = model.config
+            out = model(
+                torch.empty(latents, dtype=torch.bfloat16),
+                torch.empty(1),
+                torch.empty(1, text, config.text_channels, dtype=torch.bfloat16),
+                torch.empty(1, config.pooled_channels, dtype=torch.bfloat16),
+            )
+        assert out.shape == (1, config.out_channels, *latents[2:])
+        tokens, width = 16 * 36 * 64, config.num_heads * config.head_dim
+        attention = sum(
+            attention_cost(tokens, text, k, width) * number
+            for k, number in zip(config.sparsity, config.num_layers, strict=True)
+        )
+        products = 0
+        for name, x in model.named_parameters():
+            if x.ndim > 1:
+                rows = text if "text_" in name else tokens
+                if "timestep_embed" in name or "pooled_embed" in name or ".linear." in name:
+                    rows = tokens if name.startswith("skips") else 1
+                if name.startswith("text_skips"):
+                    rows = text
+                products += 2 * rows * x.numel()
+        assert flops.get_total_flops() == attention + products
 
     @torch.no_grad()
     def test_an_autoencoder_in_one_graph(self):

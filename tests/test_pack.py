@@ -452,7 +452,7 @@ def test_a_layer_of_suv_gives_the_same_packed(pattern, dtype, monkeypatch):
     attention = blocks.JointAttention(2, 16, EPS, last=False)
     for norm in (attention.norm_q, attention.norm_k, attention.text_norm_q, attention.text_norm_k):
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
-    angles = torch.from_numpy(rotary_angles((3, 4, 4), 16))
+    angles = rotary_angles((3, 4, 4), 16)
     inputs = (torch.randn(2, 48, 32), torch.randn(2, 5, 32), angles.cos(), angles.sin())
     grads = [torch.randn(x.shape) for x in inputs[:2]]
     given = (inputs, grads, pattern, attention)

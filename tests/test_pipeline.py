@@ -29,6 +29,7 @@ from test_text import tiny_encoders
 import skiparse.models
 from skiparse.cli import main
 from skiparse.models import flow, vbench, writer
+from skiparse.models import sample as by_command
 from skiparse.models.data.video import probe
 from skiparse.models.pipeline import NEGATIVE_PROMPT, TEMPLATE, SUVPipeline
 from skiparse.models.suv.model import SUV
@@ -384,8 +385,8 @@ def test_both_prompts_are_cleaned_or_neither(pipe, monkeypatch):
     for clean in (True, False):
         pipe("A Cat", negative_prompt="A Dog", clean_caption=clean, **SIZE)
         assert asked == [
-            ("A Cat", {"template": TEMPLATE, "clean_caption": clean}),
-            ("A Dog", {"clean_caption": clean}),
+            ("A Cat", {"template": TEMPLATE, "clean_caption": clean, "max_sequence_length": 512}),
+            ("A Dog", {"clean_caption": clean, "max_sequence_length": 512}),
         ]
         asked.clear()
 
@@ -419,6 +420,55 @@ def test_sample_writes_a_video_and_its_record(saved, pipe, tmp_path):
     frames = pipe(record["prompt"], generator=noise, **settings, **UINT8).frames[0]
     writer.write_video(tmp_path / "again.mp4", frames, crf=record["crf"])
     assert (tmp_path / "again.mp4").read_bytes() == out.read_bytes()
+
+
+@pytest.fixture
+def streaming(pipe, tmp_path):
+    """A folder whose autoencoder decodes in pieces."""
+    pipe.vae = WFVAE(**WFVAE.presets["tiny"] | {"latent_channels": 4})
+    pipe.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_sample_holds_no_whole_video(streaming, tmp_path, monkeypatch):
+    """Frames are written as they are decoded; the record when all are sound."""
+    events = []
+
+    class Frames:
+        @staticmethod
+        def from_ndarray(*arguments, real=writer.VideoFrame.from_ndarray, **options):
+            events.append("frame")
+            return real(*arguments, **options)
+
+    def noted(*arguments, real=by_command.write_json):
+        events.append("record")
+        real(*arguments)
+
+    def pieces(*arguments, real=SUVPipeline._pieces):
+        for piece in real(*arguments):
+            events.append("piece")
+            yield piece
+
+    monkeypatch.setattr(writer, "VideoFrame", Frames)
+    monkeypatch.setattr(by_command, "write_json", noted)
+    monkeypatch.setattr(SUVPipeline, "_pieces", pieces)
+    out = tmp_path / "x.mp4"
+    assert sample(streaming, "--prompt", "a cat", "--out", out, "--frames", 17) == 0
+    groups = [(what, len(list(group))) for what, group in itertools.groupby(events)]
+    assert sum(length for what, length in groups if what == "frame") == 17
+    assert [what for what, _ in groups] == ["piece", "frame"] * events.count("piece") + ["record"]
+    assert events.count("piece") == 3
+
+
+def test_a_video_that_fails_at_its_end_leaves_nothing(streaming, tmp_path, monkeypatch, capsys):
+    def fails(*arguments, real=SUVPipeline._pieces):
+        yield next(real(*arguments))
+        raise FloatingPointError("the VAE gave frames that are not finite")
+
+    monkeypatch.setattr(SUVPipeline, "_pieces", fails)
+    assert sample(streaming, "--prompt", "a cat", "--out", tmp_path / "x.mp4", "--frames", 17) == 1
+    assert "frames that are not finite" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
 def test_sample_writes_a_picture(saved, pipe, tmp_path):

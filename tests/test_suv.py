@@ -923,3 +923,51 @@ def test_a_whole_model_compiles_and_exports(masked):
         close(compiled(*inputs, **masks), right, FORWARD)
         exported = torch.export.export(model, tuple(inputs), masks, strict=False)
         close(exported.module()(*inputs, **masks), right, FORWARD)
+
+
+def for_any_size(model, reorder=False):
+    """A graph of ``model`` for any size of video and length of text, whose mask it takes."""
+    inputs, (t, h, w) = random_inputs(model), torch.export.dims("t", "h", "w")
+    length = torch.export.Dim("length")
+    mask = torch.ones(2, inputs[2].shape[1], dtype=torch.bool)
+    shapes = {
+        "latents": {2: t, 3: 2 * h, 4: 2 * w},
+        "timestep": None,
+        "text": {1: length},
+        "pooled": None,
+        "text_mask": {1: length},
+        "reorder": None,
+    }
+    options = {"text_mask": mask, "reorder": reorder}
+    with torch.no_grad():
+        return torch.export.export(model, tuple(inputs), options, dynamic_shapes=shapes)
+
+
+def masked_inputs(model, **changes):
+    inputs = random_inputs(model, **changes)
+    length = inputs[2].shape[1]
+    return inputs, {"text_mask": (torch.arange(length) < length - 2).expand(2, -1)}
+
+
+def test_a_graph_for_any_size():
+    model = small().eval()
+    graph = for_any_size(model).module()
+    for grid in ((3, 4, 6), (1, 8, 4), (2, 6, 10)):
+        inputs, mask = masked_inputs(model, grid=grid)
+        with torch.no_grad():
+            close(graph(*inputs, **mask, reorder=False), model(*inputs, **mask), FORWARD)
+    with pytest.raises(ValueError, match="pass reorder=False to export a model for videos of any"):
+        for_any_size(model, reorder=True)
+
+
+@pytest.mark.full
+def test_a_library_for_any_size(tmp_path):
+    """Compiled ahead of time, by Inductor."""
+    model = small().eval()
+    path = str(tmp_path / "suv.pt2")
+    torch._inductor.aoti_compile_and_package(for_any_size(model), package_path=path)
+    library = torch._inductor.aoti_load_package(path)
+    for grid in ((3, 4, 6), (2, 6, 10)):
+        inputs, mask = masked_inputs(model, grid=grid)
+        with torch.no_grad():
+            close(library(*inputs, **mask, reorder=False), model(*inputs, **mask), FORWARD)

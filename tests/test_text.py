@@ -119,6 +119,22 @@ def test_t5_does_not_see_the_padding(encoders):
     assert (found.text[:, : short.shape[1]] - exact).abs().max() <= 2 * own
 
 
+def test_a_prompt_may_be_cut_to_less(encoders):
+    """As a tokenizer cuts it: its end goes, not that of a text."""
+    short = encoders.encode("rain", max_sequence_length=8)
+    assert short.text_mask.tolist() == [[True] * 5 + [False] * 3]
+    torch.testing.assert_close(short.text[:, :5], encoders.encode("rain").text[:, :5])
+    cut = encoders.encode("rain over the sea", max_sequence_length=8)
+    with torch.no_grad():
+        tokens = encoders.tokenizer("rain ov", return_tensors="pt")
+        torch.testing.assert_close(cut.text, encoders.encoder(**tokens).last_hidden_state)
+    for wrong in (0, 513, 7.5, None):
+        with pytest.raises(
+            ValueError, match="max_sequence_length must be from 1 to 512 tokens of T5"
+        ):
+            encoders.encode("rain", max_sequence_length=wrong)
+
+
 def test_neighbours_do_not_matter(encoders):
     prompts = ["a cat", "a dog in the snow, seen from far away", ""]
     together = encoders.encode(prompts)

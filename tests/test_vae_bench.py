@@ -23,7 +23,8 @@ TINY = {
     "encoder_res_blocks": 1,
     "decoder_res_blocks": 1,
 }
-SIZE = vae.Size(TINY, (9, 16, 16), ("wfvae.whole", "wfvae.chunked"), (16, 16), frames=(9,))
+WAYS = ("wfvae.whole", "wfvae.chunked", "wfvae.streamed")
+SIZE = vae.Size(TINY, (9, 16, 16), WAYS, (16, 16), frames=(9,))
 ALL = dataclasses.replace(vae.SIZES["cpu"], video=(9, 16, 16))
 
 
@@ -56,10 +57,10 @@ def test_run_prints_tables_and_writes_rows(here, tmp_path, capsys):
     out = capsys.readouterr().out
     cases = [(row["case"], row["backend"]) for row in rows]
     for direction in vae.DIRECTIONS:
-        for way in ("whole", "chunked"):
+        for way in WAYS:
             for what in ("time.9x16x16", "memory.9x16x16"):
-                assert cases.count((f"vae.{direction}.{what}", f"wfvae.{way}")) == 1
-    assert len(rows) == 8
+                assert cases.count((f"vae.{direction}.{what}", way)) == 1
+    assert len(rows) == 12
     for row in rows:
         assert row["peak_extra_mib"] >= 0
         if "time" in row["case"]:

@@ -35,6 +35,26 @@ def test_colours_and_order_survive(tmp_path, height):
     assert worst <= math.ceil(bound)
 
 
+def test_pieces_are_written_one_by_one(tmp_path):
+    taken = []
+
+    def pieces():
+        for piece in clip().split([1, 3, 2]):
+            taken.append(len(piece))
+            yield piece
+
+    writer.write_video(tmp_path / "a.mp4", pieces())
+    writer.write_video(tmp_path / "b.mp4", clip())
+    assert taken == [1, 3, 2]
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    sizes = iter([clip(), clip(96)])
+    with pytest.raises(ValueError, match=r"is \[6, 96, 64, 3\] and the first \[6, 48, 64, 3\]"):
+        writer.write_video(tmp_path / "c.mp4", sizes)
+    with pytest.raises(ValueError, match="path must end in"):
+        writer.write_video(tmp_path / "c.avi", sizes)
+    assert {file.name for file in tmp_path.iterdir()} == {"a.mp4", "b.mp4"}
+
+
 def test_players_are_told_everything(tmp_path):
     path = tmp_path / "x.mp4"
     writer.write_video(path, clip(), fps=12)
@@ -148,6 +168,7 @@ def test_a_frame_that_fails_leaves_nothing(tmp_path, monkeypatch):
         ({"frames": clip()[0]}, "got torch.uint8 \\[48, 64, 3\\]"),
         ({"frames": clip().permute(0, 3, 1, 2)}, "got torch.uint8 \\[6, 3, 48, 64\\]"),
         ({"frames": clip()[:0]}, "no pixels to write"),
+        ({"frames": iter([])}, "no pixels to write"),
         ({"frames": clip(47)}, "even height and width for 4:2:0, got 47x64"),
         ({"fps": 0}, "fps must be above 0 and at most 1000, got 0"),
         ({"fps": math.nan}, "fps must be above 0"),

@@ -171,7 +171,7 @@ def parts_of(
         )
     block = block.to(rounded).to(dtype or rounded).to(device)
     norm, attn = block.norm1.norm, block.attn
-    angles = torch.from_numpy(rotary_angles(size.grid, size.head_dim)).to(device)
+    angles = rotary_angles(size.grid, size.head_dim).to(device)
     rotary = angles.cos(), angles.sin()
     weights = attn.norm_q.weight, attn.norm_k.weight
 

@@ -1,4 +1,4 @@
-"""What WF-VAE costs: time, arithmetic and memory, in chunks and whole, beside other autoencoders.
+"""What WF-VAE costs: time, arithmetic and memory, whole and in pieces, beside other autoencoders.
 
 On a GPU, the released size codes 121 frames of 576 x 1024 in chunks. On a CPU, a small one codes 17
 frames of 128 x 128, in turns with AutoencoderKLWan and AutoencoderKLCogVideoX of diffusers, built
@@ -6,9 +6,11 @@ with about as many parameters and latent channels. All weights are random: nothi
 pictures here. The others make a latent of 4 frames where WF-VAE makes one of 8; the video is the
 same. They always work in chunks of their own.
 
-Nothing is timed before chunks have given what the whole gives, in fp64 on a small video. Arithmetic
-is counted on the operators that run, products and sums apart, so a share of a device's peak can be
-read off. Memory is beyond input and output; on a CPU each figure is from a process of its own.
+In chunks the result is put together again; streamed, each piece is let go of, as by a writer of
+videos. Nothing is timed before chunks have given what the whole gives, in fp64 on a small video.
+Arithmetic is counted on the operators that run, products and sums apart, so a share of a device's
+peak can be read off. Memory is beyond input and output; on a CPU each figure is from a process of
+its own.
 """
 
 from __future__ import annotations
@@ -72,7 +74,10 @@ class Size:
 SIZES = {
     "cuda": Size(WFVAE.presets["v1.5-M"], RELEASED, ("wfvae.chunked",), (576, 1024)),
     "cpu": Size(
-        SMALL, (17, 128, 128), ("wfvae.whole", "wfvae.chunked", "wan", "cogvideox"), (64, 64)
+        SMALL,
+        (17, 128, 128),
+        ("wfvae.whole", "wfvae.chunked", "wfvae.streamed", "wan", "cogvideox"),
+        (64, 64),
     ),
 }
 
@@ -174,7 +179,10 @@ def inputs(name: str, size: Size, video: tuple[int, int, int]) -> dict[str, Tens
 
 
 def call(name: str, model: Any, direction: str) -> Callable[[Tensor], Tensor]:
-    """Video to the mean of its latents, or latents to video, as a contender does it."""
+    """Video to the mean of its latents, or latents to video, as a contender does it.
+
+    What is streamed comes to nothing.
+    """
     chunks: dict[str, int] = {}
     if name == "wfvae.chunked":
         chunks = (
@@ -185,6 +193,12 @@ def call(name: str, model: Any, direction: str) -> Callable[[Tensor], Tensor]:
 
     @torch.no_grad()
     def code(x: Tensor) -> Tensor:
+        if name == "wfvae.streamed":
+            piece = CHUNK * (model.temporal_factor if direction == "encode" else 1)
+            stream = model.encode_stream if direction == "encode" else model.decode_stream
+            for _ in stream(x.split(piece, 2)):
+                pass
+            return x.new_empty(0)
         if direction == "encode":
             return model.encode(x, **chunks).latent_dist.mean
         return model.decode(x, **chunks).sample

@@ -154,6 +154,7 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         self._tables: dict[tuple[Any, ...], Any] = {}
         self._sharing: Processes | None = None  # that share the tokens
 
+        self.blocks = caching.no_row()  # without weights
         patch = (patch_size[1], patch_size[2])
         self.patch_embed = nn.Conv2d(in_channels, width, patch, stride=patch)
         self.timestep_embed = ConditionMLP(timestep_channels, timestep_channels)
@@ -231,7 +232,7 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
                 masked text reaches nothing, and a k = 8 layer 15 % cheaper; False keeps it, and so
                 does a whole model that is compiled.
             reorder: keep tokens in skip order, where both patterns are views. The velocity is the
-                same; False keeps natural order.
+                same; False keeps natural order, which ``torch.export`` for any size of video needs.
             backend: of ``skiparse.joint_attention``.
             attention_kwargs: ``{"scale": s}`` weighs the adapters of this call.
             return_dict: True for :class:`SUVOutput`, False for a tuple of one; None for the
@@ -314,11 +315,9 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
                 f"latents must be [batch, {config.in_channels}, t, h, w], got {list(latents.shape)}"
             )
         B, _, *size = latents.shape
-        nearest = [
-            max(round(length / patch), 1) * patch
-            for length, patch in zip(size, config.patch_size, strict=True)
-        ]
-        if size != nearest:
+        patches = list(zip(size, config.patch_size, strict=True))
+        if any(length % patch or length < 1 for length, patch in patches):
+            nearest = [max(round(length / patch), 1) * patch for length, patch in patches]
             raise ValueError(
                 f"latents have t, h, w = {size}, which patches of {config.patch_size} do not fill; "
                 f"the nearest valid size is {nearest}"
@@ -336,7 +335,7 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
                 raise ValueError(
                     f"{name} is on {x.device} but latents are on {latents.device}; move it there"
                 )
-        t, h, w = (n // patch for n, patch in zip(size, config.patch_size, strict=True))
+        t, h, w = (length // patch for length, patch in patches)
         return t, h, w
 
     def _keys(
@@ -395,6 +394,11 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         """How the tokens lie: of this process alone, or of those that share them."""
         config = self.config
         if self._sharing is None:
+            if reorder and isinstance(tokens, torch.SymInt):
+                raise ValueError(
+                    "reorder=True is for one number of tokens; pass reorder=False to export a "
+                    "model for videos of any size"
+                )
             return Plan.of(tokens, config.sparsity, reorder=reorder)
         layers, heads, skips = config.num_layers, config.num_heads, len(self.skips) > 0
         group = self._sharing.group
@@ -420,7 +424,7 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         def make() -> tuple[Tensor, Tensor]:
             angles = rotary_angles(grid, self.config.head_dim)
             index = plan.permutation(NATURAL, order)
-            table = torch.from_numpy(angles if index is None else angles[index])
+            table = angles if index is None else angles[torch.from_numpy(index)]
             return table.cos().to(device), table.sin().to(device)
 
         return self._kept((grid, order, device), make)
@@ -563,22 +567,31 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         self.set_attention_backend("npu")
 
     def enable_cache(self, config: Any) -> None:
-        """Take attention from the step before, by a cache of diffusers'; ``disable_cache`` ends it.
+        """Take something from steps before, by a cache of diffusers'; ``disable_cache`` ends it.
 
         Args:
             config: a ``PyramidAttentionBroadcastConfig``, whose spatial range and timesteps hold
-                for every attention, or a ``TaylorSeerCacheConfig``. Where that names no modules it
-                predicts every attention; in its lite mode the last projection, and blocks are left
-                out.
+                for every attention; a ``TaylorSeerCacheConfig``, which where it names no modules
+                predicts every attention, in its lite mode the last projection, and blocks are left
+                out; or a ``FirstBlockCacheConfig``, which where the first stage adds about what it
+                did before leaves out all but it and the last one.
 
         Raises:
             ValueError: for other caches, which compare what goes in and out of a row of blocks,
                 where the stages of a U come back; for settings that concern nothing here.
         """
         if self.is_cache_enabled:
-            raise ValueError(f"{type(self._cache_config).__name__} is on; disable_cache() first")
+            raise ValueError(
+                f"Caching has already been enabled, by a {type(self._cache_config).__name__}; call "
+                "disable_cache() first"
+            )
         self._cache_config = caching.apply(self, config)
         HookRegistry.check_if_exists_or_initialize(self).invalidate_child_registries_cache()
+
+    def enable_group_offload(self, *arguments: Any, **options: Any) -> None:
+        """As of any model of diffusers."""
+        with caching.row_aside(self):
+            super().enable_group_offload(*arguments, **options)
 
     def set_checkpointing(self, stages: Sequence[str]) -> None:
         """What each stage computes again in the backward pass instead of keeping it.

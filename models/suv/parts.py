@@ -146,8 +146,12 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor | float | None) 
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    """In the dtypes that are given; tensors without memory know no autocast."""
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+    """In the dtypes that are given; tensors without memory know no autocast.
+
+    None is turned off where none is on: each costs time, and in ``torch.export`` very much of it.
+    """
+    on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def _keeps_inputs(*inputs: Any) -> bool:

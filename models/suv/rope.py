@@ -24,8 +24,8 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
     return head_dim // 16 * 4, head_dim // 16 * 6, head_dim // 16 * 6
 
 
-def rotary_angles(grid: tuple[int, int, int], head_dim: int) -> np.ndarray:
-    """The angle of every pair of dimensions at every token: fp32 ``[N, head_dim / 2]``.
+def rotary_angles(grid: tuple[int, int, int], head_dim: int) -> Tensor:
+    """The angle of every pair of dimensions at every token: fp32 ``[N, head_dim / 2]``, on the CPU.
 
     Tokens are in order of (t, h, w); positions are integers from 0. The pairs of an axis adjoin,
     time first. Pair ``i`` of an axis of ``n`` dimensions turns by ``10000**(-2i/n)`` a position.
@@ -35,11 +35,12 @@ def rotary_angles(grid: tuple[int, int, int], head_dim: int) -> np.ndarray:
     parts = []
     for axis, dim in enumerate(axis_dims(head_dim)):
         frequency = 1.0 / BASE ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))
-        angle = np.arange(grid[axis], dtype=np.float32)[:, None] * frequency.astype(np.float32)
+        place = torch.arange(grid[axis], dtype=torch.float32, device="cpu")
         shape = [1, 1, 1, dim // 2]
         shape[axis] = grid[axis]
-        parts.append(np.broadcast_to(angle.reshape(shape), (*grid, dim // 2)))
-    return np.concatenate(parts, -1).reshape(-1, head_dim // 2)
+        angle = (place[:, None] * torch.from_numpy(frequency)).view(shape)
+        parts.append(angle.expand(*grid, dim // 2))
+    return torch.cat(parts, -1).flatten(0, 2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -63,14 +63,13 @@ class SUVSampler(Sampler):
             self.pipeline.text.encode(self.settings["negative_prompt"])
         self.pipeline.free_text_encoders()
 
-    def frames(self, prompt: str, noise: torch.Generator) -> Tensor:
-        """As the pipeline makes them."""
+    def frames(self, prompt: str, noise: torch.Generator) -> Iterator[Tensor]:
+        """As the pipeline makes them, a latent at a time."""
         made = self.pipeline(
             prompt,
             generator=noise,
             sequential_cfg=self.asked.sequential_cfg,
-            output_type="uint8",
+            output_type="latent",
             **self.settings | self.images,
         )
-        found: Tensor = made.frames[0]
-        return found
+        yield from self.pipeline.frames_of(made.frames[0])

@@ -6,7 +6,7 @@ Layers become sparse as ``config["skiparse"]`` of a transformer says, of OSP-Nex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +164,8 @@ class WanSampler(Sampler):
         self.pipeline.text_encoder = None
         self.pipeline.maybe_free_model_hooks()  # which hold on to models until they are renewed
 
-    def frames(self, prompt: str, noise: torch.Generator) -> Tensor:
-        """As the pipeline makes them."""
+    def frames(self, prompt: str, noise: torch.Generator) -> Iterator[Tensor]:
+        """As the pipeline makes them: all in one piece."""
         given = {"prompt_embeds": prompt}
         if "negative_prompt" in self.settings:
             given["negative_prompt_embeds"] = self.settings["negative_prompt"]
@@ -182,7 +182,7 @@ class WanSampler(Sampler):
             raise FloatingPointError(
                 f"the VAE gave frames that are not finite ({self.pipeline.vae.dtype})"
             )
-        return levels(made.frames)[0].cpu()
+        yield levels(made.frames)[0].cpu()
 
     def _check_latents(
         self, pipeline: Any, step: int, timestep: Tensor, found: dict[str, Tensor]
