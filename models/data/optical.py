@@ -42,8 +42,8 @@ class Flow:
 def _pair(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> tuple[float, float]:
     """Of two pictures ``[H, W]``: the path, and the difference that it leaves, in [0, 1]."""
     height, width = before.shape
-    flow = np.zeros((height, width, 2), np.float32)
-    flow = cv2.calcOpticalFlowFarneback(before, after, flow, *_SETTINGS)
+    made = np.zeros((height, width, 2), np.float32)
+    flow = cv2.calcOpticalFlowFarneback(before, after, made, *_SETTINGS)
     path = np.linalg.norm(flow.astype(np.float64), axis=2).mean() / math.hypot(height, width)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     moved = cv2.remap(after, x + flow[..., 0], y + flow[..., 1], cv2.INTER_LINEAR,
