@@ -132,11 +132,13 @@ def score(
     jobs = [each for each in list(enumerate(every))[number::count] if not each[1].exists()]
     with ExitStack() as stack:
         do: Callable[..., Iterable[None]] = map
-        if workers:
+        work = partial(_part, job=job, scorers=scorers)
+        if workers:  # where each loads them by itself
+            work = partial(_part, job=job, scorers=None)
             context = multiprocessing.get_context("spawn")
             do = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context)).map
         bar = stack.enter_context(tqdm(None, "scoring", len(jobs), unit="part", disable=None))
-        for _ in do(partial(_part, job=job), jobs):
+        for _ in do(work, jobs):
             bar.update()
     return sum(file.exists() for file in every), len(every)
 
@@ -177,7 +179,7 @@ class _Job:
     digest: str
 
 
-@functools.cache  # a process loads them once
+@functools.cache  # a process of a pool loads them once
 def _scorers(tools: Tools, device: str) -> Scorers:
     return Scorers.of(tools, device)
 
@@ -193,10 +195,10 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _part(part: tuple[int, Path], job: _Job) -> None:
+def _part(part: tuple[int, Path], job: _Job, scorers: Scorers | None) -> None:
     """Score one part, and write it."""
     number, path = part
-    scorers = _scorers(job.tools, job.device)
+    scorers = scorers or _scorers(job.tools, job.device)
     rows = range(number * job.rows, min((number + 1) * job.rows, len(job.manifest)))
     with _one_thread():
         found = [
