@@ -35,7 +35,7 @@ stages:
     learning_rate: 1.0e-3
     global_batch: 2
     sparsity: [1, 2, 4, 2, 1]
-    rule: {frames: 9, fps: 24, size: [32, 64], longest: 100, minority: 0}
+    rule: {frames: 9, fps: 24, size: [32, 64], longest: 100, min_aspect: 0.3, minority: 0}
 """
 
 
@@ -43,7 +43,7 @@ def shards(folder: Path) -> None:
     """Two, of five videos and an image, and their metadata; one is dark, one a duplicate."""
     films = {
         1: film(scene(1, 24, level=0.6)),
-        2: film(scene(2, 12, level=0.6), scene(3, 13, level=0.7)),
+        2: film(scene(2, 12, level=0.5), scene(3, 13, level=0.85)),
         3: film(written(scene(4, 24, level=0.6))),
         4: film(scene(5, 24, level=0.2)),
         5: film(scene(1, 24, level=0.6)),

@@ -255,9 +255,8 @@ class Filter:
             if isinstance(count, int) and count:
                 print(f"{count} {what}")
         print(report.line)
-        print(
-            f"clips: {Path(self.out) / importing.SOURCE}; report: {Path(self.out) / filtering.PAGE}"
-        )
+        print(f"what was dropped, with pictures: {Path(self.out) / filtering.PAGE}")
+        print(f"clips: {Path(self.out) / importing.SOURCE}")
 
 
 @dataclass(frozen=True, kw_only=True)
