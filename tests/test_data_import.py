@@ -183,6 +183,30 @@ def test_a_clip_that_was_replaced_in_a_shard_is_noticed(clips: Path, tmp_path: P
     assert not was.is_of(tmp_path / path, full=True)
 
 
+def test_of_a_long_clip_both_ends_are_compared(tmp_path: Path) -> None:
+    """Of the clip, not of its shard; what lies between them only if all is asked for."""
+    path = tmp_path / "0.tar"
+    data = bytearray(random.Random(0).randbytes(500_000))
+    where = tmp_path / address("0.tar", 100_000, 300_000, "a.mp4")
+    path.write_bytes(data)
+    was = Content.of(Span.of(where))
+    for time, (at, seen, full) in enumerate(
+        (
+            (99_999, False, False),
+            (100_000, True, True),
+            (250_000, False, True),
+            (399_999, True, True),
+            (400_000, False, False),
+        )
+    ):
+        data[at] ^= 1
+        path.write_bytes(data)
+        data[at] ^= 1
+        os.utime(path, (time, time))
+        assert was.is_of(where) != seen
+        assert was.is_of(where, full=True) != full
+
+
 def test_shards_that_are_cut_off_are_refused_before_work(tmp_path: Path) -> None:
     for n in range(3):
         images(tmp_path / "in" / f"{n}.tar", [n])
@@ -349,6 +373,25 @@ def test_a_list_over_shards(tmp_path: Path) -> None:
     rule = Rule(frames=9, fps=25, size=SIZE, longest=100)
     data = Clips(read, assign(read, rule, 0), rule)
     assert [int(data.read(Place(0, 0, n)).frames.unique()) for n in range(3)] == [4, 1, 2]
+    how = {"files": tmp_path / "in", "duplicates": "content"}
+    report = bring("recap", source, tmp_path / "content", **how)  # whatever the list says of hashes
+    assert (report.used, report.dropped) == (4, {"a row without a file": 1})
+
+
+def test_addresses_of_one_hash_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images(tmp_path / "in" / "0.tar", [1, 2, 3])
+    rows = [{"url": f"http://host/{n}", "text": f"{n}"} for n in (3, 9, 1, 2)]
+    source = table(tmp_path / "list.parquet", rows)
+    real = importing._halves
+    monkeypatch.setattr(
+        importing, "_halves", lambda text: (1, 2) if text.startswith("http") else real(text)
+    )
+    given = {"files": tmp_path / "in", "columns": ["width=", "height="]}
+    assert bring("coyo", source, tmp_path / "out", **given).used == 3
+    found = [(row["cap"][0], row["path"].rpartition("!")[2]) for row in lines(tmp_path / "out")]
+    assert found == [(f"{n}", f"{n:09}.png") for n in (3, 1, 2)]
 
 
 def test_a_list_without_the_column_is_refused_before_work(tmp_path: Path) -> None:
