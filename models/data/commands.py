@@ -222,8 +222,9 @@ class Filter:
     Args:
         scores: a folder of ``skiparse data score``, complete.
         out: another folder; its data.txt is a SOURCE.
-        thresholds: a file as models/data/v1.3.yaml; what is not in it is as there.
-        without: what was not scored and is not asked for: text, aesthetic, technical.
+        thresholds: a file as models/data/v1.3.yaml, for what is to differ from it; default: none.
+        without: what was not scored and is not asked for: text, aesthetic, technical; default:
+            none.
         shown: pieces at each side of a threshold, as pictures.
         limits: the largest files to decode for those.
     """

@@ -15,10 +15,12 @@ class Tools:
     Args:
         motion: flow, by OpenCV and without weights; or LPIPS, as safetensors of its VGG or as
             TorchScript of two pictures; or TorchScript of one picture, which gives features.
-        text: TorchScript of a picture in [0, 1], to boxes of text, x0, y0, x1, y1 in pixels.
+        text: TorchScript of a picture in [0, 1], to boxes of text, x0, y0, x1, y1 in pixels;
+            default: none, and nothing is cropped.
         aesthetic: TorchScript of pictures of 224 x 224 in [0, 1], to a number each; or a folder of
-            CLIP with LAION's predictor in it, one .pth.
-        technical: TorchScript of a video of bytes, to its quality, as DOVER's technical branch.
+            CLIP with LAION's predictor in it, one .pth; default: none, and no score.
+        technical: TorchScript of a video of bytes, to its quality, as DOVER's technical branch;
+            default: none, and no score.
         apart: frames from one to that which it is compared with.
         side: of the frames compared: they are scaled down until their shorter side is this.
     """
