@@ -233,7 +233,7 @@ class Filter:
     scores: Annotated[str, Positional("SCORES")]
     out: Annotated[str, Positional("OUT")]
     thresholds: Annotated[str | None, "FILE"] = None
-    without: Annotated[tuple[str, ...], "SCORE,..."] = ()
+    without: Annotated[tuple[str, ...] | None, "SCORE,..."] = None
     shown: Annotated[int, "PIECES"] = 4
     limits: Limits = field(default_factory=Limits)
 
@@ -246,7 +246,7 @@ class Filter:
             self.scores,
             self.out,
             thresholds=asked,
-            without=self.without,
+            without=self.without or (),
             shown=self.shown,
             limits=self.limits,
         )
