@@ -403,6 +403,8 @@ def test_scores_of_something_else_are_refused(
     monkeypatch.setattr(scoring, "_PART", 3)
     with pytest.raises(DataError, match="has scores of something else: scorers "):
         score(films, scores, every(networks, apart=4))
+    with pytest.raises(DataError, match="has scores of something else: scorers "):
+        score(films, scores, replace(every(networks), aesthetic=networks["technical"]))
     other = folder_of(tmp_path / "in", a=film(scene(0, 9)))
     with pytest.raises(DataError, match="has scores of something else: fingerprint "):
         score(other, scores, every(networks))
@@ -600,10 +602,31 @@ def test_scores_that_are_not_whole_are_refused(films: Path, scores: Path, tmp_pa
     with pytest.raises(DataError, match="is the folder of the scores"):
         filtered(copy, copy)
     assert not (tmp_path / "out").exists()
-    about = json.loads((copy / "scores.json").read_text())
-    (copy / "scores.json").write_text(json.dumps({**about, "source": str(films / "a_good.mkv")}))
-    with pytest.raises(DataError):
-        filtered(copy, tmp_path / "out")
+
+
+def test_scores_of_clips_that_changed_are_refused(networks: dict[str, str], tmp_path: Path) -> None:
+    source = folder_of(tmp_path / "in", a=film(scene(0, 20, level=0.6)))
+    score(source, tmp_path / "scores", every(networks))
+    (source / "a.txt").write_text("another caption")
+    with pytest.raises(DataError, match=r"in is not what .* has scores of; score it anew"):
+        filtered(tmp_path / "scores", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_images_only_the_resolution_is_asked(networks: dict[str, str], tmp_path: Path) -> None:
+    """As was published; brightness too, where somebody wants that."""
+    source = folder_of(tmp_path / "in", a=film(scene(0, 20, level=0.6)))
+    for name, size in (("b", (96, 48)), ("c", (40, 30))):
+        Image.new("RGB", size, (9, 9, 9)).save(source / f"{name}.png")
+        (source / f"{name}.txt").write_text("In the image, night")
+    score(source, tmp_path / "scores", every(networks))
+    asked = replace(Thresholds.read(), min_side=40)
+    report = filtered(tmp_path / "scores", tmp_path / "out", thresholds=asked)
+    assert [row["cap"] for row in lines(tmp_path / "out")] == [["A."], ["Night"]]
+    assert report.dropped == {"smaller than min_side": 1}
+    asked = replace(asked, brightness=(0.1, None), min_side=1)
+    report = filtered(tmp_path / "scores", tmp_path / "out", thresholds=asked)
+    assert report.dropped == {"too dark": 2}
 
 
 def test_nothing_that_is_kept_is_told(networks: dict[str, str], tmp_path: Path) -> None:
