@@ -23,7 +23,7 @@ CHAIN = 0.8  # of the steps of the chain ``mini``: the whole is to take less tha
 
 
 def run(out: str | os.PathLike[str] = "demo_out", *, quick: bool = False) -> Path:
-    """Do everything; eleven and a half minutes on two cores that had a little else to do.
+    """Do everything; eight and a half minutes on two cores.
 
     Args:
         out: folder to write ``report.html`` and all it shows into; made if need be.
