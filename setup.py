@@ -86,6 +86,10 @@ setup(
         "skiparse.bench": "bench",
     },
     exclude_package_data={"": ["*.md"]},  # the books are in the source archive
-    package_data={"skiparse": ["py.typed", "orders/*.json"], "skiparse.models.train": ["*.yaml"]},
+    package_data={
+        "skiparse": ["py.typed", "orders/*.json"],
+        "skiparse.models.data": ["*.yaml"],
+        "skiparse.models.train": ["*.yaml"],
+    },
     **(ascend() if os.environ.get("SKIPARSE_BUILD_ASCEND") == "1" else PURE),
 )

@@ -32,6 +32,8 @@ COMMANDS = {
     "export": "skiparse.models.train.commands:Export",
     "data check": "skiparse.models.data.commands:Check",
     "data import": "skiparse.models.data.commands:Import",
+    "data score": "skiparse.models.data.commands:Score",
+    "data filter": "skiparse.models.data.commands:Filter",
     "cache build": "skiparse.models.data.commands:Build",
     "cache verify": "skiparse.models.data.commands:Verify",
     "train-vae": "skiparse.models.wfvae.commands:Train",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from skiparse.command import Positional, Rest
 from skiparse.models.data.limits import Limits
+from skiparse.models.data.tools import Tools
 
 if TYPE_CHECKING:
     from skiparse.models.data.manifest import Manifest
@@ -164,6 +166,97 @@ class Import:
             if isinstance(count, int) and count:
                 print(f"{count} {what}")
         print(report.line)
+        print(f"clips: {Path(self.out) / importing.SOURCE}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(Tools):
+    """Score every clip of a data set: motion and cuts, text at edges, looks, quality, brightness.
+
+    The same command again goes on. Networks are files that one has; motion alone needs none.
+
+    Args:
+        source: a folder of clips, or annotations, or a data.txt.
+        out: a folder of scores, for ``skiparse data filter``.
+        share: of so many runs, on one machine or several that share OUT, which this is, from 0.
+        workers: processes; each computes on one thread.
+        device: cpu or cuda, of the networks; default: a GPU if there is one.
+        limits: the largest files to decode.
+    """
+
+    extra: ClassVar[str] = "score"
+    source: Annotated[str, Positional("SOURCE")]
+    out: Annotated[str, Positional("OUT")]
+    share: Annotated[str, "I/N"] = "0/1"
+    workers: Annotated[int, "PROCESSES"] = 0
+    device: Annotated[str | None, "DEVICE"] = None
+    limits: Limits = field(default_factory=Limits)
+
+    def run(self) -> None:
+        """Score, and print how much is done."""
+        from skiparse.models import devices
+        from skiparse.models.data import scoring
+
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.share)
+        if found is None:
+            raise ValueError(f"--share {self.share}: give I/N, such as 0/4, 1/4, 2/4 and 3/4")
+        device = devices.chosen(self.device, setting="--device ")
+        done, every = scoring.score(
+            self.source,
+            self.out,
+            Tools(**{each.name: getattr(self, each.name) for each in fields(Tools)}),
+            share=(int(found[1]), int(found[2])),
+            workers=self.workers,
+            device=str(device),
+            limits=self.limits,
+        )
+        print(f"{self.out}: {done} of {every} parts scored")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter:
+    """Keep what scores well, by the protocol of Open-Sora Plan v1.3 unless told otherwise.
+
+    Cuts and crops become annotations, openings of captions go; a page shows what was dropped.
+
+    Args:
+        scores: a folder of ``skiparse data score``, complete.
+        out: another folder; its data.txt is a SOURCE.
+        thresholds: a file as models/data/v1.3.yaml, for what is to differ from it; default: none.
+        without: what was not scored and is not asked for: text, aesthetic, technical; default:
+            none.
+        shown: pieces at each side of a threshold, as pictures.
+        limits: the largest files to decode for those.
+    """
+
+    extra: ClassVar[str] = "train"
+    scores: Annotated[str, Positional("SCORES")]
+    out: Annotated[str, Positional("OUT")]
+    thresholds: Annotated[str | None, "FILE"] = None
+    without: Annotated[tuple[str, ...] | None, "SCORE,..."] = None
+    shown: Annotated[int, "PIECES"] = 4
+    limits: Limits = field(default_factory=Limits)
+
+    def run(self) -> None:
+        """Filter, and print what is dropped, a line per reason."""
+        from skiparse.models.data import filtering, importing
+
+        asked = filtering.Thresholds.read(self.thresholds or filtering.PUBLISHED)
+        report = filtering.filtered(
+            self.scores,
+            self.out,
+            thresholds=asked,
+            without=self.without or (),
+            shown=self.shown,
+            limits=self.limits,
+        )
+        for reason, names in report.examples.items():
+            print(f"{report.dropped[reason]} {reason}, the first {names[0]}")
+        for what, count in report.more.items():
+            if isinstance(count, int) and count:
+                print(f"{count} {what}")
+        print(report.line)
+        print(f"what was dropped, with pictures: {Path(self.out) / filtering.PAGE}")
         print(f"clips: {Path(self.out) / importing.SOURCE}")
 
 

@@ -191,7 +191,7 @@ def bring(
     if shards and name is None and kind != "webdataset" and not found.url:
         raise DataError("columns: no url, by which shards have their files; give it, or --name")
     shards = _sound(shards, dropped, skip_damaged)
-    _check_root(root)
+    check_root(root)
     check_writable(out / ANNOTATIONS)
     (out / PARTS).mkdir(exist_ok=True)
     with _locked(out):
@@ -210,7 +210,7 @@ def bring(
         return report
 
 
-def _check_root(root: Path) -> None:
+def check_root(root: Path) -> None:
     """DataError if ``data.txt`` cannot lead there: its lines are text, and blanks at ends go."""
     name = str(root)
     if "\n" in name or "\r" in name or name.strip() != name or not _is_text(name):

@@ -233,7 +233,7 @@ class Manifest:
             start=start,
             crop=None if top < 0 else (top, left, height, width),
             is_video=bool(self.is_video[row]),
-            exact=self.is_video[row] < 2,
+            exact=bool(self.is_video[row] < 2),
         )
 
     def report(self, buckets: Buckets | None = None) -> Report:

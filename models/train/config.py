@@ -20,11 +20,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import yaml
-
 from skiparse.models.data.buckets import Rule
 from skiparse.models.data.limits import Limits
 from skiparse.models.images import Images
+from skiparse.models.plain_yaml import read_yaml
 from skiparse.models.text import cleaned
 from skiparse.models.train.clip import AdaptiveGradClipper, Mode
 from skiparse.models.train.parallel import TIMEOUT
@@ -411,10 +410,7 @@ def _read(path: str | os.PathLike[str] | None) -> tuple[Path | None, dict[str, A
         raise FileNotFoundError(
             f"{path} is neither a file nor a chain of the library: {', '.join(sorted(CHAINS))}"
         )
-    try:
-        read = yaml.load(file.read_text("utf-8"), _Once)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no YAML: {error}") from error
+    read = read_yaml(file)
     if not isinstance(read, dict):
         raise ValueError(f"{file} must hold a table of settings; see `skiparse train --help`")
     return file, read
@@ -431,22 +427,6 @@ def stages_of(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     places = [name for name in ("out", "source", "vae", "text") if name in told]
     stages: Mapping[str, Any] = load(path, [f"--{name}=unused" for name in places]).stages
     return stages
-
-
-class _Once(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is untyped
-    """YAML in which no key is there twice: by itself the last one would win, without a word."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """As in PyYAML; a YAMLError with line and column for a key that was there before."""
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} is there twice; leave one", key.start_mark
-                )
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _refuse_nulls(config: Any) -> None:

@@ -33,7 +33,7 @@ from skiparse.models import shards
 from skiparse.models.data.atomic import check_writable, write_json
 from skiparse.models.data.limits import Limits
 from skiparse.models.data.video import probe, read_video
-from skiparse.models.wfvae.losses import LPIPS
+from skiparse.models.networks import Pictures, existing, load_lpips, script, takes
 from skiparse.models.wfvae.model import WFVAE
 from skiparse.models.wfvae.tiling import decode_tiled, encode_tiled
 from skiparse.models.writer import MAX_FPS, write_image
@@ -44,7 +44,6 @@ CHUNK = 2  # latents coded at a time: the result does not depend on it, memory d
 SHOWN = 5  # frames in a picture
 FEATURE_SIZE = 224  # pixels along each side, of what a feature network is given
 
-Pictures = Callable[[Tensor, Tensor], Tensor]
 Features = Callable[[Tensor], Tensor]
 
 MEANING = {
@@ -114,33 +113,6 @@ def frechet_distance(features: Tensor, made: Tensor) -> float:
     return float((means[0] - means[1]).square().sum() + spread)
 
 
-def load_lpips(path: str | os.PathLike[str], *, device: str = "cpu") -> Pictures:
-    """LPIPS from a file: frames ``[T, 3, H, W]`` in [-1, 1] twice, to distances ``[T]``.
-
-    Args:
-        path: ``.safetensors`` as :meth:`LPIPS.from_file` takes it, with VGG; else TorchScript that
-            takes two batches of pictures in [-1, 1] and gives a number, or a map of them, for each
-            pair. TorchScript is a program: run only files from a source you trust.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is neither, or gives something else.
-    """
-    file = _existing(path)
-    if file.suffix == ".safetensors":
-        lpips = LPIPS.from_file(file).to(device)
-        return lambda video, made: lpips(*(x.transpose(0, 1)[None] for x in (video, made)))
-    network = _script(file, device)
-
-    def distances(video: Tensor, made: Tensor) -> Tensor:
-        found = network(video, made)
-        if not isinstance(found, Tensor) or found.ndim < 1 or len(found) != len(video):
-            raise ValueError(f"{file} gives no number for each of {len(video)} pairs of pictures")
-        return found.reshape(len(video), -1).mean(1)
-
-    return distances
-
-
 def load_features(path: str | os.PathLike[str], *, device: str = "cpu") -> Features:
     """A feature network from a file: a video ``[T, 3, H, W]`` in [-1, 1] to ``[D]``.
 
@@ -155,12 +127,10 @@ def load_features(path: str | os.PathLike[str], *, device: str = "cpu") -> Featu
         FileNotFoundError: if there is no such file.
         ValueError: if it is no TorchScript, or gives something else.
     """
-    file = _existing(path)
-    network = _script(file, device)
+    file = existing(path)
+    network = script(file, device)
     known = {"rescale": False, "resize": False, "return_features": True}
-    schema = network.forward.schema  # type: ignore[attr-defined]  # a ScriptMethod
-    takes = {argument.name for argument in schema.arguments}
-    options = {name: value for name, value in known.items() if name in takes}
+    options = {name: value for name, value in known.items() if name in takes(network)}
 
     def features(video: Tensor) -> Tensor:
         height, width = video.shape[2:]
@@ -372,22 +342,6 @@ def _rate(clip: str | os.PathLike[str], fps: float | None, limits: Limits | None
             f"{os.fspath(clip)} does not say how many frames a second it has; give fps"
         )
     return found
-
-
-def _existing(path: str | os.PathLike[str]) -> Path:
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is not there; networks are not shipped")
-    return file
-
-
-def _script(file: Path, device: str) -> torch.jit.ScriptModule:
-    if file.suffix == ".safetensors":
-        raise ValueError(f"{file} holds weights and no network; save one with torch.jit.save")
-    try:
-        return torch.jit.load(file, map_location=device).eval()
-    except RuntimeError as error:
-        raise ValueError(f"{file} is no TorchScript; save one with torch.jit.save") from error
 
 
 def _weights(folder: Path) -> dict[str, str]:
