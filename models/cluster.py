@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from skiparse import SkipPattern
 from skiparse.layout import Route
+from skiparse.models.plain_yaml import read_yaml
 from skiparse.models.planning import OSP_NEXT, Context
 from skiparse.models.retrofit.cost import cost_of
 from skiparse.models.retrofit.model import retrofit
@@ -87,9 +87,9 @@ class Cluster:
         if not Path(path).is_file():
             raise FileNotFoundError(f"--cluster {path} is not there; give a file of figures")
         try:
-            read = yaml.safe_load(Path(path).read_text("utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"--cluster {path} is no YAML: {error}") from error
+            read = read_yaml(Path(path))
+        except ValueError as error:
+            raise ValueError(f"--cluster {error}") from error
         names = {each.name for each in fields(cls)}
         if not isinstance(read, dict) or set(read) != names:
             raise ValueError(
