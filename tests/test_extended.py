@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
     except FileNotFoundError as error:
         pytest.skip(str(error))
     out = tmp_path_factory.mktemp("extended")
-    found = extended.run(out, steps=12, seeds=2, size=SIZES["quick"])
+    found = extended.run(out, steps=6, seeds=2, size=SIZES["quick"])
     assert found == out / "extended.png"
     Image.open(found).load()
     return out
@@ -64,7 +64,7 @@ def test_experts_learn_to_be_balanced(found, monkeypatch):
         monkeypatch.setattr(extended, "BALANCE", weight)
         one = extended.arms_of(scenes, SIZES["quick"], 0)["experts"]
         rate = lambda step: 1e-3  # noqa: E731
-        extended.side_by_side({"one": one}, 12, rate=rate, every=12, seed=1)
+        extended.side_by_side({"one": one}, 6, rate=rate, every=6, seed=1)
         ends.append(one.curve[-1]["imbalance"])
     assert ends[1] < ends[0]
 
