@@ -185,9 +185,9 @@ class Guide(nn.Module):
         if paradigm == "flash":
             inner, kernel = 4 * channels, (1, 3, 3)
             self.shift = nn.Sequential(
-                nn.Conv3d(channels, inner, kernel, padding=_EDGE),
+                Fp32Conv3d(channels, inner, kernel, padding=_EDGE),
                 nn.SiLU(),
-                nn.Conv3d(inner, channels, kernel, padding=_EDGE),
+                Fp32Conv3d(inner, channels, kernel, padding=_EDGE),
             )
             _begin(self.shift[0], zero=False)
             _begin(self.shift[2], zero=True)
@@ -216,20 +216,18 @@ class Guide(nn.Module):
                 return torch.cat([noisy, mask.expand_as(noisy[:, :1]), shown], 1)
             ends = frames.latents[:, :, [0, -1]].float()  # [B, C, 2, h, w]
             over = weights_of_ends(frames.known)[:, None, :, :, None, None]  # [B, 1, 2, t, 1, 1]
-            shift = (self._shift(ends)[:, :, :, None] * over).sum(2)
+            shift = (self.shift(ends)[:, :, :, None] * over).sum(2)
             edges = (high_pass(ends, frames.share)[:, :, :, None] * over).sum(2)
             return torch.cat([noisy - shift, edges], 1)
 
-    def _shift(self, x: Tensor) -> Tensor:
-        """The network of shifts, in fp32: ``[B, C, n, h, w]`` to the same."""
-        assert self.shift is not None
-        for layer in self.shift:
-            if isinstance(layer, nn.Conv3d):
-                weight, bias = layer.weight.float(), layer.bias
-                x = F.conv3d(x, weight, None if bias is None else bias.float(), padding=_EDGE)
-            else:
-                x = layer(x)
-        return x
+
+class Fp32Conv3d(nn.Conv3d):
+    """A convolution in fp32, whatever its weights are in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, n, h, w]`` to fp32 of the same shape but for C."""
+        bias = None if self.bias is None else self.bias.float()
+        return F.conv3d(x.float(), self.weight.float(), bias, padding=_EDGE)
 
 
 def embedding(paradigm: str, channels: int, width: int, patch: Sequence[int]) -> nn.Module:

@@ -39,10 +39,11 @@ from skiparse.models import flow
 from skiparse.models.images import SHARE, KnownFrames
 from skiparse.models.suv.model import SUV
 
-STEPS = 200
+STEPS = 150
 TOLD = 2  # steps that follow, as a multiple of those
 LEARNING_RATE, TOLD_RATE, WARM_UP = 2e-3, 2e-3, 20
 JUDGED = 8  # times, in each part
+LAYERS = (1,) * 5  # of each stage
 SAMPLE_STEPS = 25
 SEEDS = (0, 1, 2)
 BEFORE, STILL = "text, before", "first frame, held"
@@ -105,6 +106,8 @@ def run(
         runs: dict[str, Any] = {}
         for seed in seeds:
             runs |= compare(scenes, size, steps, seed)
+            firsts = {arm: runs[run_of(arm, seed)]["psnr"]["learnt"][0] for arm in ARMS}
+            print(f"seed {seed}: first frame", *(f"{arm} {x:.1f}" for arm, x in firsts.items()))
     recipe = {"size": asdict(size), "steps": steps, "told": TOLD * steps, "seeds": list(seeds)}
     found = outcome.report((__doc__, toy.__doc__), recipe, runs)
     found["tokens"] = scenes.tokens
@@ -138,7 +141,8 @@ def compare(scenes: Shown, size: toy.Size, steps: int, seed: int) -> dict[str, A
     """Train one, then all three, and sample: the runs of a seed, ready for JSON."""
     parts = parted(scenes)
     learnt, told = parts["learnt"], TOLD * steps
-    before = Learner(toy.dense_of(learnt, size, seed=seed, sparsity=size.sparsity), learnt)
+    settings: dict[str, Any] = {"sparsity": size.sparsity, "num_layers": LAYERS}
+    before = Learner(toy.dense_of(learnt, size, seed=seed, **settings), learnt)
     rate = partial(rising_and_falling, steps=steps, top=LEARNING_RATE, over=WARM_UP)
     side_by_side({BEFORE: before}, steps, rate=rate, every=max(1, steps // JUDGED), seed=10 + seed)
     learners = {}
