@@ -8,6 +8,8 @@ did not answer are named.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,7 +30,7 @@ from skiparse.models import devices
 
 T = TypeVar("T")
 TIMEOUT = 1800.0  # seconds to wait for another process, torch's own for gloo
-_NOTICE = 10.0  # at least so many seconds, until those that wait have noticed it too
+_NOTICE = 10.0  # seconds until those that wait have noticed it too; torchrun kills after 30
 
 
 class LostError(ConnectionError):
@@ -271,7 +273,8 @@ def _told(rank: int, size: int, timeout: float) -> str:
         "checkpoint, also with another number of processes"
     )
     try:
-        silent = _silent(rank, size, max(_NOTICE, timeout / 10))
+        with _patient():
+            silent = _silent(rank, size, _NOTICE)
     except dist.DistError:
         return f"process {rank}: the machine of process 0 does not answer; {remedy}"
     if not silent:
@@ -279,6 +282,19 @@ def _told(rank: int, size: int, timeout: float) -> str:
     names = ", ".join(map(str, silent))
     named = f"process {names} does" if len(silent) == 1 else f"processes {names} do"
     return f"process {rank}: {named} not answer (timeout={timeout:g} s); {remedy}"
+
+
+@contextmanager
+def _patient() -> Iterator[None]:
+    """Not ended by SIGTERM, which torchrun sends as soon as it sees that a process has died."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals go to the main thread
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _silent(rank: int, size: int, seconds: float) -> list[int]:
