@@ -29,6 +29,7 @@ COMMANDS = {
     "train": "skiparse.models.train.commands:Train",
     "export": "skiparse.models.train.commands:Export",
     "data check": "skiparse.models.data.commands:Check",
+    "data import": "skiparse.models.data.commands:Import",
     "cache build": "skiparse.models.data.commands:Build",
     "cache verify": "skiparse.models.data.commands:Verify",
     "train-vae": "skiparse.models.wfvae.commands:Train",

@@ -42,6 +42,7 @@ SMOKE = {
     "eight bits": ("test_hif8.py::test_a_linear_layer_as_recorded",),
     "files of clips": ("test_video.py::test_every_frame_comes_back_exactly",
                        "test_manifest.py::test_records_become_rows",
+                       "test_data_import.py::test_clips_are_read_out_of_a_shard",
                        "test_dataset.py::test_a_clip"),
     "caches": ("test_cache.py::test_batches_are_those_of_the_encoders",),
     "recipes": ("test_recipe.py::test_captions_of_other_names_go_through_a_cache",),

@@ -73,7 +73,7 @@ def test_an_interruption_is_no_error_of_the_program(capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["fly"], "fly is no command; give one of info, bench, "),
-        (["data", "fly"], "data fly is no command; give one of data check"),
+        (["data", "fly"], "data fly is no command; give one of data check, data import"),
         (["convert"], "convert is no whole command; give one of convert suv, convert vae"),
         ([], "nothing is no whole command; give one of info, "),
         (["data", "check"], "data check: the following arguments are required: SOURCE; see "),

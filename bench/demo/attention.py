@@ -68,7 +68,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size(frames=121, height=576, width=1024, text=512, rounds=5),
+    "full": Size(frames=121, height=576, width=1024, text=512, rounds=3),
     "quick": Size(frames=25, height=144, width=256, text=32, rounds=1),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from skiparse.command import Positional, Rest
 from skiparse.models.data.limits import Limits
@@ -92,6 +92,79 @@ def _describe(manifest: Manifest) -> None:
         if len(values):
             print(f", {values.min():g} to {values.max():g} {what}", end="")
     print()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Make annotations of a public data set as it lies on disk: shards, or a list and its files.
+
+    The same command again goes on, and looks at nothing that has not changed.
+
+    Args:
+        kind: webdataset (shards of img2dataset and video2dataset), or whose list it is: recap,
+            coyo, laion, panda.
+        source: a shard or a folder of them; of the others a list (.parquet, .csv, .jsonl) or a
+            folder of them.
+        out: a folder; its data.txt is a SOURCE.
+        files: where the files of a list are, a folder of shards or of files; default: none, as for
+            webdataset.
+        name: how a list names its files, such as {videoID}.mp4, or their keys in shards; default:
+            they are found in shards by their url.
+        columns: what a list, or the metadata of shards, calls otherwise: captions (several times),
+            url, width, height, hash, times; ROLE= to go without; default: as on the data set's
+            card.
+        check: files opens every file for its size and frames; listed believes the metadata of
+            shards.
+        duplicates: listed leaves out what has the same hash by list or metadata, content what has
+            the same bytes, keep nothing.
+        min_side: of the shorter side, at least.
+        skip_damaged: leave out shards that are cut off, and count them.
+        workers: processes that look at files.
+        limits: the largest files to decode.
+    """
+
+    extra: ClassVar[str] = "train"
+    kind: Annotated[str, Positional("KIND")]
+    source: Annotated[str, Positional("IN")]
+    out: Annotated[str, Positional("OUT")]
+    files: Annotated[str | None, "FOLDER"] = None
+    name: Annotated[str | None, "TEMPLATE"] = None
+    columns: Annotated[tuple[str, ...] | None, "ROLE=COLUMN,..."] = None
+    check: Literal["files", "listed"] = "files"
+    duplicates: Literal["listed", "content", "keep"] = "listed"
+    min_side: Annotated[int, "PIXELS"] = 1
+    skip_damaged: bool = False
+    workers: Annotated[int, "PROCESSES"] = 0
+    limits: Limits = field(default_factory=Limits)
+
+    def run(self) -> None:
+        """Import, and print what is dropped, a line per reason."""
+        from skiparse.models.data import importing
+
+        report = importing.bring(
+            self.kind,
+            self.source,
+            self.out,
+            files=self.files,
+            name=self.name,
+            columns=self.columns or (),
+            check=self.check,
+            duplicates=self.duplicates,
+            min_side=self.min_side,
+            skip_damaged=self.skip_damaged,
+            workers=self.workers,
+            limits=self.limits,
+        )
+        for reason, names in report.examples.items():
+            print(f"{report.dropped[reason]} {reason}, the first {names[0]}")
+        files = report.more.get("files", {"dropped": {}})  # of a list, which are no rows
+        for reason, count in files["dropped"].items():
+            print(f"of the files {count} {reason}, the first {files['examples'][reason][0]}")
+        for what, count in report.more.items():
+            if isinstance(count, int) and count:
+                print(f"{count} {what}")
+        print(report.line)
+        print(f"clips: {Path(self.out) / importing.SOURCE}")
 
 
 @dataclass(frozen=True, kw_only=True)

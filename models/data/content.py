@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
-from pathlib import Path
+
+from skiparse.models.data.span import Span
 
 _END = 2**16  # bytes of its head and of its tail
 
@@ -24,32 +25,34 @@ class Content:
     whole: str  # SHA-256
 
     @classmethod
-    def of(cls, path: str | os.PathLike[str]) -> Content:
-        """Of a file as it is now; OSError if it cannot be read."""
-        with Path(path).open("rb") as file:
-            stat = os.stat(file.fileno())
-            whole = hashlib.file_digest(file, "sha256").hexdigest()
-        return cls(stat.st_size, stat.st_mtime_ns, _ends(path, stat.st_size), whole)
+    def of(cls, span: Span) -> Content:
+        """Of a file, or of a clip in a shard, as it is now; OSError if it cannot be read."""
+        return cls(span.size, span.mtime, _ends(span), _whole(span))
 
     def is_of(self, path: str | os.PathLike[str], *, full: bool = False) -> bool:
         """Whether ``path`` is still this; OSError if it cannot be read.
 
         Args:
+            path: of a file, or an address (:mod:`skiparse.models.data.span`).
             full: compare all of it. If not, a file of this size and time is believed, and of
                 another time, as after a copy, its ends are compared.
         """
-        stat = os.stat(path)
-        if stat.st_size != self.size:
+        span = Span.of(path)
+        if span.size != self.size:
             return False
         if full:
-            with Path(path).open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest() == self.whole
-        return stat.st_mtime_ns == self.mtime or _ends(path, stat.st_size) == self.ends
+            return _whole(span) == self.whole
+        return span.mtime == self.mtime or _ends(span) == self.ends
 
 
-def _ends(path: str | os.PathLike[str], size: int) -> str:
-    with Path(path).open("rb") as file:
+def _whole(span: Span) -> str:
+    with span.open() as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _ends(span: Span) -> str:
+    with span.open() as file:
         found = hashlib.sha256(file.read(_END))
-        file.seek(max(size - _END, 0))
+        file.seek(max(span.size - _END, 0))
         found.update(file.read(_END))
     return found.hexdigest()

@@ -115,7 +115,7 @@ def _opened(
     """The image, its size checked, not yet decoded; all errors leave as VideoError."""
     try:
         with (
-            plain_file(path, root).open("rb") as file,
+            plain_file(path, root).open() as file,
             Image.open(file, formats=_FORMATS) as image,
         ):
             reason = limits.why_not(image.width * image.height, 1)

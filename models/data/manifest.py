@@ -145,7 +145,8 @@ class Manifest:
 
                 - a text file with lines ``root,annotations``, such as ``data.txt``;
                 - annotations, a ``.json`` array or ``.jsonl`` lines, of clips in the same folder.
-                  Keys: ``path``, ``cap`` (text or a list), ``resolution`` (``height``, ``width``),
+                  Keys: ``path`` (or an address in a shard, see :mod:`skiparse.models.data.span`),
+                  ``cap`` (text or a list), ``resolution`` (``height``, ``width``),
                   ``crop`` (``[x0, x1, y0, y1]``, or none), and for videos ``num_frames``, ``fps``
                   (24 if there is none), ``cut`` (``[first, end]`` in frames, or none);
                 - a folder of clips and images, each with its caption in a ``.txt`` of its name.
@@ -654,10 +655,15 @@ def _path(record: dict[str, Any], where: str) -> str:
         check_name(path)
     except VideoError as error:
         raise DataError(f"{where}: path {path!r}: {error}") from error
-    parsed = PureWindowsPath(path)  # which knows both kinds of slashes
-    if (parsed.anchor and not _DRIVE.match(path)) or ".." in parsed.parts:
+    if leads_out(path):
         raise DataError(f"{where}: path {path!r} leads out of its root; it must lie inside")
     return path
+
+
+def leads_out(path: str) -> bool:
+    """Whether a name may lead out of the folder, or the shard, that it is in."""
+    parsed = PureWindowsPath(path)  # which knows both kinds of slashes
+    return bool(parsed.anchor and not _DRIVE.match(path)) or ".." in parsed.parts
 
 
 def _captions(value: Any, where: str) -> list[str]:

@@ -32,6 +32,7 @@ from torch.nn import functional
 
 from skiparse.models.data.h264 import FrameNumbers
 from skiparse.models.data.limits import Limits
+from skiparse.models.data.span import Span, parted
 
 # Formats that hold their pictures themselves. Playlists and scripts (ffconcat, HLS, DASH, image
 # sequences) name other files and are not among them.
@@ -125,7 +126,7 @@ def probe(
         if first is None:
             raise VideoError("not one frame in it can be decoded")
         assert first.pts is not None
-        codec, size = stream.codec_context, plain_file(path, root).stat().st_size
+        codec, size = stream.codec_context, plain_file(path, root).size
         info = VideoInfo(
             codec.width,
             codec.height,
@@ -184,7 +185,8 @@ def read_video(
     the same.
 
     Args:
-        path: a plain file. A name with a colon near its start needs a folder before it, ``./a:b``.
+        path: a plain file, or the address of one in a shard (:mod:`skiparse.models.data.span`). A
+            name with a colon near its start needs a folder before it, ``./a:b``.
         frames: how many frames to return, at least 1.
         fps: frames per second to return, above 0.
         size: height and width to return, in pixels.
@@ -277,7 +279,7 @@ def _opened(
     """
     try:
         with (
-            plain_file(path, root).open("rb") as file,
+            plain_file(path, root).open() as file,
             av.open(
                 file,
                 mode="r",
@@ -315,12 +317,16 @@ def _opened(
         ) from error
 
 
-def plain_file(path: str | os.PathLike[str], root: str | os.PathLike[str] | None) -> Path:
-    """The file ``path``, of ``root`` if given; VideoError if it is none, empty, or outside."""
+def plain_file(path: str | os.PathLike[str], root: str | os.PathLike[str] | None) -> Span:
+    """The file ``path``, of ``root`` if given; VideoError if it is none, empty, or outside.
+
+    An address leads to its part of a shard (:mod:`skiparse.models.data.span`).
+    """
     name = os.fspath(path)
     check_name(name)
+    part = parted(name)
     try:
-        real = (Path(root or ".") / name).resolve(strict=True)
+        real = (Path(root or ".") / (name if part is None else part[0])).resolve(strict=True)
         if root is not None and not real.is_relative_to(Path(root).resolve(strict=True)):
             raise VideoError(f"leads out of root {os.fspath(root)!r}, to {str(real)!r}")
     except FileNotFoundError as error:
@@ -329,9 +335,13 @@ def plain_file(path: str | os.PathLike[str], root: str | os.PathLike[str] | None
         raise VideoError(f"no file can be reached by that name ({error})") from error
     if not real.is_file():
         raise VideoError("not a plain file")
-    if not real.stat().st_size:
+    try:
+        span = Span.within(real, None if part is None else part[1:])
+    except OSError as error:
+        raise VideoError(error.strerror or str(error)) from error
+    if not span.size:
         raise VideoError("the file is empty")
-    return real
+    return span
 
 
 def check_name(name: str) -> None:
