@@ -990,6 +990,16 @@ class TestCaches:
         pipe.transformer.disable_cache()
         assert torch.equal(pipe("a cat", **asked).frames, right)
 
+    def test_names_choose_the_attention(self):
+        model, _ = suv()
+        config = PyramidAttentionBroadcastConfig(
+            spatial_attention_block_identifiers=(r"stages\.[12]",),
+            current_timestep_callback=lambda: 500,
+        )
+        model.enable_cache(config)
+        hooked = {name for name, m in model.named_modules() if hasattr(m, "_diffusers_hook")}
+        assert hooked == {"", *(f"stages.{i}.{j}.attn" for i in (1, 2) for j in (0, 1))}
+
     @torch.no_grad()
     def test_the_first_stage_decides_for_those_between(self):
         """A step like the one before adds what they added then; the last stage is computed."""
@@ -1042,6 +1052,13 @@ class TestCaches:
             (
                 PyramidAttentionBroadcastConfig(cross_attention_block_skip_range=3),
                 "cross_attention_block_skip_range concerns nothing here",
+            ),
+            (
+                PyramidAttentionBroadcastConfig(
+                    spatial_attention_block_identifiers=("transformer_blocks",),
+                    current_timestep_callback=lambda: 500,
+                ),
+                "no attention here has such a name",
             ),
             (
                 TaylorSeerCacheConfig(use_lite_mode=True, cache_identifiers=["x"]),

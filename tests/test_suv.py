@@ -950,7 +950,7 @@ def masked_inputs(model, **changes):
 
 
 def test_a_graph_for_any_size():
-    model = small().eval()
+    model = small(num_layers=(1, 2, 1), sparsity=(1, 2, 1))
     graph = for_any_size(model).module()
     for grid in ((3, 4, 6), (1, 8, 4), (2, 6, 10)):
         inputs, mask = masked_inputs(model, grid=grid)
@@ -963,7 +963,7 @@ def test_a_graph_for_any_size():
 @pytest.mark.full
 def test_a_library_for_any_size(tmp_path):
     """Compiled ahead of time, by Inductor."""
-    model = small().eval()
+    model = small(num_layers=(1, 2, 1), sparsity=(1, 2, 1))
     path = str(tmp_path / "suv.pt2")
     torch._inductor.aoti_compile_and_package(for_any_size(model), package_path=path)
     library = torch._inductor.aoti_load_package(path)

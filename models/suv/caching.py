@@ -130,8 +130,8 @@ def _broadcast(
         names = [name for name in names if any(re.search(one, name) for one in asked)]
         if not names:
             raise ValueError(
-                f"spatial_attention_block_identifiers={asked} are in the name of no attention here; "
-                "leave them out for all, or give such as 'stages.3'"
+                f"spatial_attention_block_identifiers={asked}: no attention here has such a name; "
+                "leave them out for all, or give some like 'stages.3'"
             )
     for name, module in model.named_modules():
         if name in names:
