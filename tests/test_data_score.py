@@ -248,7 +248,7 @@ def test_text_at_an_edge_is_cropped_where_it_costs_least() -> None:
     assert crop((0.1, 0.79, 0.9, 0.95)) == (0, 0, 0, 0)  # costs 0.21
     assert crop((0.4, 0.4, 0.6, 0.6)) == (0, 0, 0, 0)
     assert crop((0.0, 0.0, 0.1, 0.05), (0.9, 0.3, 0.95, 0.4)) == pytest.approx((0.05, 0, 0, 0.1))
-    assert crop((0.3, 0.9, 0.5, 1), (0.3, 0.82, 0.5, 0.9)) == pytest.approx((0, 0.18, 0, 0))
+    assert crop((0.3, 0.82, 0.5, 0.9), (0.3, 0.9, 0.5, 1)) == pytest.approx((0, 0.18, 0, 0))
 
 
 def test_all_is_scored_again_without_its_text(tmp_path: Path, networks: dict[str, str]) -> None:
