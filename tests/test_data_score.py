@@ -175,10 +175,10 @@ def test_a_jump_is_a_cut_at_its_frame(tmp_path: Path, networks: dict[str, str], 
         pytest.importorskip("cv2")
     tools = Tools(motion="flow" if how == "flow" else networks[how], apart=4)
     path = tmp_path / "a.mkv"
-    scenes = [scene(0, 21, level=0.3), scene(1, 20, level=0.7), scene(2, 2, level=0.2)]
+    scenes = [scene(0, 23, level=0.3), scene(1, 19, level=0.7), scene(2, 2, level=0.2)]
     path.write_bytes(film(*scenes))
-    found = pieces(path, 43, tools)
-    assert [(piece["start"], piece["frames"]) for piece in found] == [(0, 21), (21, 20), (41, 2)]
+    found = pieces(path, 44, tools)
+    assert [(piece["start"], piece["frames"]) for piece in found] == [(0, 23), (23, 19), (42, 2)]
     assert found[2]["motion"] is None
     alone = [pieces_of(tmp_path, s, tools)[0]["motion"] for s in scenes[:2]]
     assert [piece["motion"] for piece in found[:2]] == pytest.approx(alone, rel=0.2)
@@ -248,7 +248,7 @@ def test_text_at_an_edge_is_cropped_where_it_costs_least() -> None:
     assert crop((0.1, 0.79, 0.9, 0.95)) == (0, 0, 0, 0)  # costs 0.21
     assert crop((0.4, 0.4, 0.6, 0.6)) == (0, 0, 0, 0)
     assert crop((0.0, 0.0, 0.1, 0.05), (0.9, 0.3, 0.95, 0.4)) == pytest.approx((0.05, 0, 0, 0.1))
-    assert crop((0.3, 0.9, 0.5, 1), (0.3, 0.82, 0.5, 0.9)) == pytest.approx((0, 0.18, 0, 0))
+    assert crop((0.3, 0.82, 0.5, 0.9), (0.3, 0.9, 0.5, 1)) == pytest.approx((0, 0.18, 0, 0))
 
 
 def test_all_is_scored_again_without_its_text(tmp_path: Path, networks: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -198,8 +199,13 @@ def filtered(
             )
             for number in range(len(manifest.roots))
         ]
-        kept = []
+        kept: list[bool] = []
+        ends: list[int] = []  # of the parts, among all pieces
+        values: dict[str, list[NDArray[np.float32]]] = {name: [] for name in SCORES}
         for table in _tables(parts):
+            ends.append(len(kept) + len(table))
+            for name in SCORES:
+                values[name].append(table[name].to_numpy().astype(np.float32))
             reasons = _why(table, manifest, asked, rules)
             for at, piece in enumerate(table.to_pylist()):
                 record, reason = manifest.record(piece["row"]), reasons[at]
@@ -220,19 +226,16 @@ def filtered(
     with replacing(out / SOURCE) as temporary:
         lines = (f"{root},{_name(number)}\n" for number, root in enumerate(manifest.roots))
         temporary.write_text("".join(lines), encoding="utf-8")
-    charts = _charts(parts, np.array(kept, bool), rules)
+    charts = _charts(values, np.array(kept, bool), rules)
     told = {**counts, "scorers": about["scorers"], "histograms": [c.told() for c in charts]}
     report = Report(str(scores), sum(kept), dropped.counts, dropped.examples, told)
     report.write(out / REPORT)
 
     def piece_of(number: int) -> tuple[Record, dict[str, Any]]:
-        for path in parts:
-            rows = parquet.read_metadata(path).num_rows
-            if number < rows:
-                found = parquet.read_table(path, schema=SCHEMA).slice(number, 1).to_pylist()[0]
-                return manifest.record(found["row"]), found
-            number -= rows
-        raise IndexError(number)
+        part = bisect_right(ends, number)
+        table = parquet.read_table(parts[part], schema=SCHEMA)
+        (found,) = table.slice(number - ends[part] + len(table), 1).to_pylist()
+        return manifest.record(found["row"]), found
 
     page.write(out / PAGE, report, charts, piece_of, shown, limits)
     return report
@@ -390,16 +393,16 @@ def _count(record: Record, piece: Mapping[str, Any], counts: Counter[str]) -> No
 
 
 def _charts(
-    parts: Sequence[Path], kept: NDArray[np.bool_], rules: Sequence[_Rule]
+    values: Mapping[str, Sequence[NDArray[np.float32]]],
+    kept: NDArray[np.bool_],
+    rules: Sequence[_Rule],
 ) -> list[page.Chart]:
     """A chart of every score that was asked for, and that some piece has."""
     found = []
     for rule in rules:
-        values = np.concatenate(
-            [table[rule.score].to_numpy().astype(np.float32) for table in _tables(parts)]
-        )
-        there = np.flatnonzero(~np.isnan(values))
+        every = np.concatenate(values[rule.score])
+        there = np.flatnonzero(~np.isnan(every))
         if len(there):
-            shown = values[there], kept[there], there
+            shown = every[there], kept[there], there
             found.append(page.Chart(rule.score, rule.least, rule.most, *shown))
     return found
