@@ -106,7 +106,7 @@ class Plan:
     Args:
         preset: of a model: a size of SUV, or osp-next; default: v1.5.
         shape: of a clip, in frames and pixels; default: 121x576x1024.
-        context_parallel: processes that share a sequence.
+        context_parallel: processes that share a sequence; default: --cluster tries several.
         cluster: a file with memory, flops, devices_per_machine, inside and between; see the guide.
     """
 

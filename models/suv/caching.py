@@ -224,7 +224,10 @@ class InnerStage(ModelHook):  # type: ignore[misc]
         state, order = self.states.get_state(), others[1]  # tables of an order are made once
         if self.enters:
             state.entered = video, text, order
-        found = self.fn_ref.original_forward(video, text, *others) if state.whole else (video, text)
+        if state.whole:
+            found = self.fn_ref.original_forward(video, text, *others)
+        else:
+            found = video, text, []  # as of a stage without experts
         if not self.leaves:
             return found
         before = state.entered
@@ -237,7 +240,7 @@ class InnerStage(ModelHook):  # type: ignore[misc]
         if state.whole:
             state.inner = found[0] - before[0], found[1] - before[1]
             return found
-        return before[0] + state.inner[0], before[1] + state.inner[1]
+        return before[0] + state.inner[0], before[1] + state.inner[1], []
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """Begin anew."""
