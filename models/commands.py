@@ -107,7 +107,8 @@ class Plan:
         preset: of a model: a size of SUV, or osp-next; default: v1.5.
         shape: of a clip, in frames and pixels; default: 121x576x1024.
         context_parallel: processes that share a sequence; default: --cluster tries several.
-        cluster: a file with memory, flops, devices_per_machine, inside and between; see the guide.
+        cluster: a file with memory, flops, devices_per_machine, inside and between, as the guide has
+            it; default: none.
     """
 
     extra: ClassVar[str] = "models,train"
