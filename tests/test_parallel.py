@@ -1,9 +1,11 @@
 """Several processes that share tokens are one, and send what the formula says."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
-from processes import lines
+from processes import lines, torchrun
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from skiparse import GridPattern, SkipPattern
@@ -256,3 +258,11 @@ def test_a_model_in_shards_gets_its_skips_without_sending_anything():
     assert int(held) < 0.6 * int(numbers)
     assert float(error) == float(average) == 0
     assert training == ["True", "False"]
+
+
+@pytest.mark.full
+def test_the_one_that_hangs_is_named_and_not_its_group():
+    done = torchrun(4, Path(__file__).with_name("hanging.py"), timeout=200)
+    assert done.returncode != 0
+    for rank in range(3):
+        assert f"process {rank}: process 3 does not answer (timeout=5 s)" in done.stderr
