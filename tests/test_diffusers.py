@@ -548,7 +548,9 @@ class TestCalls:
         assert not torch.allclose(adapted, plain)
         from peft import get_peft_model_state_dict
 
-        SUVPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(pipe.transformer))
+        weights = get_peft_model_state_dict(pipe.transformer)
+        SUVPipeline.save_lora_weights(tmp_path, weights)
+        SUVPipeline.save_lora_weights(tmp_path, weights, safe_serialization=False)
         pipe.unload_lora_weights()
         assert torch.equal(pipe("a cat", **asked).frames, plain)
         pipe.load_lora_weights(tmp_path, adapter_name="kite")
@@ -560,6 +562,9 @@ class TestCalls:
         pipe.fuse_lora()
         close(pipe("a cat", **asked).frames, adapted, FORWARD)
         pipe.unfuse_lora()
+        pipe.unload_lora_weights()
+        pipe.load_lora_weights(tmp_path / "pytorch_lora_weights.bin")
+        close(pipe("a cat", **asked).frames, adapted, FORWARD)
         for wrong, message in (
             ({"transformer.nowhere.lora_A.weight": torch.zeros(2, 2)}, "for no layer of this"),
             ({}, "the adapter has no tensors"),
@@ -749,6 +754,8 @@ class TestLoading:
         for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
             a, b = getattr(pipe, name).state_dict(), getattr(found, name).state_dict()
             assert all(torch.equal(a[key], b[key]) for key in a)
+        with pytest.raises(ValueError, match="to load the model files of the `variant=fp16`"):
+            SUVPipeline.from_pretrained(folder, variant="fp16")
 
     def test_a_device_for_all(self, folder, monkeypatch):
         """Text encoders are told where to be, too, when they are loaded, behind a look at them."""
