@@ -557,6 +557,8 @@ def test_openings() -> None:
         ("The video shows  ", ""),
     ):
         assert without_opening(caption, openings) == left
+    several = ("The video ", "The video shows ", "The ")
+    assert without_opening("The video shows a cat", several) == "A cat"
 
 
 def test_what_was_not_scored_is_not_passed_over(
