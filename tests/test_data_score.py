@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -556,6 +557,8 @@ def test_openings() -> None:
         ("The video shows  ", ""),
     ):
         assert without_opening(caption, openings) == left
+    several = ("The video ", "The video shows ", "The ")
+    assert without_opening("The video shows a cat", several) == "A cat"
 
 
 def test_what_was_not_scored_is_not_passed_over(
@@ -657,3 +660,26 @@ def test_the_commands(
         f"clips: {out / 'data.txt'}",
     ]
     assert main(["data", "check", str(out / "data.txt"), "--out", str(tmp_path / "c.json")]) == 0
+
+
+def test_without_any_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By optical flow, and by nothing else, which has to be said."""
+    pytest.importorskip("cv2")
+    still = film(scene(1, 20, speed=0, level=0.6))
+    source = folder_of(tmp_path / "in", a=film(scene(0, 20, level=0.6)), b=still)
+    assert main(["data", "score", str(source), str(tmp_path / "scores")]) == 0
+    words = ["data", "filter", str(tmp_path / "scores"), str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "has no scores of text" in capsys.readouterr().err
+    assert main([*words, "--without", "text,aesthetic,technical"]) == 0
+    assert "used 1 of 2; dropped 1: 1 nearly static" in capsys.readouterr().out
+
+
+def test_without_opencv(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = folder_of(tmp_path / "in", a=film(scene(0, 9)))
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.delitem(sys.modules, "skiparse.models.data.optical", raising=False)
+    assert main(["data", "score", str(source), str(tmp_path / "scores")]) == 2
+    assert "cv2 is not installed; pip install 'skiparse[score]'" in capsys.readouterr().err
