@@ -203,7 +203,7 @@ def test_numbers_for_different_uses_never_meet():
     """Nor those of another seed, step or place."""
     places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
     given = [(*place, use) for place in places for use in Use.__members__.values()]
-    assert len({numbers(*each).random() for each in given}) == len(given) == 40
+    assert len({numbers(*each).random() for each in given}) == len(given) == 44
     drawn = {torch.rand((), generator=torch_numbers(*each)).item() for each in given}
     assert len(drawn) == len(given)
     seeds = {int(numbers(*each).integers(2**63)) for each in given}
