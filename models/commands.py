@@ -106,9 +106,9 @@ class Plan:
     Args:
         preset: of a model: a size of SUV, or osp-next; default: v1.5.
         shape: of a clip, in frames and pixels; default: 121x576x1024.
-        context_parallel: processes that share a sequence; default: --cluster tries several.
-        cluster: a file with memory, flops, devices_per_machine, inside and between, as the guide has
-            it; default: none.
+        context_parallel: processes that share a sequence; default: --cluster tries some.
+        cluster: a file with memory, flops, devices_per_machine, inside and between, as the
+            guide has it; default: none.
     """
 
     extra: ClassVar[str] = "models,train"
