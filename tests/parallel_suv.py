@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from volumes import Sent, elements
 
 from skiparse.models import SUV
+from skiparse.models.images import KnownFrames
 from skiparse.models.suv.plan import route_of
 
 torch.accelerator.device_count = lambda: 1  # diffusers 0.42 divides by it, which is 0 on a CPU
@@ -38,9 +39,11 @@ CASES = {
     "compiled deep": (DEEP, EVEN, {"compiled": "aot_eager"}),
     "extended": (SMALL | MORE, RAGGED, {"masks": True}),
     "extended again": (SMALL | MORE, EVEN, {"checkpointing": "feed_forward"}),
+    "images": (SMALL | {"images": "flash"}, RAGGED, {}),
+    "images by masks": (SMALL | {"images": "mask"}, EVEN, {"checkpointing": "block"}),
     "extended compiled": (SMALL | MORE, RAGGED, {"masks": True, "compiled": "aot_eager"}),
 }
-FEW = ("two blocks", "deep ragged masks", "checkpointed", "compiled", "extended")
+FEW = ("two blocks", "deep ragged masks", "checkpointed", "compiled", "extended", "images")
 
 
 @functools.cache
@@ -54,7 +57,7 @@ def model(case):
 
 
 def inputs(case):
-    _, size, how = CASES[case]
+    sizes, size, how = CASES[case]
     made = torch.Generator().manual_seed(1)
     draw = lambda *s: torch.randn(*s, generator=made, dtype=torch.float64)  # noqa: E731
     given = [draw(2, 4, *size), torch.tensor([300.0, 700.0]).double(), draw(2, 5, 24), draw(2, 20)]
@@ -66,15 +69,19 @@ def inputs(case):
             "text_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]),
             "video_mask": (torch.rand(2, *size, generator=made) > 0.2).int(),
         }
+    if "images" in sizes:
+        known = torch.arange(size[0]).expand(2, -1) == 0
+        latents = draw(2, 4, *size) * known[:, None, :, None, None]
+        masks["images"] = KnownFrames(latents, known, torch.tensor([0.1, 0.5]).double())
     return given, masks
 
 
 def run(case):
     """The velocity, and gradients of inputs and parameters: of a loss that all processes have."""
-    given, masks = inputs(case)
+    given, named = inputs(case)
     its = model(case)
     its.zero_grad()
-    found = its(*given, **masks, return_dict=True)
+    found = its(*given, **named, return_dict=True)
     out, told = found.sample, found.imbalance
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).double()
     loss = (out * weights).sum()

@@ -701,13 +701,12 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         _refuse_less(model, made)
         generator = torch.Generator().manual_seed(seed)
         weight, has = model.text_embed.weight, model.state_dict().keys()
-        skip = Skip(weight.shape[0], None, model.config.eps).state_dict()
         new = {}
         for name, like in made.state_dict().items():
             if name in has:
                 continue
-            if name.startswith(("skips.", "text_skips.")):
-                begun = skip[name.split(".", 2)[2]]  # as every other one
+            if name.startswith(("skips.", "text_skips.")) and name.endswith(".weight"):
+                begun = torch.eye(*like.shape)  # [I | 0]
             elif name.endswith(".router.weight"):
                 begun = torch.empty(like.shape).normal_(std=INIT_STD, generator=generator)
             else:
