@@ -7,12 +7,15 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
+from torch import Tensor, nn
 
 from skiparse.models.data.atomic import replacing
+
+Made = TypeVar("Made", bound=nn.Module)
 
 # What diffusers writes into configs: of quantized models, of averages, and where code is.
 WRITTEN_BY_DIFFUSERS = frozenset(
@@ -46,6 +49,27 @@ def write_import(folder: str | os.PathLike[str], module: str, kind: type) -> Non
     line = f"from {kind.__module__} import {kind.__name__}  # noqa: F401\n"
     with replacing(Path(folder) / f"{module}.py") as temporary:
         temporary.write_text(line, encoding="utf-8")
+
+
+def filled(made: Made, model: nn.Module, new: Mapping[str, Tensor]) -> Made:
+    """A model on the meta device, with copies of the tensors of another, and with ``new`` ones.
+
+    Args:
+        made: has tensors of the same names, and those of ``new``. One with a dimension more, in
+            front, has a copy in each entry of it.
+        model: whole.
+        new: by name.
+
+    Returns:
+        ``made``.
+    """
+    shapes = made.state_dict()
+    state = {
+        name: x.detach().expand(shapes[name].shape).clone()
+        for name, x in (model.state_dict() | dict(new)).items()
+    }
+    made.load_state_dict(state, strict=True, assign=True)
+    return made
 
 
 class StrictModelMixin(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' are untyped

@@ -155,7 +155,7 @@ def _attend(
     text_mask = _check_mask("text_mask", text_mask, (B, texts[1].shape[1]), q)
     sparsity, run, *grid = pattern.numbers
     found: tuple[Tensor, Tensor, Tensor, Tensor] = ops.call(
-        *video.values(), *texts, mask, text_mask, sparsity, run, scale, backend, grid
+        *video.values(), *texts, mask, text_mask, sparsity, run, scale, backend, grid or None
     )
     return found
 

@@ -33,7 +33,7 @@ from skiparse.registry import select
 _FLOATING = Gradients._fields
 _INPUTS = f"{tensors(_FLOATING)}, Tensor? mask, Tensor? text_mask"
 _SETTINGS = "SymInt sparsity, SymInt run, float scale"
-_GRID = "SymInt[] grid=[]"  # the numbers of a pattern behind the first two, if there are any
+_GRID = "SymInt[]? grid=None"  # a pattern's numbers behind the first two, if any
 
 
 @operator("attention", _INPUTS, _SETTINGS, "str backend", _GRID, returns=4)
@@ -91,7 +91,7 @@ def _inputs(*args: Any) -> Inputs:
 
 def _grid(left: Sequence[Any]) -> Sequence[int]:
     """``_GRID`` of what is left of the arguments."""
-    return left[0] if left else ()
+    return (left[0] if left else None) or ()
 
 
 # What they return, in shapes.

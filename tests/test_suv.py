@@ -961,11 +961,6 @@ def test_a_graph_for_any_size():
 
 
 @pytest.mark.full
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="torch 2.13's library gives the operator None for a list that is left at its default",
-)
 def test_a_library_for_any_size(tmp_path):
     """Compiled ahead of time, by Inductor."""
     model = small(num_layers=(1, 2, 1), sparsity=(1, 2, 1))

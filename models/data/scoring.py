@@ -360,7 +360,8 @@ def _pieces(clip: Frames, scorers: Scorers, tools: Tools) -> list[tuple[int, int
         cuts.append(begin + 1 + int(torch.cat(near).argmax()))
     found = []
     for first, end in itertools.pairwise([0, *cuts, frames]):
-        inside = [m for begin, m in zip(begins, motion) if first <= begin and begin + apart < end]  # noqa: B905  # the rest has none
+        timed = zip(begins[: len(motion)], motion, strict=True)  # behind those is no pair
+        inside = [m for begin, m in timed if first <= begin and begin + apart < end]
         found.append((first, end - first, float(np.mean(inside)) if inside else None))
     return found
 

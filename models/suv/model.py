@@ -26,7 +26,7 @@ from torch.distributed import ProcessGroup
 import skiparse
 from skiparse import SkipPattern
 from skiparse.models.images import Guide, KnownFrames, embedding
-from skiparse.models.strict import StrictModelMixin, check_sizes
+from skiparse.models.strict import StrictModelMixin, check_sizes, filled
 from skiparse.models.suv import caching
 from skiparse.models.suv.blocks import INIT_STD, Norm, Stage, SUVBlock
 from skiparse.models.suv.config import PRESETS
@@ -628,7 +628,8 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         Raises:
             ValueError: if ``dense`` has skips and the new model should not.
         """
-        return dense._become(*cls.beyond(dense, sparsity=sparsity, skip_connection=skip_connection))
+        made, new = cls.beyond(dense, sparsity=sparsity, skip_connection=skip_connection)
+        return filled(made, dense, new)
 
     @classmethod
     def extended(
@@ -659,15 +660,14 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
             ValueError: if a branch would be dropped, or experts that are there become more or
                 fewer, in number or for a token.
         """
-        return model._become(
-            *cls.beyond(
-                model,
-                linear_attention=linear_attention,
-                experts=experts,
-                experts_per_token=experts_per_token,
-                seed=seed,
-            )
+        made, new = cls.beyond(
+            model,
+            linear_attention=linear_attention,
+            experts=experts,
+            experts_per_token=experts_per_token,
+            seed=seed,
         )
+        return filled(made, model, new)
 
     @classmethod
     def beyond(cls, model: SUV, *, seed: int = 0, **wanted: Any) -> tuple[SUV, dict[str, Tensor]]:
@@ -713,13 +713,6 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
                 begun = torch.zeros(like.shape)
             new[name] = begun.to(device=weight.device, dtype=weight.dtype)
         return made.train(model.training), new
-
-    def _become(self, made: SUV, new: Mapping[str, Tensor]) -> SUV:
-        """``made`` of :meth:`beyond` with all its weights, copies of these and of ``new``."""
-        state, shapes = self.state_dict() | dict(new), made.state_dict()
-        state = {name: x.detach().expand(shapes[name].shape).clone() for name, x in state.items()}
-        made.load_state_dict(state, strict=True, assign=True)
-        return made
 
 
 def _refuse_less(model: SUV, made: SUV) -> None:
@@ -771,9 +764,8 @@ class Skip(nn.Module):
         self.norm = None if kind is None else Norm(2 * width, kind, eps)
         self.linear = nn.Linear(2 * width, width)
         if self.norm is None:
-            with torch.no_grad():
-                self.linear.weight.zero_()[:, :width].fill_diagonal_(1.0)
-                self.linear.bias.zero_()
+            nn.init.eye_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor, before: Tensor) -> Tensor:
         """``[B, N, C]`` twice to ``[B, N, C]``."""

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW
 
 from skiparse.models.data.features import digest
+from skiparse.models.strict import filled
 from skiparse.models.train.checkpoint import Checkpoint
 from skiparse.models.train.clip import AdaptiveGradClipper
 from skiparse.models.train.config import Config, Stage
@@ -151,9 +152,7 @@ def _converted(model: nn.Module, stage: Stage, recipe: Recipe, world: World) -> 
     if isinstance(model, FSDPModule):
         in_shards(model, world.sharded(made, recipe.blocks), new)
     else:
-        state, shapes = model.state_dict() | new, made.state_dict()
-        state = {name: x.detach().expand(shapes[name].shape).clone() for name, x in state.items()}
-        made.load_state_dict(state, strict=True, assign=True)
+        filled(made, model, new)
     return made.train(model.training)
 
 
