@@ -98,9 +98,8 @@ class Sampler(ABC):
             ValueError: for a model of text alone, files that cannot be read or are smaller than
                 the video, and videos of one frame.
         """
-        from skiparse.models.data.image import (
-            read_image,
-        )  # needs what reads videos, as nothing else
+        # It needs what reads videos, as nothing else here does.
+        from skiparse.models.data.image import read_image
 
         if self.table(CONFIG).get("images") is None:
             raise ValueError(
