@@ -1,7 +1,6 @@
 """A cache gives what the encoders would, outlives a killed build, and hides no damage."""
 
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -20,6 +19,7 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("av")
 
 from PIL import Image  # after the checks for the extra
+from processes import PROCESSES
 from pyarrow import parquet
 from test_features import VAE, feature, same, tiny_vae
 from test_text import tiny_encoders
@@ -281,9 +281,7 @@ def build_alone(folder, source, prepare, *how):
 
 def killed(folder, source, prepare, *how):
     """Whether a build in a process of its own was killed by what ``prepare`` does there first."""
-    context = multiprocessing.get_context("forkserver")  # a fork of this one may find locks taken
-    context.set_forkserver_preload([cache.__name__])
-    process = context.Process(target=build_alone, args=(folder, source, prepare, *how))
+    process = PROCESSES.Process(target=build_alone, args=(folder, source, prepare, *how))
     process.start()
     process.join()
     assert process.exitcode in (0, -signal.SIGKILL)

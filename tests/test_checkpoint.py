@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -17,6 +16,7 @@ import zlib
 import pytest
 import torch
 import torch.distributed as dist
+from processes import PROCESSES
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -379,10 +379,6 @@ def test_arguments_that_make_no_sense(saved, step, about, message):
     assert names(saved.folder) == ["step-00000001", "step-00000002"]
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         Checkpoints(saved.folder, keep=0)
-
-
-PROCESSES = multiprocessing.get_context("forkserver")  # each starts with torch loaded
-PROCESSES.set_forkserver_preload([module.__name__, "pytest", "torch.distributed.fsdp"])
 
 
 def save_until_killed(folder, asynchronous):

@@ -508,7 +508,9 @@ def check_fully_sharded(rank):
 
 
 def test_sharded_gradients_have_the_norm_of_whole_ones(tmp_path):
-    torch.multiprocessing.spawn(joined, (f"file://{tmp_path / 'store'}",), nprocs=2)
+    torch.multiprocessing.start_processes(
+        joined, (f"file://{tmp_path / 'store'}",), nprocs=2, start_method="forkserver"
+    )
 
 
 # Errors

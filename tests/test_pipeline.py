@@ -9,7 +9,6 @@ import logging
 import re
 import shutil
 import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +20,7 @@ pytest.importorskip("diffusers")
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from processes import torchrun
+from processes import together
 from safetensors.torch import load_file, save_file
 from same_videos import same
 from test_text import tiny_encoders
@@ -691,8 +690,7 @@ def test_processes_that_share_tokens_make_the_same_videos(tmp_path):
     words = ["sample", "--model", tmp_path / "model", "--height", 32, "--width", 48, "--frames", 9,
              "--steps", 2, "--device", "cpu", "--prompts", prompts, "--crf", 0]  # fmt: skip
     assert main([*map(str, words), "--out", str(tmp_path / "one")]) == 0
-    counting = Path(__file__).with_name("counting.py")
-    done = torchrun(4, counting, *words, "--out", tmp_path / "two", "--context-parallel", 2)
+    done = together(4, "counting.py", *words, "--out", tmp_path / "two", "--context-parallel", 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(re.findall(r"^sent \d [1-9]", done.stdout, re.MULTILINE)) == 4, done.stdout
     same(tmp_path / "one", tmp_path / "two", number=3)

@@ -2,13 +2,12 @@
 
 import copy
 import pickle
-import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from processes import together
 from torch._dynamo.testing import CompileCounter
 
 diffusers = pytest.importorskip("diffusers")
@@ -955,11 +954,7 @@ def test_refuses_a_mask_over_pairs_of_video_tokens():
 @pytest.mark.full
 def test_two_processes_are_one():
     """Diffusers' context parallelism after a retrofit, and FSDP2 before and after one."""
-    script = Path(__file__).with_name("retrofit_parallel.py")
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*line, str(script)], capture_output=True, text=True, check=False, timeout=600
-    )
+    done = together(2, "retrofit_parallel.py")
     assert done.returncode == 0, done.stderr
     found = [row.split() for row in done.stdout.splitlines() if row[:5] in ("paral", "FSDP2")]
     assert len(found) == 6

@@ -18,7 +18,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from processes import torchrun
+from processes import together
 from same_videos import same
 from test_osp_next import HEADS, SMALL, tiny_text
 from test_wan import tiny_pipeline, tiny_transformer
@@ -350,8 +350,7 @@ def test_processes_that_share_tokens_make_the_same_videos(folders, tmp_path, kin
     assert sample(folders / kind, *asked, "--out", tmp_path / "one") == 0
     words = ["sample", "--model", folders / kind, "--height", 64, "--width", 32, "--frames", 5,
              "--steps", 2, "--device", "cpu", *asked, "--out", tmp_path / "two"]  # fmt: skip
-    counting = Path(__file__).with_name("counting.py")
-    done = torchrun(2, counting, *words, "--context-parallel", 2)
+    done = together(2, "counting.py", *words, "--context-parallel", 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(re.findall(r"^sent \d [1-9]", done.stdout, re.MULTILINE)) == 2, done.stdout
     assert done.stdout.count(".mp4") == 2  # the first process alone writes, and says so

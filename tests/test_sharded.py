@@ -1,12 +1,12 @@
 """Sharded tensors: batch and heads stay cut, tokens are gathered, and nothing else changes."""
 
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import together
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -17,13 +17,7 @@ BATCH, TOKENS, HEADS = Shard(0), Shard(1), Shard(2)
 
 
 def test_two_processes():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "--standalone", "--master-port", "0", __file__],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = together(2, __file__)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines() == ["batch", "heads", "replicated", "tokens"]
 

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from processes import torchrun
+from processes import together
 from test_text import tiny_tokenizer
 from test_train import as_yaml, launch
 from transformers import UMT5Config, UMT5EncoderModel
@@ -563,8 +562,7 @@ def test_processes_that_share_tokens_equal_one(init, source, tmp_path):
             table["stages"]["dense"]["context_parallel"] = 1
         file = tmp_path / f"{out}.yaml"
         file.write_text(json.dumps(table))
-        counting = Path(__file__).with_name("counting.py")
-        done = torchrun(number, counting, "train", file, "--context-parallel", number)
+        done = together(number, "counting.py", "train", file, "--context-parallel", number)
         assert done.returncode == 0, done.stderr[-3000:]
         sent = re.findall(r"^sent \d [1-9]", done.stdout, re.MULTILINE)
         assert len(sent) == (2 if number == 2 else 0), done.stdout

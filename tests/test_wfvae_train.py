@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
+from processes import together
 from torch import nn
 
 from skiparse import cli
@@ -743,14 +742,6 @@ def test_the_scan_is_a_line_and_a_file(folder_of_eight, tmp_path, capsys):
     assert "z.mp4" in about["examples"]["cannot be opened"][1]
 
 
-def launch(processes, script, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command += ["--master-port", "0", "--standalone", script, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def test_two_processes_equal_one(tmp_path):
     """Samples, batch norm, dropout and the balance of terms are those of the whole batch."""
     settings = replace(SETTINGS, batch=4, learning_rate=1e-4, discriminator_start=1)
@@ -766,7 +757,8 @@ def test_two_processes_equal_one(tmp_path):
         ")\n"
         "run(Path(sys.argv[1]), 5, settings=settings)\n"
     )
-    launch(2, script, tmp_path / "two")
+    done = together(2, script, tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     assert [row["of"] for row in one] == [row["of"] for row in two]
     assert "balance" in one[2]
