@@ -476,7 +476,7 @@ def test_a_finished_run_stays(source, whole, tmp_path):
 
 
 def test_accumulation_changes_rounding_only(source, whole, tmp_path):
-    train(config(source, tmp_path, stages=stages(accumulate=2)))
+    train(config(source, tmp_path, stages=stages(accumulate=2), save_every=100))
     for a, b in zip(rows(whole), rows(tmp_path), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
@@ -663,7 +663,7 @@ def test_a_step_that_is_not_finite_is_skipped(source, tmp_path, monkeypatch, at)
         return loss * float("nan") if next(calls) == at else loss
 
     monkeypatch.setattr(loop, "loss_of", spoiling)
-    train(config(source, tmp_path))
+    train(config(source, tmp_path, save_every=100))
     found = rows(tmp_path)
     assert [row["step"] for row in found if row["action"] == "skip"] == [at]
     assert len(found[at]["keys"]) == 4
@@ -842,9 +842,10 @@ def test_asynchronous_checkpoints_hold_the_same(source, whole, tmp_path):
 
 
 def test_half_precision_and_checkpointing(source, whole, tmp_path):
-    train(config(source, tmp_path / "a", stages=stages(checkpointing="block")))
+    again = stages(checkpointing="block")
+    train(config(source, tmp_path / "a", stages=again, save_every=100))
     assert_same(whole, tmp_path / "a")
-    train(config(source, tmp_path / "b", dtype="bfloat16"))
+    train(config(source, tmp_path / "b", dtype="bfloat16", save_every=100))
     pairs = list(zip(rows(whole), rows(tmp_path / "b"), strict=True))
     assert all(a["loss"] == pytest.approx(b["loss"], rel=0.02) for a, b in pairs)
     assert any(a["loss"] != b["loss"] for a, b in pairs)
