@@ -20,7 +20,7 @@ Image = pytest.importorskip("PIL.Image")
 from pyarrow import parquet  # noqa: E402  # after the checks
 
 from skiparse.cli import main  # noqa: E402
-from skiparse.models.data import importing, lists, lookup  # noqa: E402
+from skiparse.models.data import importing, lookup  # noqa: E402
 from skiparse.models.data.buckets import Rule, assign  # noqa: E402
 from skiparse.models.data.content import Content  # noqa: E402
 from skiparse.models.data.dataset import Clips  # noqa: E402
