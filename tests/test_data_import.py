@@ -20,7 +20,7 @@ Image = pytest.importorskip("PIL.Image")
 from pyarrow import parquet  # noqa: E402  # after the checks
 
 from skiparse.cli import main  # noqa: E402
-from skiparse.models.data import importing  # noqa: E402
+from skiparse.models.data import importing, lookup  # noqa: E402
 from skiparse.models.data.buckets import Rule, assign  # noqa: E402
 from skiparse.models.data.content import Content  # noqa: E402
 from skiparse.models.data.dataset import Clips  # noqa: E402
@@ -384,10 +384,7 @@ def test_addresses_of_one_hash_are_told_apart(
     images(tmp_path / "in" / "0.tar", [1, 2, 3])
     rows = [{"url": f"http://host/{n}", "text": f"{n}"} for n in (3, 9, 1, 2)]
     source = table(tmp_path / "list.parquet", rows)
-    real = importing._halves
-    monkeypatch.setattr(
-        importing, "_halves", lambda text: (1, 2) if text.startswith("http") else real(text)
-    )
+    monkeypatch.setattr(lookup, "_digest", lambda key: 7)
     given = {"files": tmp_path / "in", "columns": ["width=", "height="]}
     assert bring("coyo", source, tmp_path / "out", **given).used == 3
     found = [(row["cap"][0], row["path"].rpartition("!")[2]) for row in lines(tmp_path / "out")]

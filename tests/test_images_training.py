@@ -43,6 +43,7 @@ from skiparse.models.wan.recipe import Sparse
 FLASH = Images(kinds={"first": 0.5, "ends": 0.5})
 MASK = Images(paradigm="mask", kinds={"none": 0.1, "first": 0.3, "ends": 0.2, "start": 0.2,
                                       "some": 0.1, "all": 0.1})  # fmt: skip
+LONG = pytest.mark.full  # each paradigm and each model is in another of the tests
 source, init, wan_source = of_suv.source, of_wan.init, of_wan.source
 SIZE = of_suv.SIZE  # 32 x 48
 
@@ -52,7 +53,7 @@ def text_model(tmp_path_factory):
     """A folder with a tiny SUV of text alone."""
     folder = tmp_path_factory.mktemp("init")
     torch.manual_seed(4)
-    SUV(**SUV.presets["tiny"] | {"in_channels": 4, "out_channels": 4}).save_pretrained(folder)
+    SUV(**SUV.presets["tiny"] | {"num_layers": (1,) * 5, "num_heads": 1}).save_pretrained(folder)
     return folder
 
 
@@ -70,7 +71,7 @@ def suv_config(source, out, text_model, steps=2, **changes):
     stage = dataclasses.replace(
         of_suv.stages()["video"], steps=steps, rule=of_suv.rule(9, minority=1), global_batch=2
     )
-    given = {"init": str(text_model), "stages": {"video": stage}}
+    given = {"init": str(text_model), "stages": {"video": stage}, "save_every": 100}
     return of_suv.config(source, out, **given | changes)
 
 
@@ -113,23 +114,28 @@ def test_a_clip_s_first_latent_is_that_of_its_first_frame(source, init, kind):
     assert collate([found], seed=0, drop=0.0).images is None
 
 
-@pytest.mark.parametrize("images", [FLASH, MASK], ids=["flash", "mask"])
-def test_an_suv_of_text_learns_images(source, text_model, tmp_path, images, picture):
+@pytest.fixture(scope="module")
+def of_text(source, text_model, tmp_path_factory):
+    """A run without images."""
+    out = tmp_path_factory.mktemp("text")
+    train(suv_config(source, out, text_model))
+    return out
+
+
+@pytest.mark.parametrize("images", [FLASH, pytest.param(MASK, marks=LONG)], ids=["flash", "mask"])
+def test_an_suv_of_text_learns_images(source, text_model, of_text, tmp_path, images, picture):
     """Its first loss is that of the run of text, to the bit; it goes on, and makes a video."""
-    train(suv_config(source, tmp_path / "text", text_model))
-    train(suv_config(source, tmp_path / "whole", text_model, images=images, steps=3))
-    text, told = losses(tmp_path / "text"), losses(tmp_path / "whole")
+    train(suv_config(source, tmp_path / "whole", text_model, images=images))
+    text, told = losses(of_text), losses(tmp_path / "whole")
     assert text[0] == told[0]
     assert text[1] != told[1]
     train(suv_config(source, tmp_path / "parts", text_model, images=images, steps=1))
     samples = Samples(
-        every=3, prompts=("stripes",), images=(str(picture),), shape=(9, *SIZE), steps=2
+        every=2, prompts=("stripes",), images=(str(picture),), shape=(9, *SIZE), steps=1
     )
-    train(
-        suv_config(source, tmp_path / "parts", text_model, images=images, steps=3, samples=samples)
-    )
+    train(suv_config(source, tmp_path / "parts", text_model, images=images, samples=samples))
     of_suv.assert_same(tmp_path / "whole", tmp_path / "parts")
-    made = probe(tmp_path / "parts" / "samples" / "step-00000003-0.mp4")
+    made = probe(tmp_path / "parts" / "samples" / "step-00000002-0.mp4")
     assert (made.frames, made.height, made.width) == (9, *SIZE)
     tensors = of_suv.tensors(tmp_path / "whole")
     moved = {x for x in tensors if x.startswith("ema.guide") and tensors[x].any()}
@@ -241,9 +247,9 @@ def test_images_come_from_a_cache(source, text_model, tmp_path, capsys):
 def test_a_lora_beside_images(source, text_model, tmp_path):
     """What tells of images is trained whole beside it, from text; and stays where it was there."""
     given = {"images": FLASH, "lora": Lora(rank=2)}
-    train(suv_config(source, tmp_path / "whole", text_model, steps=3, **given))
+    train(suv_config(source, tmp_path / "whole", text_model, **given))
     train(suv_config(source, tmp_path / "parts", text_model, steps=1, **given))
-    train(suv_config(source, tmp_path / "parts", text_model, steps=3, **given))
+    train(suv_config(source, tmp_path / "parts", text_model, **given))
     of_suv.assert_same(tmp_path / "whole", tmp_path / "parts")
     tensors = of_suv.tensors(tmp_path / "whole")
     learnt = {name for name in tensors if name.startswith("model.")}
@@ -260,12 +266,12 @@ def test_a_lora_beside_images(source, text_model, tmp_path):
     with pytest.raises(ValueError, match=r"lora=apart: .* weights that are of no LoRA, for images"):
         export(tmp_path / "whole", tmp_path / "apart", lora="apart")
     assert not (tmp_path / "apart").exists()
-    train(suv_config(source, tmp_path / "again", tmp_path / "made", **given))
+    train(suv_config(source, tmp_path / "again", tmp_path / "made", steps=1, **given))
     assert all("lora_" in name for name in of_suv.tensors(tmp_path / "again"))
     export(tmp_path / "again", tmp_path / "apart", lora="apart")
 
 
-@pytest.mark.parametrize("images", [FLASH, MASK], ids=["flash", "mask"])
+@pytest.mark.parametrize("images", [pytest.param(FLASH, marks=LONG), MASK], ids=["flash", "mask"])
 def test_a_sparse_wan_of_text_learns_images(init, wan_source, tmp_path, images, picture):
     """The same, retrofitted; from the folder of a WanPipeline to a video by the shell."""
     out = tmp_path / "whole"

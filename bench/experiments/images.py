@@ -39,7 +39,7 @@ from skiparse.models import flow
 from skiparse.models.images import SHARE, KnownFrames
 from skiparse.models.suv.model import SUV
 
-STEPS = 150
+STEPS = 300
 TOLD = 2  # steps that follow, as a multiple of those
 LEARNING_RATE, TOLD_RATE, WARM_UP = 2e-3, 2e-3, 20
 JUDGED = 8  # times, in each part
@@ -50,7 +50,7 @@ BEFORE, STILL = "text, before", "first frame, held"
 ARMS = {"text": None, "flash": "flash", "mask": "mask"}  # paradigms
 COLOURS = {"text": "#3b6ea5", "flash": "#d1803a", "mask": "#4c9a5a", STILL: "#999"}
 SIZES = {
-    "full": toy.Size(7, 18, 17, 96, 160, order=3, heads=2, text=4),
+    "full": toy.Size(7, 18, 17, 96, 160, order=2, heads=4, text=4),  # 36 numbers a patch, of 128
     "quick": toy.Size(3, 17, 17, 64, 128, order=2, heads=2, text=4),
 }
 

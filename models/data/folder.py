@@ -12,8 +12,9 @@ from skiparse.models.data.report import Dropped
 def walk(folder: Path, dropped: Dropped) -> Iterator[Path]:
     """Files in a folder and below, and links to files even if they lead nowhere.
 
-    Hidden ones are left out. Folders that cannot be looked into, and links to folders, which are
-    not followed, are dropped.
+    Those of a folder by name, and then those of the folders in it: of so many files only the names
+    of one folder are held at once. Hidden ones are left out. Folders that cannot be looked into,
+    and links to folders, which are not followed, are dropped.
     """
 
     def lost(error: OSError) -> None:
@@ -25,4 +26,6 @@ def walk(folder: Path, dropped: Dropped) -> Iterator[Path]:
                 folders.remove(name)
             elif os.path.islink(os.path.join(place, name)):
                 dropped.add("a link to a folder, not followed", os.path.join(place, name))
+        folders.sort()
+        names.sort()
         yield from (Path(place, name) for name in names if not name.startswith("."))

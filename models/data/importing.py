@@ -2,7 +2,8 @@
 
 First every file is looked at, where it is: in a shard, by its offset, or in a folder. Then rows are
 made, of shards by themselves or of a list whose rows find their files, and what comes twice goes.
-Both are kept in parts, so that a run that was stopped goes on. Nothing is unpacked.
+Both are kept in parts, so that a run that was stopped goes on. Nothing is unpacked. In memory are a
+part for each process, the names in a folder, and 16 bytes of each row, its hash.
 """
 
 from __future__ import annotations
@@ -12,20 +13,22 @@ import itertools
 import json
 import multiprocessing
 import os
-from collections import Counter
+import zlib
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from skiparse.models.data import lookup
 from skiparse.models.data.atomic import check_writable, replacing
 from skiparse.models.data.folder import walk
 from skiparse.models.data.image import IMAGES, probe_image
@@ -34,11 +37,13 @@ from skiparse.models.data.lists import (
     KINDS,
     TXT,
     Columns,
+    Piece,
     check_columns,
     fields_of,
     filled,
     listed,
     lists,
+    pieces,
     rows,
     seconds,
 )
@@ -51,7 +56,8 @@ from skiparse.models.data.webdataset import samples, why_damaged
 ANNOTATIONS, SOURCE, SCAN, PARTS, LOCK = "clips.jsonl", "data.txt", "import.json", "parts", "lock"
 
 _FORMAT = 1  # of the parts; another number makes new ones
-_FILES = 4096  # of a folder, looked at for one part
+_FILES = 4096  # of a folder, looked at for one part; so many on average, four times as many at most
+_AHEAD = 2  # parts for each process that wait for it
 _ROWS = 2**14  # written at once
 _INDEX = pa.schema(
     [
@@ -175,7 +181,7 @@ def bring(
             check_columns(table, found, name)
     root = media if media.is_dir() else media.parent
     dropped = Dropped()
-    there = sorted(walk(media, dropped)) if media.is_dir() else [media]
+    there = walk(media, dropped) if media.is_dir() else [media]
     shards = [path for path in there if path.suffix.lower() == ".tar"]
     if not shards and kind == "webdataset":
         raise DataError(f"{media} is no shard, nor a folder of .tar; give one")
@@ -197,10 +203,9 @@ def bring(
     with _locked(out):
         own = found if kind == "webdataset" else Columns((), "url", "width", "height", "sha256")
         look = _Look(root, own, check, duplicates, limits or Limits(), skip_damaged)
-        named = [path for path in there if path.suffix.lower() in VIDEOS | IMAGES]
-        indexed = _indexed(shards, named, look, out / PARTS, workers)
+        indexed = _indexed(shards, look, out / PARTS, workers)
         make = _Rows(found, name, duplicates, min_side)
-        lines = _lined(tables, indexed, make, out / PARTS)
+        lines = _lined(tables, indexed, make, out / PARTS, workers)
         unique = duplicates != "keep"
         report = _merged(source, root, out, indexed if tables else [], lines, dropped, unique)
         kept = {part.stem for part in (*indexed, *lines)}
@@ -261,34 +266,60 @@ _DAMAGED = "a shard that is damaged, with all in it"
 # Looking at files.
 
 
-def _indexed(
-    shards: list[Path], files: list[Path], look: _Look, folder: Path, workers: int
-) -> list[Path]:
-    """Parts of what there is to see in the files of shards, or of a folder."""
-    pieces = [[shard] for shard in shards]
-    if not shards:
-        pieces = [files[at : at + _FILES] for at in range(0, len(files), _FILES)]
-    jobs: list[tuple[list[Path], Path]] = []
+def _indexed(shards: list[Path], look: _Look, folder: Path, workers: int) -> list[Path]:
+    """Parts of what there is to see in the files of shards, or of a folder without any."""
     made: list[Path] = []
-    for piece in pieces:
-        states = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in piece]
-        part = folder / f"files-{_digest(look.told(), states)[:32]}.arrow"
-        made.append(part)
-        if not part.exists():
-            jobs.append((piece, part))
-    with ExitStack() as stack:
-        do: Callable[..., Iterable[None]] = map
-        if workers:
-            context = multiprocessing.get_context("spawn")
-            do = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context)).map
-        work = partial(_index, look=look)
-        done = len(pieces) - len(jobs)
-        bar = stack.enter_context(
-            tqdm(None, "looking at files", len(pieces), initial=done, unit="part", disable=None)
-        )
-        for _ in do(work, jobs):
-            bar.update()
+
+    def jobs() -> Iterator[tuple[list[Path], Path]]:
+        for piece in [[shard] for shard in shards] or _pieces(look.root):
+            states = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in piece]
+            made.append(folder / f"files-{_digest(look.told(), states)[:32]}.arrow")
+            if not made[-1].exists():
+                yield piece, made[-1]
+
+    _each(partial(_index, look=look), jobs(), workers, "looking at files")
     return made
+
+
+def _pieces(root: Path) -> Iterator[list[Path]]:
+    """The files of a folder for one part after the other.
+
+    A part ends behind a file by the hash of its name, so that one more does not move all others.
+    """
+    piece: list[Path] = []
+    for path in walk(root, Dropped()):
+        if path.suffix.lower() in VIDEOS | IMAGES:
+            piece.append(path)
+            ends = zlib.crc32(os.fsencode(path.name)) % _FILES == 0
+            if ends or len(piece) == 4 * _FILES:
+                yield piece
+                piece = []
+    if piece:
+        yield piece
+
+
+_Job = TypeVar("_Job")
+
+
+def _each(work: Callable[[_Job], None], jobs: Iterable[_Job], workers: int, what: str) -> None:
+    """Do all jobs, here or in so many processes; few are made ahead, as they may be large."""
+    with tqdm(None, what, unit="part", disable=None) as bar:
+        if not workers:
+            for job in jobs:
+                work(job)
+                bar.update()
+            return
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            waiting: deque[Future[None]] = deque()
+            for job in jobs:
+                waiting.append(pool.submit(work, job))
+                if len(waiting) > _AHEAD * workers:
+                    waiting.popleft().result()
+                    bar.update()
+            for future in waiting:
+                future.result()
+                bar.update()
 
 
 def _digest(*values: Any) -> str:
@@ -430,7 +461,7 @@ def _write(
 
 
 def _batches(part: Path) -> Iterator[pa.RecordBatch]:
-    with pa.memory_map(str(part)) as file, pa.ipc.open_file(file) as reader:
+    with pa.OSFile(str(part)) as file, pa.ipc.open_file(file) as reader:  # mapped, all would stay
         for number in range(reader.num_record_batches):
             yield reader.get_batch(number)
 
@@ -482,29 +513,46 @@ def _halves(text: str) -> tuple[int, int]:
     return int.from_bytes(found[:8], "little"), int.from_bytes(found[8:], "little")
 
 
-def _lined(tables: list[Path], indexed: list[Path], make: _Rows, folder: Path) -> list[Path]:
-    """Parts of rows: one for each shard, or one for each list."""
-    made = []
+def _lined(
+    tables: list[Path], indexed: list[Path], make: _Rows, folder: Path, workers: int
+) -> list[Path]:
+    """Parts of rows: one for each part of the files, or for each piece of a list."""
     about = [_FORMAT, astuple(make.columns), make.name, make.duplicates, make.min_side]
-    every = _digest([path.stem for path in indexed])
-    files: _Files | None = None
-    for item in tqdm(tables or indexed, "making rows", unit="part", disable=None):
-        if tables:
-            state = [str(item), item.stat().st_size, item.stat().st_mtime_ns, every]
+    every = _digest(_FORMAT, make.name is None, [path.stem for path in indexed])
+    jobs: list[tuple[Path | Piece, Path]] = []
+    for item in indexed if not tables else itertools.chain.from_iterable(map(pieces, tables)):
+        if isinstance(item, Piece):
+            state = item.path.stat()
+            told = [*item.told(), state.st_size, state.st_mtime_ns, every]
         else:
-            state = [item.stem]
-        part = folder / f"rows-{_digest(about, state)[:32]}.arrow"
-        made.append(part)
-        if part.exists():
-            continue
-        dropped, more = Dropped(), Counter[str]()
-        if tables:
-            files = files or _Files(indexed, folder / "index.arrow", make)
-            _write(part, _LINES, _of_list(item, files, make, dropped, more), dropped, more)
-        else:
-            dropped = _dropped(item)
-            _write(part, _LINES, _of_index(item, make, dropped), dropped, more)
-    return made
+            told = [item.stem]
+        jobs.append((item, folder / f"rows-{_digest(about, told)[:32]}.arrow"))
+    missing = [job for job in jobs if not job[1].exists()]
+    files = folder / f"index-{every[:32]}.sqlite"
+    if tables and missing and not files.exists():
+        by = "url" if make.name is None else "key"
+        lookup.build(files, _keyed(indexed, (by, *lookup.FIELDS)))
+    _each(partial(_line, make=make, files=files), missing, workers, "making rows")
+    return [part for _, part in jobs]
+
+
+def _keyed(parts: list[Path], names: Sequence[str]) -> Iterator[Iterable[Sequence[Any]]]:
+    """All that was looked at, by these names."""
+    for part in tqdm(parts, "an index of the files", unit="part", disable=None):
+        for batch in _batches(part):
+            yield zip(*(batch[name].to_pylist() for name in names), strict=True)
+
+
+def _line(job: tuple[Path | Piece, Path], make: _Rows, files: Path) -> None:
+    """Write one part."""
+    item, part = job
+    if not isinstance(item, Piece):
+        dropped = _dropped(item)
+        _write(part, _LINES, _of_index(item, make, dropped), dropped)
+        return
+    dropped, more = Dropped(), Counter[str]()
+    with lookup.opened(files) as there:
+        _write(part, _LINES, _of_list(item, there, make, dropped, more), dropped, more)
 
 
 def _of_index(part: Path, make: _Rows, dropped: Dropped) -> Iterator[dict[str, Any]]:
@@ -515,51 +563,13 @@ def _of_index(part: Path, make: _Rows, dropped: Dropped) -> Iterator[dict[str, A
                 yield row
 
 
-_OF_FILE = ("path", "height", "width", "frames", "fps", "hash")  # what a row is made of
-
-
-class _Files:
-    """All files that were looked at, found by address or name, without holding them in memory."""
-
-    def __init__(self, parts: list[Path], path: Path, make: _Rows) -> None:
-        by = "url" if make.name is None else "key"
-        hashes = []
-        with (
-            replacing(path) as temporary,
-            pa.OSFile(str(temporary), "wb") as file,
-            pa.ipc.new_file(file, _INDEX) as writer,
-        ):
-            for part in parts:
-                for batch in _batches(part):
-                    writer.write_batch(batch)
-                    keys = batch[by].to_pylist()
-                    hashes.append(np.array([_halves(key)[0] for key in keys], np.uint64))
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        self._columns = {name: table[name] for name in (*_OF_FILE, by)}
-        found = np.concatenate([*hashes, np.zeros(0, np.uint64)])
-        self._order = np.argsort(found, kind="stable")
-        self._sorted = found[self._order]
-        self._by = by
-
-    def find(self, key: str) -> dict[str, Any] | None:
-        """The first file of this key."""
-        digest = np.uint64(_halves(key)[0])
-        at = int(np.searchsorted(self._sorted, digest))
-        while at < len(self._sorted) and self._sorted[at] == digest:
-            number = int(self._order[at])
-            if self._columns[self._by][number].as_py() == key:
-                return {name: self._columns[name][number].as_py() for name in _OF_FILE}
-            at += 1
-        return None
-
-
 def _of_list(
-    path: Path, files: _Files, make: _Rows, dropped: Dropped, more: Counter[str]
+    piece: Piece, files: lookup.Lookup, make: _Rows, dropped: Dropped, more: Counter[str]
 ) -> Iterator[dict[str, Any]]:
     columns = make.columns
     wanted = [column for _, column in columns.all()] + fields_of(make.name or "")
-    for number, row in enumerate(rows(path, wanted)):
-        where = f"{path}[{number}]"
+    for number, row in enumerate(rows(piece, wanted), piece.first):
+        where = f"{piece.path}[{number}]"
         key = str(row[columns.url] or "") if make.name is None else filled(make.name, row)
         file = files.find(key) if key else None
         if file is None:

@@ -11,6 +11,7 @@ import ast
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from pyarrow import parquet
 from skiparse.models.data.manifest import DataError
 
 _BATCH = 2**14  # rows
+_PIECE = 2**18  # at least, of a list that can be read from the middle
+_BUFFER = 2**20  # bytes of a column
 _LISTS = {".parquet", ".csv", ".jsonl"}
 TXT = ".txt"  # in place of a column: what stands in the file of this name
 
@@ -122,20 +125,61 @@ def filled(name: str, row: Mapping[str, Any]) -> str:
     return re.sub(r"\{([^{}]+)\}", lambda field: str(row[field[1]]), name)
 
 
-def rows(path: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a list, each a table of the columns wanted; DataError if it is damaged."""
-    try:
-        for batch in _batches(path, list(dict.fromkeys(wanted))):
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a list, one behind the other.
+
+    Attributes:
+        path: the list.
+        first: number of the first of them.
+        groups: which row groups they are; None for all rows of a list that has no such groups.
+    """
+
+    path: Path
+    first: int = 0
+    groups: tuple[int, ...] | None = None
+
+    def told(self) -> list[Any]:
+        """What it is called, for JSON."""
+        return [str(self.path), self.first, self.groups]
+
+
+def pieces(path: Path) -> Iterator[Piece]:
+    """The pieces of a list: of parquet some row groups each, else all of it."""
+    if path.suffix.lower() != ".parquet":
+        yield Piece(path)
+        return
+    with _read(path), parquet.ParquetFile(path) as file:
+        first, end, groups = 0, 0, []
+        for group in range(file.num_row_groups):
+            groups.append(group)
+            end += file.metadata.row_group(group).num_rows
+            if end - first >= _PIECE or group + 1 == file.num_row_groups:
+                yield Piece(path, first, tuple(groups))
+                first, groups = end, []
+
+
+def rows(piece: Piece, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a piece, each a table of the columns wanted; DataError if it is damaged."""
+    with _read(piece.path):
+        for batch in _batches(piece, list(dict.fromkeys(wanted))):
             yield from batch.to_pylist()
+
+
+@contextmanager
+def _read(path: Path) -> Iterator[None]:
+    """DataError if a list is damaged."""
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read: {error}; download it again") from error
 
 
-def _batches(path: Path, wanted: list[str]) -> Iterator[pa.RecordBatch]:
-    suffix = path.suffix.lower()
+def _batches(piece: Piece, wanted: list[str]) -> Iterator[pa.RecordBatch]:
+    path, suffix = piece.path, piece.path.suffix.lower()
     if suffix == ".parquet":
-        with parquet.ParquetFile(path) as file:
-            yield from file.iter_batches(_BATCH, columns=wanted)
+        with parquet.ParquetFile(path, buffer_size=_BUFFER) as file:
+            yield from file.iter_batches(_BATCH, row_groups=piece.groups, columns=wanted)
     elif suffix == ".csv":
         texts = dict.fromkeys(wanted, pa.string())
         with pyarrow.csv.open_csv(
@@ -151,7 +195,7 @@ def _batches(path: Path, wanted: list[str]) -> Iterator[pa.RecordBatch]:
 
 
 def _names(path: Path) -> list[str]:
-    try:
+    with _read(path):
         if path.suffix.lower() == ".parquet":
             return list(parquet.read_schema(path).names)
         if path.suffix.lower() == ".csv":
@@ -159,8 +203,6 @@ def _names(path: Path) -> list[str]:
                 return list(reader.schema.names)
         with pyarrow.json.open_json(path) as reader:
             return list(reader.schema.names)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read: {error}; download it again") from error
 
 
 def listed(value: Any) -> list[Any]:
