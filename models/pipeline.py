@@ -334,12 +334,13 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
         positive = positive.to(place, kind)
         prompt_embeds, pooled_prompt_embeds = positive.text, positive.pooled
         prompt_attention_mask = positive.text_mask
-        if negative is None:
-            return prompt_embeds, pooled_prompt_embeds, prompt_attention_mask, None, None, None
-        negative = negative.to(place, kind)
-        negative_prompt_embeds = negative.text
-        negative_pooled_prompt_embeds = negative.pooled
-        negative_prompt_attention_mask = negative.text_mask
+        negative_prompt_embeds = negative_pooled_prompt_embeds = None
+        negative_prompt_attention_mask = None
+        if negative is not None:
+            negative = negative.to(place, kind)
+            negative_prompt_embeds = negative.text
+            negative_pooled_prompt_embeds = negative.pooled
+            negative_prompt_attention_mask = negative.text_mask
         return (
             prompt_embeds,
             pooled_prompt_embeds,
@@ -563,27 +564,29 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
         self.maybe_free_model_hooks()
         return SUVPipelineOutput(frames=frames) if return_dict else (frames,)
 
-    def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
-        """diffusers' way to compute attention in parts, which none of ours needs.
+    def set_attention_slice(self, slice_size: str | int | None) -> None:
+        """What enabling and disabling slices call: attention in parts, which none of ours needs.
 
         Raises:
-            ValueError: always.
+            ValueError: unless it is None, for the whole.
         """
-        raise ValueError(
-            f"enable_attention_slicing({slice_size!r}) would do nothing: attention of SUV never "
-            "holds its scores; leave it out"
-        )
+        if slice_size is not None:
+            raise ValueError(
+                f"attention in slices of {slice_size!r} is nothing that SUV has: its attention "
+                "never holds its scores; leave it out"
+            )
 
-    def enable_xformers_memory_efficient_attention(self, *_: Any, **__: Any) -> None:
-        """diffusers' way to choose a kernel; here ``backend=`` of the call does that.
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, *_: Any, **__: Any) -> None:
+        """What enabling and disabling that call; ``backend=`` of a call is our way.
 
         Raises:
-            ValueError: always, with what to do.
+            ValueError: unless it is to be disabled, with what to do.
         """
-        raise ValueError(
-            "SUV has no attention of diffusers' that xformers could compute; pass backend= to the "
-            f"call, 'auto' or one of {list(skiparse.list_backends())}"
-        )
+        if valid:
+            raise ValueError(
+                "SUV has no attention of diffusers' that xformers could compute; pass backend= to "
+                f"the call, 'auto' or one of {list(skiparse.list_backends())}"
+            )
 
     @torch.no_grad()
     def frames_of(self, latents: Tensor) -> Iterator[Tensor]:

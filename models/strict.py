@@ -161,6 +161,48 @@ class StrictModelMixin(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffus
             f"{cls.converted_by} IN OUT` makes a folder of it, for from_pretrained"
         )
 
+    def _instead(self) -> str:
+        """What to do, for whom diffusers' ways to choose an attention are refused."""
+        return "leave it out"
+
+    def set_attention_backend(self, backend: str) -> None:
+        """diffusers' way to choose an attention kernel, which would be that of the whole process.
+
+        Raises:
+            ValueError: always, as this model has no attention of diffusers', with what to do.
+        """
+        raise ValueError(
+            f"a {type(self).__name__} has no attention of diffusers' that {backend!r} could "
+            f"compute; {self._instead()}"
+        )
+
+    def set_use_npu_flash_attention(self, valid: bool, *_: Any, **__: Any) -> None:
+        """What enabling and disabling that call; as :meth:`set_attention_backend`.
+
+        Raises:
+            ValueError: unless it is to be disabled.
+        """
+        if valid:
+            self.set_attention_backend("npu")
+
+    def set_use_xla_flash_attention(self, valid: bool, *_: Any, **__: Any) -> None:
+        """What enabling and disabling that call; as :meth:`set_attention_backend`.
+
+        Raises:
+            ValueError: unless it is to be disabled.
+        """
+        if valid:
+            self.set_attention_backend("xla")
+
+    def set_use_memory_efficient_attention_xformers(self, valid: bool, *_: Any, **__: Any) -> None:
+        """What enabling and disabling that call; as :meth:`set_attention_backend`.
+
+        Raises:
+            ValueError: unless it is to be disabled.
+        """
+        if valid:
+            self.set_attention_backend("xformers")
+
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As in diffusers; beside it ``model.py``, which imports this class for ``AutoModel``."""
         write_import(save_directory, "model", type(self))

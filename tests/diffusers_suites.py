@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from typing import ClassVar
 
+import diffusers.pipelines
 import torch
 from diffusers import (
     AutoencoderKLWan,
@@ -33,6 +35,7 @@ from .models.autoencoders.testing_utils import AutoencoderTesterMixin  # noqa: E
 from .pipelines import testing_utils as pipelines  # noqa: E402
 
 testing_utils.enable_full_determinism()
+diffusers.pipelines.SUVPipeline = SUVPipeline  # where they look for the source of a class
 
 TEXT = 32  # channels
 
@@ -161,7 +164,8 @@ class Pipeline(pipelines.BasePipelineTesterConfig):
 
 class OfSUVPipeline(Pipeline):
     pipeline_class = SUVPipeline
-    lora_rank = lora_alpha = 16  # or too little changes for them to see it
+    lora_rank = lora_alpha = 32  # or too little changes for them to see it
+    denoiser_target_modules: ClassVar = {"transformer": ["to_q", "to_k", "to_v", "to_out"]}
 
     def get_dummy_components(self, num_layers: int = 2) -> dict:
         return self.components_of()

@@ -6,6 +6,7 @@ import copy
 import gc
 import itertools
 import json
+import pickle
 import shutil
 import sys
 import types
@@ -29,6 +30,7 @@ from diffusers import (
     GGUFQuantizationConfig,
     PipelineQuantizationConfig,
     QuantoConfig,
+    TensorParallelConfig,
     TorchAoConfig,
     UniPCMultistepScheduler,
     hooks,
@@ -520,12 +522,7 @@ class TestCalls:
         found = pipe("a cat", **asked, backend="reference").frames
         close(found, pipe("a cat", **asked).frames, FORWARD)
 
-    def test_what_would_do_nothing_is_refused(self, pipe):
-        for method in ("enable_attention_slicing", "enable_xformers_memory_efficient_attention"):
-            with pytest.raises(ValueError, match=r"would do nothing|pass backend= to the call"):
-                getattr(pipe, method)()
-        with pytest.raises(ValueError, match="pass backend= to its forward"):
-            pipe.transformer.enable_npu_flash_attention()
+    def test_a_single_file_is_refused(self):
         for kind in (SUV, WFVAE):
             with pytest.raises(ValueError, match=r"`skiparse convert (suv|vae) IN OUT`"):
                 kind.from_single_file("model.safetensors")
@@ -945,6 +942,14 @@ class TestAutoencoder:
         assert torch.equal(vae.decode(right).sample, frames)
 
 
+def hooked(model):
+    """The names of what has hooks of diffusers'."""
+    modules = dict(model.named_modules())
+    return {
+        n for n, m in modules.items() if hasattr(m, "_diffusers_hook") and m._diffusers_hook.hooks
+    }
+
+
 class TestCaches:
     def test_attention_of_the_step_before(self, pipe):
         noise = torch.randn(1, 4, 2, 4, 6, generator=seeded())
@@ -1004,8 +1009,7 @@ class TestCaches:
             current_timestep_callback=lambda: 500,
         )
         model.enable_cache(config)
-        hooked = {name for name, m in model.named_modules() if hasattr(m, "_diffusers_hook")}
-        assert hooked == {"", *(f"stages.{i}.{j}.attn" for i in (1, 2) for j in (0, 1))}
+        assert hooked(model) == {f"stages.{i}.{j}.attn" for i in (1, 2) for j in (0, 1)}
 
     @torch.no_grad()
     def test_the_first_stage_decides_for_those_between(self):
@@ -1079,40 +1083,113 @@ class TestCaches:
             model.enable_cache(config)
         assert not model.is_cache_enabled
 
-    @pytest.mark.parametrize(
-        ("function", "config"),
-        [
-            (hooks.apply_first_block_cache, FirstBlockCacheConfig()),
-            (hooks.apply_mag_cache, MagCacheConfig(calibrate=True)),
-            (hooks.apply_taylorseer_cache, TaylorSeerCacheConfig()),
-            (hooks.apply_taylorseer_cache, TaylorSeerCacheConfig(use_lite_mode=True)),
-            (
-                hooks.apply_pyramid_attention_broadcast,
+    def test_functions_that_would_find_nothing_are_refused(self):
+        """Those of diffusers, which look for its own names and classes, and then say nothing.
+
+        All there are, so that a new one is looked at.
+        """
+        model, call = suv()
+        pickle.dumps(model)
+        keys, right = set(model.state_dict()), call()
+        refused = {
+            "first_block_cache": [FirstBlockCacheConfig()],
+            "mag_cache": [MagCacheConfig(calibrate=True)],
+            "sea_cache": [hooks.SeaCacheConfig(threshold=0.1)],
+            "text_kv_cache": [hooks.TextKVCacheConfig()],
+            "taylorseer_cache": [
+                TaylorSeerCacheConfig(),
+                TaylorSeerCacheConfig(use_lite_mode=True),
+            ],
+            "pyramid_attention_broadcast": [
                 PyramidAttentionBroadcastConfig(current_timestep_callback=lambda: 500),
-            ),
-            (
-                hooks.apply_pyramid_attention_broadcast,
                 PyramidAttentionBroadcastConfig(
                     spatial_attention_block_skip_range=2,
                     spatial_attention_block_identifiers=("stages",),
                     current_timestep_callback=lambda: 500,
                 ),
-            ),
-            (hooks.apply_faster_cache, FasterCacheConfig(spatial_attention_block_skip_range=2)),
-            (hooks.apply_layer_skip, LayerSkipConfig(indices=[0])),
-        ],
-    )
-    def test_functions_that_would_find_nothing_are_refused(self, function, config):
-        """Those of diffusers, which look for its own names and classes, and then say nothing."""
-        model, call = suv()
-        keys, right = set(model.state_dict()), call()
-        with pytest.raises(ValueError, match="call enable_cache of the model, with a Py"):
-            function(model, config)
+            ],
+            "faster_cache": [FasterCacheConfig(spatial_attention_block_skip_range=2)],
+            "layer_skip": [LayerSkipConfig(indices=[0])],
+        }
+        others = {"group_offloading", "layerwise_casting", "layerwise_casting_hook"}  # they work
+        others |= {"context_parallel", "tensor_parallel"}  # go by a plan that is given to them
+        there = {name.removeprefix("apply_") for name in dir(hooks) if name.startswith("apply_")}
+        assert there == refused.keys() | others
+        for name, configs in refused.items():
+            for config in configs:
+                with pytest.raises(ValueError, match="call enable_cache of the model, with a Py"):
+                    getattr(hooks, f"apply_{name}")(model, config)
         assert set(model.state_dict()) == keys
-        if function is not hooks.apply_faster_cache:  # which has changed the model before
-            assert torch.equal(call(), right)
-        with pytest.raises(ValueError, match="no attention of diffusers' that '_native_npu' could"):
-            model.disable_npu_flash_attention()
+        assert torch.equal(call(), right)
+        assert not any(hooked(model))
+
+    def test_every_config_of_a_cache_works_or_is_refused(self):
+        model, _ = suv()
+        works = {"PyramidAttentionBroadcast", "TaylorSeerCache", "FirstBlockCache"}
+        no_caches = {"LayerSkip", "SmoothedEnergyGuidance"}
+        there = {name.removesuffix("Config") for name in dir(hooks) if name.endswith("Config")}
+        assert works | no_caches < there
+        for name in there - works - no_caches:
+            kind = getattr(hooks, f"{name}Config")
+            asked = {"MagCache": {"calibrate": True}, "SeaCache": {"threshold": 0.1}}
+            with pytest.raises(ValueError, match=f"{name}Config does not fit a SUV, whose stages"):
+                model.enable_cache(kind(**asked.get(name, {})))
+            assert not model.is_cache_enabled
+            assert not any(hooked(model))
+
+
+# What our classes have of diffusers', in words of its own. These do something, and are tested,
+# here or where models are trained, loaded and saved.
+DO = [
+    "add_adapter", "cache_context", "compile_repeated_blocks", "cuda", "delete_adapters",
+    "dequantize", "disable_adapters", "disable_cache", "disable_gradient_checkpointing",
+    "disable_lora", "enable_adapters", "enable_gradient_checkpointing",
+    "enable_group_offload", "enable_layerwise_casting", "enable_lora",
+    "enable_lora_hotswap", "enable_model_cpu_offload", "enable_sequential_cpu_offload",
+    "float", "from_pipe", "fuse_lora", "half", "load_lora_adapter",
+    "load_lora_into_transformer", "maybe_free_model_hooks", "push_to_hub",
+    "register_to_config", "remove_all_hooks", "reset_device_map", "save_config",
+    "save_lora_adapter", "save_lora_weights", "save_pretrained", "set_adapter",
+    "set_adapters", "set_lora_device", "set_progress_bar_config", "to", "unfuse_lora",
+    "unload_lora", "unload_lora_weights",
+]  # fmt: skip
+TELL = [
+    "active_adapters", "download", "extract_init_dict", "from_config", "from_pretrained",
+    "get_active_adapters", "get_config_dict", "get_list_adapters", "get_memory_footprint",
+    "load_config", "lora_state_dict", "num_parameters", "numpy_to_pil", "pack_weights",
+    "progress_bar", "register_for_auto_class", "register_modules", "to_json_file",
+    "to_json_string", "write_lora_layers",
+]  # fmt: skip
+REFUSED = [
+    "enable_attention_slicing", "enable_npu_flash_attention", "enable_parallelism",
+    "enable_xformers_memory_efficient_attention", "enable_xla_flash_attention",
+]  # fmt: skip
+NOTHING = [*(name.replace("enable", "disable") for name in REFUSED), "reset_attention_backend"]
+
+
+def refuses(thing, name):
+    arguments = {"enable_parallelism": {"config": TensorParallelConfig(tp_degree=1)}}
+    words = "could compute|SUV is parallel|nothing that SUV has|tensor parallel|_tp_plan"
+    with pytest.raises((ValueError, NotImplementedError), match=words):
+        getattr(thing, name)(**arguments.get(name, {}))
+
+
+def test_every_method_of_diffusers_does_something_or_is_refused(pipe):
+    """All that our classes inherit, so that a new one is looked at."""
+    for thing in (pipe, pipe.transformer, pipe.vae, pipe.scheduler):
+        for name in dir(type(thing)):
+            owner = next(kind for kind in type(thing).__mro__ if name in vars(kind))
+            its = owner.__module__.startswith("diffusers.") and callable(getattr(owner, name))
+            if not its or name.startswith("_"):
+                continue
+            if name.startswith("set_use_") or name in REFUSED:
+                continue
+            assert name in (*DO, *TELL, *NOTHING), f"{type(thing).__name__}.{name}"
+            if name in NOTHING:
+                getattr(thing, name)()
+        for name in REFUSED:
+            if hasattr(thing, name):
+                refuses(thing, name)
 
 
 class TestGraphs:

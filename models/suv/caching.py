@@ -37,10 +37,39 @@ from torch import Tensor, nn
 from skiparse.models.suv.plan import SharedLayer
 
 CACHES = "a PyramidAttentionBroadcastConfig, a TaylorSeerCacheConfig or a FirstBlockCacheConfig"
+OF_WEIGHTS = ("group_offloading", "layerwise_casting")
 ATTENTION, BLOCK, LAST = r"stages\.\d+\.\d+\.attn", r"stages\.\d+\.\d+", "proj_out"
 
 
-class NoBlock(nn.Module, AttentionModuleMixin):  # type: ignore[misc]  # diffusers' are untyped
+class Hooks(HookRegistry):  # type: ignore[misc]  # diffusers' are untyped
+    """diffusers' hooks of a whole SUV, or of what stands for its blocks: those that fit it."""
+
+    def register_hook(self, hook: ModelHook, name: str) -> None:
+        """As of any module; of diffusers' hooks only those that move and cast weights.
+
+        Raises:
+            ValueError: for its others, such as those of caches.
+        """
+        _, _, kind = type(hook).__module__.partition("diffusers.hooks.")
+        if kind and kind not in OF_WEIGHTS:
+            raise ValueError(
+                f"a SUV has no row of blocks, nor attention of diffusers', that a "
+                f"{type(hook).__name__} could be put into; call enable_cache of the model, with "
+                f"{CACHES}; or set_context_parallel for processes that share tokens"
+            )
+        super().register_hook(hook, name)
+
+
+class Hooked(nn.Module):
+    """A module whose hooks of diffusers' are :class:`Hooks`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_diffusers_hook":  # the first that each of its functions does
+            value = Hooks(self)
+        super().__setattr__(name, value)
+
+
+class NoBlock(Hooked, AttentionModuleMixin):  # type: ignore[misc]  # diffusers' are untyped
     """What diffusers' own functions find where they look for a block, or for attention: a refusal.
 
     ``apply_first_block_cache(model, ...)`` and the others go by names and classes of diffusers',
@@ -48,22 +77,6 @@ class NoBlock(nn.Module, AttentionModuleMixin):  # type: ignore[misc]  # diffuse
     """
 
     processor = None  # no attention either
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_diffusers_hook":  # the first that each of them does
-            raise ValueError(
-                "a SUV has no row of blocks, nor attention of diffusers', that this could be put "
-                f"into; call enable_cache of the model, with {CACHES}"
-            )
-        super().__setattr__(name, value)
-
-    def set_attention_backend(self, backend: str) -> None:
-        """Refused, as by the model.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(f"a SUV has no attention of diffusers' that {backend!r} could compute")
 
 
 def no_row() -> nn.ModuleList:

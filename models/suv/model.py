@@ -54,7 +54,7 @@ class SUVOutput(Transformer2DModelOutput):  # type: ignore[misc]  # diffusers' i
     imbalance: Tensor | None = None
 
 
-class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: ignore[misc]  # diffusers' are untyped
+class SUV(StrictModelMixin, caching.Hooked, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: ignore[misc]  # diffusers' are untyped
     """The denoiser: noisy latents, a time and a text in, a velocity out.
 
     Args:
@@ -539,32 +539,8 @@ class SUV(StrictModelMixin, ModelMixin, PeftAdapterMixin, CacheMixin):  # type: 
         mesh = self._parallel_config.context_parallel_config._ulysses_mesh
         self.set_context_parallel(mesh.get_group())
 
-    def set_attention_backend(self, backend: str) -> None:
-        """Diffusers' way to choose an attention kernel, which has none of this attention.
-
-        Raises:
-            ValueError: always, with the way to choose one here.
-        """
-        raise ValueError(
-            f"SUV has no attention of diffusers' that {backend!r} could compute; pass backend= to "
-            f"its forward, 'auto' or one of {list(skiparse.list_backends())}"
-        )
-
-    def enable_xformers_memory_efficient_attention(self, *_: Any, **__: Any) -> None:
-        """As :meth:`set_attention_backend`.
-
-        Raises:
-            ValueError: always.
-        """
-        self.set_attention_backend("xformers")
-
-    def enable_npu_flash_attention(self) -> None:
-        """As :meth:`set_attention_backend`.
-
-        Raises:
-            ValueError: always.
-        """
-        self.set_attention_backend("npu")
+    def _instead(self) -> str:
+        return f"pass backend= to its forward, 'auto' or one of {list(skiparse.list_backends())}"
 
     def enable_cache(self, config: Any) -> None:
         """Take something from steps before, by a cache of diffusers'; ``disable_cache`` ends it.
