@@ -15,13 +15,14 @@ from parallel_run import WAIT, averaged, far, grads
 from volumes import Sent, elements
 
 from skiparse.models import SUV
+from skiparse.models.cluster import SUVModel
 from skiparse.models.images import KnownFrames
-from skiparse.models.suv.plan import route_of
 from skiparse.models.suv.tensor_parallel import deal_out
 from skiparse.models.train.parallel import World
 
 torch.accelerator.device_count = lambda: 1  # diffusers 0.42 divides by it, which is 0 on a CPU
 torch.Tensor.float = torch.Tensor.double  # the model's islands of fp32
+BYTES = 2  # of a number, as the planner has it
 WIDTH = {"num_heads": 3, "head_dim": 16}
 SMALL = {"num_layers": (1, 2, 1), "sparsity": (1, 2, 1)}
 DEEP = {"num_layers": (1, 2, 3, 2, 3, 2, 1), "sparsity": (1, 2, 4, 8, 4, 2, 1)}
@@ -115,7 +116,7 @@ def run(case):
 
 
 def compare(case):
-    sizes, size, how = CASES[case]
+    sizes, _, how = CASES[case]
     wanted = run(case)
     rank, P = dist.get_rank(), dist.get_world_size()
     its = model(case)
@@ -139,14 +140,24 @@ def compare(case):
     worst = torch.tensor(errors, dtype=torch.float64)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     exchanged, reduced = elements(sent.exchanged, sent.reduced)
-    tokens = size[0] * size[1] * size[2] // 4
-    skips = sizes.get("skip_connection", True)
-    made = route_of(tokens, sizes["num_layers"], sizes["sparsity"], 3, skips, P)
-    # Forward and backward of batches of 2; 16 numbers of each token go to all others at the end.
-    formula = 2 * 2 * (made.sent * 16 + tokens * 16 * (P - 1))
-    if dist.get_rank() == 0:
+    counted = planned(case)
+    if "experts" in sizes:  # which reduce more than the text, and the planner knows nothing of them
+        reduced = counted.text = 0
+    again = how.get("checkpointing", "none")
+    formula = 2 * P * (counted.sent(P) + counted.sent_back(P, again)) / BYTES
+    if rank == 0:
         print("case", case.replace(" ", "_"), *(f"{e:.2e}" for e in worst.tolist()),
-              "sent", exchanged, reduced, "formula", formula, flush=True)  # fmt: skip
+              "sent", exchanged + 2 * (P - 1) * reduced // P, "formula", round(formula),
+              flush=True)  # fmt: skip
+
+
+def planned(case):
+    """The case as `skiparse plan --cluster` counts it, with as much text as there is."""
+    sizes, (t, h, w), how = CASES[case]
+    whole = SUV.presets["tiny"] | WIDTH | sizes
+    found = SUVModel(whole, t * h * w // 4, None, sizes.get("skip_connection", True))
+    found.text = (4 if how.get("masks") else 5) * found.width  # without what is padding in all
+    return found
 
 
 def on_a_mesh(case, data, context, tensor):
@@ -183,7 +194,7 @@ def on_a_mesh(case, data, context, tensor):
     if dist.get_rank() == 0:
         words = f"{case} on a mesh {data} {context} {tensor}".replace(" ", "_")
         print("case", words, *(f"{e:.2e}" for e in worst.tolist()),
-              "sent", 0, 0, "formula", 0, flush=True)  # fmt: skip
+              "sent", 0, "formula", 0, flush=True)  # fmt: skip
 
 
 def loss_of(its, given, masks, sample):
