@@ -158,6 +158,7 @@ class Model(ABC):
     head_dim: int
     text: int  # numbers of text that an all-reduce in each layer averages, of a sample
     out: int  # numbers of a token that all processes get in the end
+    moves_again: bool  # whether a block that is computed again moves its tokens again
 
     @property
     def rest(self) -> int:
@@ -186,13 +187,35 @@ class Model(ABC):
 
     def sent(self, processes: int) -> float:
         """Bytes that one of so many processes sends to others for a forward of a sample."""
-        if processes == 1:
-            return 0.0
+        return self._bytes(self._exchanged(processes), self.layers, processes)
+
+    def sent_back(self, processes: int, checkpointing: str) -> float:
+        """The same for its backward, and for what is computed again in it.
+
+        The gradient of what the last layer makes of the text is none.
+        """
+        exchanged, reduced = self._exchanged(processes), self.layers - 1
+        if checkpointing == "block":
+            exchanged += self._exchanged_again(processes)
+            reduced += self.layers
+        return self._bytes(exchanged, reduced, processes)
+
+    def _exchanged(self, processes: int) -> int:
+        """Numbers that all processes give to others: what layers need, and the whole in the end."""
+        last = self.tokens * self.out * (processes - 1)
+        return self.route(processes).sent * self.head_dim + last
+
+    def _exchanged_again(self, processes: int) -> int:
         made = self.route(processes)
-        exchanged = made.sent * self.head_dim
-        last = made.layouts[0].tokens * self.out * (processes - 1)
-        reduced = 2 * (processes - 1) * self.text * self.layers  # round a ring and back
-        return (exchanged + last + reduced) * _HALF / processes
+        if self.moves_again:
+            return made.sent * self.head_dim
+        pairs = zip(made.patterns, made.layouts, strict=True)
+        return sum(layout.sent(pattern, made.heads) for pattern, layout in pairs) * self.head_dim
+
+    def _bytes(self, exchanged: int, reduced: int, processes: int) -> float:
+        """Of one process, with all-reduces in so many layers: round a ring and back."""
+        ring = 2 * (processes - 1) * self.text * reduced
+        return (exchanged + ring) * _HALF / processes
 
 
 class SUVModel(Model):
@@ -204,6 +227,8 @@ class SUVModel(Model):
         sparsity: of each part of the U; None for its own.
         skips: whether it has skips.
     """
+
+    moves_again = False
 
     def __init__(
         self, sizes: Mapping[str, Any], tokens: int, sparsity: tuple[int, ...] | None, skips: bool
@@ -274,6 +299,7 @@ class WanModel(Model):
     """
 
     head_dim, heads, layers, wide, text, out = 128, 40, 40, 13824, 0, 64
+    moves_again = True
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self.shape, self.width = shape, self.head_dim * self.heads
@@ -425,9 +451,10 @@ class Estimate:
     def sharing(self) -> float:
         """Tokens and heads between devices that share a sample, forward and backward."""
         s = self.setting
-        times = 3 if s.checkpointing == "block" else 2
-        sent = s.accumulate * s.micro_batch * times * self.model.sent(s.context)
-        return sent / self.cluster.bandwidth(s.context)
+        if s.context == 1:
+            return 0.0
+        one = self.model.sent(s.context) + self.model.sent_back(s.context, s.checkpointing)
+        return s.accumulate * s.micro_batch * one / self.cluster.bandwidth(s.context)
 
     @property
     def weights(self) -> float:

@@ -5,22 +5,24 @@ Each case is compared with one process alone; `test_parallel.py` reads what the 
 
 import copy
 import functools
+import math
 import sys
 
 import diffusers
 import torch
 import torch.distributed as dist
 from parallel_run import WAIT, averaged, far, grads
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from volumes import Sent, elements
 
 from skiparse.models import SUV
+from skiparse.models.cluster import SUVModel
 from skiparse.models.images import KnownFrames
-from skiparse.models.suv.plan import route_of
+from skiparse.models.suv.tensor_parallel import deal_out
+from skiparse.models.train.parallel import World
 
 torch.accelerator.device_count = lambda: 1  # diffusers 0.42 divides by it, which is 0 on a CPU
 torch.Tensor.float = torch.Tensor.double  # the model's islands of fp32
+BYTES = 2  # of a number, as the planner has it
 WIDTH = {"num_heads": 3, "head_dim": 16}
 SMALL = {"num_layers": (1, 2, 1), "sparsity": (1, 2, 1)}
 DEEP = {"num_layers": (1, 2, 3, 2, 3, 2, 1), "sparsity": (1, 2, 4, 8, 4, 2, 1)}
@@ -43,13 +45,33 @@ CASES = {
     "images by masks": (SMALL | {"images": "mask"}, EVEN, {"checkpointing": "block"}),
     "extended compiled": (SMALL | MORE, RAGGED, {"masks": True, "compiled": "aot_eager"}),
 }
+FOUR = {"num_heads": 4}
+DEALT = {  # out to processes, with heads that they divide
+    "dealt out": (SMALL | FOUR, RAGGED, {"masks": True}),
+    "dealt out deep": (DEEP | FOUR, RAGGED, {"masks": True, "checkpointing": "block"}),
+    "dealt out again": (DEEP | FOUR, EVEN, {"checkpointing": "feed_forward"}),
+    "dealt out with branches": (
+        SMALL | FOUR | {"linear_attention": (False, True, True), "norm": "rms_norm"}, EVEN, {},
+    ),
+    "dealt out, text alike": (SMALL | FOUR | {"double_ff": False}, RAGGED, {}),
+}  # fmt: skip
+ALL = CASES | DEALT
+MESHES = [  # case, and processes along data, tokens and layers
+    ("deep ragged masks", 2, 2, 1),
+    *((case, 1, 1, 2) for case in DEALT),
+    ("dealt out deep", 2, 1, 2),
+    ("dealt out again", 1, 2, 2),
+    ("dealt out with branches", 1, 2, 2),
+    ("dealt out", 1, 1, 4),
+    ("dealt out deep", 2, 2, 2),
+]
 FEW = ("two blocks", "deep ragged masks", "checkpointed", "compiled", "extended", "images")
 
 
 @functools.cache
 def model(case):
     torch.manual_seed(0)
-    made = SUV(**SUV.presets["tiny"] | WIDTH | CASES[case][0]).double()
+    made = SUV(**SUV.presets["tiny"] | WIDTH | ALL[case][0]).double()
     with torch.no_grad():
         for x in made.parameters():
             x.add_(torch.randn_like(x) * 0.05)
@@ -57,7 +79,7 @@ def model(case):
 
 
 def inputs(case):
-    sizes, size, how = CASES[case]
+    sizes, size, how = ALL[case]
     made = torch.Generator().manual_seed(1)
     draw = lambda *s: torch.randn(*s, generator=made, dtype=torch.float64)  # noqa: E731
     given = [draw(2, 4, *size), torch.tensor([300.0, 700.0]).double(), draw(2, 5, 24), draw(2, 20)]
@@ -94,7 +116,7 @@ def run(case):
 
 
 def compare(case):
-    sizes, size, how = CASES[case]
+    sizes, _, how = CASES[case]
     wanted = run(case)
     rank, P = dist.get_rank(), dist.get_world_size()
     its = model(case)
@@ -118,41 +140,61 @@ def compare(case):
     worst = torch.tensor(errors, dtype=torch.float64)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     exchanged, reduced = elements(sent.exchanged, sent.reduced)
-    tokens = size[0] * size[1] * size[2] // 4
-    skips = sizes.get("skip_connection", True)
-    made = route_of(tokens, sizes["num_layers"], sizes["sparsity"], 3, skips, P)
-    # Forward and backward of batches of 2; 16 numbers of each token go to all others at the end.
-    formula = 2 * 2 * (made.sent * 16 + tokens * 16 * (P - 1))
-    if dist.get_rank() == 0:
+    counted = planned(case)
+    if "experts" in sizes:  # which reduce more than the text, and the planner knows nothing of them
+        reduced = counted.text = 0
+    again = how.get("checkpointing", "none")
+    formula = 2 * P * (counted.sent(P) + counted.sent_back(P, again)) / BYTES
+    if rank == 0:
         print("case", case.replace(" ", "_"), *(f"{e:.2e}" for e in worst.tolist()),
-              "sent", exchanged, reduced, "formula", formula, flush=True)  # fmt: skip
+              "sent", exchanged + 2 * (P - 1) * reduced // P, "formula", round(formula),
+              flush=True)  # fmt: skip
 
 
-def sharded():
-    """Two groups of two on one mesh, each with a batch of its own, and FSDP2 over all four."""
-    case = "deep ragged masks"
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
-    everyone = mesh["data", "context"]._flatten("everyone")
-    its = model(case)
+def planned(case):
+    """The case as `skiparse plan --cluster` counts it, with as much text as there is."""
+    sizes, (t, h, w), how = CASES[case]
+    whole = SUV.presets["tiny"] | WIDTH | sizes
+    found = SUVModel(whole, t * h * w // 4, None, sizes.get("skip_connection", True))
+    found.text = (4 if how.get("masks") else 5) * found.width  # without what is padding in all
+    return found
+
+
+def on_a_mesh(case, data, context, tensor):
+    """Groups, each with a batch of its own; their processes share tokens, or layers, or both."""
+    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), tensor=tensor)
+    its = copy.deepcopy(model(case))
     its.set_context_parallel(None)
     its.zero_grad()
-    for sample in range(2):
+    for sample in range(data):
         given, masks = inputs(case)
-        loss_of(its, given, masks, sample).div(2).backward()
-    whole = grads(*its.parameters())
+        loss_of(its, given, masks, sample).div(data).backward()
+    wanted = its(*(x[:1] for x in given), **{name: x[:1] for name, x in masks.items()}).detach()
+    wanted_grads = grads(*its.parameters())
     split = copy.deepcopy(its)
     split.zero_grad()
-    for stage in split.stages:
-        for block in stage:
-            fully_shard(block, mesh=everyone)
-    fully_shard(split, mesh=everyone)
-    split.set_context_parallel(mesh["context"].get_group())
-    given, masks = inputs(case)
-    loss_of(split, given, masks, mesh["data"].get_local_rank()).backward()
-    found = [x.grad.full_tensor() for x in split.parameters()]
-    error = far(found, whole)
+    if "checkpointing" in ALL[case][2]:
+        split.set_checkpointing((ALL[case][2]["checkpointing"],) * len(split.stages))
+    world.sharded(split, ("SUVBlock",), deal_out)
+    for name in ("attn.to_q", "attn.to_out", "ff.linear_1", "ff.linear_2"):
+        layer, whole = (x.stages[0][0].get_submodule(name).weight for x in (split, its))
+        assert layer.to_local().numel() * dist.get_world_size() == whole.numel()
+    shared = world.context(context)
+    assert shared.count == data
+    split.set_context_parallel(shared.group)
+    found = split(*(x[:1] for x in given), **{name: x[:1] for name, x in masks.items()}).detach()
+    loss_of(split, given, masks, shared.index).backward()
+    worst = torch.tensor(
+        [
+            far([found], [wanted]),
+            far([x.grad.full_tensor() for x in split.parameters()], wanted_grads),
+        ]
+    )
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
     if dist.get_rank() == 0:
-        print("case", "FSDP2_on_a_mesh", f"{error:.2e}", "sent", 0, 0, "formula", 0, flush=True)
+        words = f"{case} on a mesh {data} {context} {tensor}".replace(" ", "_")
+        print("case", words, *(f"{e:.2e}" for e in worst.tolist()),
+              "sent", 0, "formula", 0, flush=True)  # fmt: skip
 
 
 def loss_of(its, given, masks, sample):
@@ -166,8 +208,11 @@ def loss_of(its, given, masks, sample):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=WAIT)
-    for case in FEW if sys.argv[1:] == ["few"] else CASES:
-        compare(case)
-    if dist.get_world_size() == 4 and sys.argv[1:] != ["few"]:
-        sharded()
+    few, P = sys.argv[1:] == ["few"], dist.get_world_size()
+    if P < 8:
+        for case in FEW if few else CASES:
+            compare(case)
+    for case, *sides in MESHES:
+        if math.prod(sides) == P and (not few or case == "dealt out"):
+            on_a_mesh(case, *sides)
     dist.destroy_process_group()

@@ -3,15 +3,19 @@
 Each case is compared with one process alone; `test_parallel.py` reads what the first one prints.
 """
 
+import math
+
 import diffusers
 import torch
 import torch.distributed as dist
 from parallel_run import WAIT, averaged, far, grads
 from volumes import Sent, elements
 
+from skiparse.models.cluster import WanModel
 from skiparse.models.retrofit import retrofit
 
 torch.Tensor.float = torch.Tensor.double  # the model's islands of fp32
+BYTES = 2  # of a number, as the planner has it
 KINDS = ("dense", "single", "group", "single", "dense")
 CASES = {
     "2d": ("2d", (2, 8, 8), False),
@@ -19,6 +23,18 @@ CASES = {
     "1d": ("1d", (2, 8, 8), False),
     "2d checkpointed": ("2d", (2, 6, 8), True),
 }
+
+
+class Planned(WanModel):
+    """A tiny one, as `skiparse plan --cluster` counts that of 14B."""
+
+    head_dim, layers, out = 12, 5, 4 * 4
+
+    def __init__(self, grid, route):
+        self.tokens, self.found = math.prod(grid), route
+
+    def route(self, processes):
+        return self.found
 
 
 def tiny():
@@ -67,13 +83,11 @@ def compare(name):
     worst = torch.tensor(errors, dtype=torch.float64)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     exchanged, reduced = elements(sent.exchanged, sent.reduced)
-    tokens = grid[0] * grid[1] * grid[2]
-    # Forward and backward, layers of a checkpoint once more, of batches of 2; at the end 16 numbers
-    # of each token go to all others.
-    formula = 2 * ((3 if again else 2) * route.sent * 12 + 2 * tokens * 16 * (P - 1))
+    counted, how = Planned(grid, route), "block" if again else "none"
+    formula = 2 * P * (counted.sent(P) + counted.sent_back(P, how)) / BYTES
     if rank == 0:
         print("case", name.replace(" ", "_"), *(f"{e:.2e}" for e in worst.tolist()),
-              "sent", exchanged, reduced, "formula", formula, flush=True)  # fmt: skip
+              "sent", exchanged + reduced, "formula", round(formula), flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,8 +10,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from skiparse.cli import main
 from skiparse.models import SUV
-from skiparse.models.cluster import Cluster, Estimate, Kept, Model, Setting, SUVModel, kept_by
+from skiparse.models.cluster import (
+    Cluster,
+    Estimate,
+    Kept,
+    Model,
+    Setting,
+    SUVModel,
+    WanModel,
+    kept_by,
+)
 from skiparse.models.planning import Context
+from skiparse.models.retrofit.model import schedule
+from skiparse.models.retrofit.shared import _route
 
 FIGURES = {
     "memory": 64, "flops": 2.0e14, "devices_per_machine": 8, "inside": 1.0e11, "between": 1.0e10
@@ -23,7 +34,7 @@ class Toy(Model):
     """Ten numbers of everything, so that it can be computed by hand."""
 
     tokens, parameters, block, layers = 16, 1_000_000_000, 200_000_000, 4
-    head_dim, text, out = 8, 6, 3
+    head_dim, text, out, moves_again = 8, 6, 3, True
 
     def route(self, processes):
         return Context.of("tiny", (1, 64, 64), processes).route
@@ -53,15 +64,26 @@ def test_a_step_by_hand():
     made = Context.of("tiny", (1, 64, 64), 2).route
     numbers = made.sent * 8 + 16 * 3 * 1 + 2 * 1 * 6 * 4  # 16 tokens; text in each of 4 layers
     assert Toy().sent(2) == numbers * 2 / 2
-    assert found.sharing == 2 * 4 * 2 * Toy().sent(2) / 1e11  # in one machine
+    both = 2 * numbers - 2 * 1 * 6  # nothing reads the text of the last layer
+    assert found.sharing == 2 * 4 * both / 1e11  # in one machine
     assert found.weights == 5 * 15 / 16 * 4e9 / 1e10  # over two machines
     assert found.seconds == found.computing + found.sharing + found.weights
     again = estimate(checkpointing="block", devices=8, accumulate=4)
     assert again.computing == pytest.approx(2 * found.computing * 4 / 3)
-    assert again.sharing == pytest.approx(2 * found.sharing * 3 / 2)
+    more = made.sent * 8 + 2 * 1 * 6 * 4
+    assert again.sharing == 4 * 4 * (both + more) / 1e11
     assert again.weights == 9 * 7 / 8 * 4e9 / 1e11
     assert estimate(context=1).sharing == 0
-    assert estimate(context=16, accumulate=1).sharing == 64 * 2 * Toy().sent(16) / 1e10
+    many = Toy().sent(16) + Toy().sent_back(16, "none")
+    assert estimate(context=16, accumulate=1).sharing == 64 * many / 1e10
+
+
+def test_the_14b_is_shared_as_a_retrofitted_one_is():
+    found, grid = WanModel((9, 96, 160)), (3, 6, 10)
+    kinds = schedule(40, (4, 4))
+    for processes in (2, 4):
+        assert found.route(processes) == _route(grid, "2d", 2, kinds, 40, processes)
+    assert found.tokens == math.prod(grid)
 
 
 def test_memory_by_hand():

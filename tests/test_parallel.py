@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import lines, torchrun
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from skiparse import GridPattern, SkipPattern
@@ -47,23 +48,23 @@ def test_all_cases_in_processes(processes):
 
 
 def check_model(found, number):
-    """Errors as above, then elements of forward and backward, counted and computed."""
+    """Errors as above, then elements of forward and backward: counted, and as they are planned."""
     assert len(found) == number
     for name, *rest in found:
-        errors, sent = rest[: rest.index("sent")], rest[rest.index("sent") + 1 :]
+        *errors, _, sent, _, planned = rest
         assert max(map(float, errors)) < 1e-12, (name, errors)
-        if "checkpointed" not in name or "2d" in name:
-            assert int(sent[0]) == int(sent[-1]), (name, sent)
+        assert int(sent) == int(planned), (name, sent, planned)
 
 
 def test_processes_that_share_an_suv():
-    check_model(lines("parallel_suv.py", 2, "few"), 6)
+    check_model(lines("parallel_suv.py", 2, "few"), 7)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("processes", [2, 3, 4])
-def test_all_cases_of_an_suv(processes):
-    check_model(lines("parallel_suv.py", processes), 15 if processes == 4 else 14)
+@pytest.mark.parametrize(("processes", "cases"), [(2, 14 + 5), (3, 14), (4, 14 + 5), (8, 1)])
+def test_all_cases_of_an_suv(processes, cases):
+    """Of eight processes two share tokens, two share layers, and two have a batch of their own."""
+    check_model(lines("parallel_suv.py", processes), cases)
 
 
 @pytest.mark.full
@@ -181,6 +182,24 @@ def test_what_an_suv_shares_its_tokens_with():
     ):
         with pytest.raises(ValueError, match="by layouts of its own: got ring_degree="):
             model.enable_parallelism(**given)
+
+
+@pytest.mark.usefixtures("two")
+def test_what_cannot_be_dealt_out_is_refused():
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from skiparse.models import SUV
+    from skiparse.models.suv.tensor_parallel import deal_out
+
+    mesh = init_device_mesh("cpu", (2,))
+    for changes, words in (
+        ({"num_heads": 3}, "tensor_parallel=2 must divide the heads of the model, 3"),
+        ({"experts": (1, 1, 4, 1, 1)}, "tensor_parallel=2: nothing deals out experts"),
+    ):
+        model = SUV(**SUV.presets["tiny"] | changes)
+        with pytest.raises(ValueError, match=words):
+            deal_out(model, mesh)
+        assert not any(isinstance(x, DTensor) for x in model.parameters())
 
 
 @pytest.mark.usefixtures("two")

@@ -40,6 +40,7 @@ from skiparse.models.suv.recipe import SUVStage as Stage
 from skiparse.models.train import clip, guards, loop
 from skiparse.models.train import log as log_module
 from skiparse.models.train.checkpoint import Checkpoint, CheckpointError, Checkpoints
+from skiparse.models.train.checks import check
 from skiparse.models.train.clip import AdaptiveGradClipper
 from skiparse.models.train.config import Lora, Optimizer, Samples, load
 from skiparse.models.train.core import train
@@ -551,16 +552,25 @@ def test_a_process_that_is_lost_ends_the_run_and_is_named(source, whole, tmp_pat
 
 
 @pytest.mark.full
-def test_four_processes_on_a_mesh_go_on_from_one(source, whole, tmp_path):
-    """Begun by one; then two groups of two that share tokens, with all weights in shards."""
+@pytest.mark.parametrize("more", [(), ("--tensor-parallel", "2")])
+def test_four_processes_on_a_mesh_go_on_from_one(source, whole, tmp_path, more):
+    """Begun by one; then groups of two that share tokens, with all weights in shards; then one.
+
+    There are two such groups, or one whose processes have a part of every layer each.
+    """
+    names = [*stages()]
     begun = config(source, tmp_path / "run", stages={"image": stages()["image"]})
     train(begun)
     given = dataclasses.replace(begun, stages=stages(), parallel="fsdp")
-    file = as_yaml(tmp_path / "config.yaml", given)
-    launch(4, file, "--context-parallel", "2", shared=True)
+    until = {name: stages()[name] for name in names[:2]}
+    file = as_yaml(tmp_path / "config.yaml", dataclasses.replace(given, stages=until))
+    launch(4, file, "--context-parallel", "2", *more, shared=True)
+    train(dataclasses.replace(begun, stages=stages()))
     for a, b in zip(rows(whole), rows(given.out), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
-    assert tensors(whole).keys() == tensors(given.out).keys()
+        assert a["norm"] == pytest.approx(b["norm"], rel=1e-4)
+    one, four = tensors(whole), tensors(given.out)
+    assert {name: x.shape for name, x in one.items()} == {name: x.shape for name, x in four.items()}
 
 
 @pytest.mark.full
@@ -582,6 +592,31 @@ def test_groups_that_cannot_share_tokens_are_refused(source, tmp_path):
         ValueError, match="context_parallel=2 must divide the number of processes, 1"
     ):
         train(config(source, tmp_path / "run", context_parallel=2))
+    with pytest.raises(ValueError, match="tensor_parallel must be at least 1, got 0"):
+        config(source, tmp_path, tensor_parallel=0)
+    for given, words in (
+        ({"parallel": "ddp"}, "parallel=ddp; set parallel: fsdp"),
+        ({"lora": Lora(rank=2), "init": "x"}, "lora=Lora"),
+        ({"compile": True}, "compile=True; leave one of them out"),
+    ):
+        with pytest.raises(ValueError, match=f"tensor_parallel=2 does not go with {words}"):
+            config(source, tmp_path, **{"parallel": "fsdp", "tensor_parallel": 2} | given)
+    given = {"parallel": "fsdp", "tensor_parallel": 2}
+    with pytest.raises(
+        ValueError, match="context_parallel=1 times tensor_parallel=2 must divide the number"
+    ):
+        train(config(source, tmp_path / "run", **given))
+    four = World(0, 4, torch.device("cpu"))
+    for changes, words in (
+        ({"stages": stages(global_batch=3)}, "global_batch=3 must be a multiple of 2"),
+        ({"model": {"num_heads": 3}}, "tensor_parallel=2 must divide the heads of the model, 3"),
+        (
+            {"stages": {"video": dataclasses.replace(stages()["video"], experts=(1, 1, 4, 1, 1))}},
+            "nothing deals out experts",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check(config(source, tmp_path, **given | changes), four, None)
 
 
 def test_another_number_of_processes_continues_the_same_order(source, whole, tmp_path):

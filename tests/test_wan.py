@@ -534,6 +534,8 @@ def test_what_makes_no_sense_is_refused(init, source, tmp_path):
         samples = Samples(every=1, prompts=("a",), shape=shape)
         with pytest.raises(ValueError, match=told):
             train(config(init, source, tmp_path / "out", samples=samples))
+    with pytest.raises(ValueError, match="tensor_parallel=2: the recipe wan does not deal out"):
+        train(config(init, source, tmp_path / "out", tensor_parallel=2, parallel="fsdp"))
     coder = Encoders.from_pretrained(init)
     coder.pipeline.vae.encoder.conv_out.bias.data[:] = float("nan")
     frames = torch.zeros(5, 32, 32, 3, dtype=torch.uint8)

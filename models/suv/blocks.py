@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 from torch.utils.checkpoint import checkpoint
 
 import skiparse
@@ -100,11 +101,17 @@ class HeadNorm(nn.Module):
         for here, because where weights are brought to the device and taken away again, they are
         there while their module runs.
         """
+        weight = _of_some_heads(self.weight)
         if x is None:
-            return self.weight.view_as(self.weight)
+            return weight.view_as(weight)
         if rotary is None:
-            return recomputed(head_norm, x, self.weight, self.eps)
-        return recomputed(head_norm_rotate, x, self.weight, *rotary, self.eps)
+            return recomputed(head_norm, x, weight, self.eps)
+        return recomputed(head_norm_rotate, x, weight, *rotary, self.eps)
+
+
+def _of_some_heads(weight: Tensor) -> Tensor:
+    """A weight of all heads; where they are dealt out, each process has a part of its gradient."""
+    return weight.to_local(grad_placements=[Partial()]) if isinstance(weight, DTensor) else weight
 
 
 class JointAttention(nn.Module):

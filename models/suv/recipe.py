@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from skiparse.models import flow
 from skiparse.models.data.features import Batch
@@ -19,6 +20,7 @@ from skiparse.models.pipeline import SUVPipeline
 from skiparse.models.strict import WRITTEN_BY_DIFFUSERS
 from skiparse.models.suv.encoders import Encoders, fingerprints
 from skiparse.models.suv.model import CHECKPOINTS, SUV, SUVOutput
+from skiparse.models.suv.tensor_parallel import check_tensor_parallel, deal_out
 from skiparse.models.text import TextEncoders
 from skiparse.models.train.checkpoint import Checkpoint
 from skiparse.models.train.config import HOW, Config, Stage
@@ -157,6 +159,7 @@ class SUVRecipe(Recipe):
                     f"{', '.join(stage.parts)}; train those first without lora"
                 )
             model, mixed = wanted, max(wanted.config.experts or (1,)) > 1
+            check_tensor_parallel(model, config.tensor_parallel)
             if stage.experts_per_token is not None and not mixed:
                 raise ValueError(
                     f"stages.{name}: experts_per_token={stage.experts_per_token} is of experts, "
@@ -266,6 +269,12 @@ class SUVRecipe(Recipe):
     def share(self, model: Any, group: Any) -> None:
         """By layouts of its own."""
         model.set_context_parallel(group)
+
+    deals = True
+
+    def deal_out(self, model: Any, mesh: DeviceMesh) -> None:
+        """By heads, and by columns of feed-forwards."""
+        deal_out(model, mesh)
 
     def compiled(self, model: Any) -> None:
         """Block by block."""

@@ -26,21 +26,29 @@ def check(config: Config, world: World, coder: Coder | None) -> None:
             f"images: the recipe {config.recipe} tells its models of none; leave it out"
         )
     _check_pictures(config)
+    dealt = config.tensor_parallel
+    if dealt > 1 and not recipe_of(config.recipe).deals:
+        raise ValueError(
+            f"tensor_parallel={dealt}: the recipe {config.recipe} does not deal out the layers of "
+            "its model; leave it out"
+        )
     for name, stage in config.stages.items():
         shared = config.context_of(stage)
-        if world.size % shared:
+        if world.size % (shared * dealt):
+            times = f" times tensor_parallel={dealt}" if dealt > 1 else ""
             raise ValueError(
-                f"stages.{name}: context_parallel={shared} must divide the number of processes, "
-                f"{world.size}"
+                f"stages.{name}: context_parallel={shared}{times} must divide the number of "
+                f"processes, {world.size}"
             )
         if shared > 1 and not recipe_of(config.recipe).shares:
             raise ValueError(
                 f"stages.{name}: context_parallel={shared}: the recipe {config.recipe} does not "
                 "let processes share tokens; leave it out"
             )
-        parts = world.size // shared * stage.accumulate
+        parts = world.size // (shared * dealt) * stage.accumulate
         if stage.global_batch % parts:
             among = f" in groups of context_parallel={shared}" if shared > 1 else ""
+            among += f" and tensor_parallel={dealt}" if dealt > 1 else ""
             raise ValueError(
                 f"stages.{name}.global_batch={stage.global_batch} must be a multiple of {parts}: "
                 f"{world.size} processes{among} times accumulate={stage.accumulate}"

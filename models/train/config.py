@@ -278,6 +278,7 @@ class Config(Run):
         seed: of everything random.
         parallel: with several processes, copies of the model (ddp), or shards of it (fsdp).
         context_parallel: processes that share the tokens of a micro-batch, a divisor of all.
+        tensor_parallel: with fsdp, processes that each have a part of every layer's weights.
         compile: whether to compile the blocks.
         samples: videos made on the way.
     """
@@ -295,6 +296,7 @@ class Config(Run):
     seed: int = 0
     parallel: Literal["ddp", "fsdp"] = field(default="ddp", metadata=HOW)
     context_parallel: int = field(default=1, metadata=HOW)
+    tensor_parallel: int = field(default=1, metadata=HOW)
     compile: bool = field(default=False, metadata=HOW)
     samples: Samples = field(default_factory=Samples, metadata=HOW)
 
@@ -305,6 +307,19 @@ class Config(Run):
         if self.samples.images and self.images is None:
             raise ValueError("samples.images is for a model that takes them; set images too")
         _check_context(self.context_parallel)
+        if self.tensor_parallel < 1:
+            raise ValueError(f"tensor_parallel must be at least 1, got {self.tensor_parallel}")
+        if self.tensor_parallel > 1:
+            for name, fits, remedy in (
+                ("parallel", self.parallel == "fsdp", "set parallel: fsdp"),
+                ("lora", self.lora is None, "leave one of them out"),
+                ("compile", not self.compile, "leave one of them out"),
+            ):
+                if not fits:
+                    raise ValueError(
+                        f"tensor_parallel={self.tensor_parallel} does not go with "
+                        f"{name}={getattr(self, name)}; {remedy}"
+                    )
         if self.lora is not None and self.init is None:
             raise ValueError("lora needs init: the weights that it is trained beside")
         if not 0 <= self.ema <= 1:

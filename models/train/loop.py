@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,9 @@ class Denoising:
 
     def begin(self, last: Checkpoint | None, world: World) -> None:
         """Check config, data and model against each other, and be as ``last`` has it."""
-        config, self._world, self._last = self.config, world, last
+        config = self.config
+        world = replace(world, tensor=config.tensor_parallel)
+        self._world, self._last = world, last
         self._gave_up = (self.out / STOPPED).exists()
         if last is not None:
             self._changes, self.hold = last.about.get("changes", []), last.about.get("skipping")

@@ -11,10 +11,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -39,9 +40,10 @@ class LostError(ConnectionError):
 
 @dataclass(frozen=True)
 class Context:
-    """Processes that share tokens: number ``index`` of ``count`` such groups, each with its data.
+    """Processes with one batch: number ``index`` of ``count`` such groups, each with its data.
 
-    ``first`` is one process of each. A group of one is None.
+    ``first`` is one process of each. ``group`` are those that share the tokens with this one; None
+    for this one alone.
     """
 
     index: int
@@ -54,13 +56,15 @@ class Context:
 class World:
     """This process among ``size``; ``device`` is its own.
 
-    ``timeout`` are the seconds after which what is not answered ends the run.
+    ``timeout`` are the seconds after which what is not answered ends the run. Of ``tensor``
+    neighbours in rank each has a part of the weights that a model deals out.
     """
 
     rank: int
     size: int
     device: torch.device
     timeout: float = TIMEOUT
+    tensor: int = 1
 
     @classmethod
     @contextmanager
@@ -114,15 +118,21 @@ class World:
     def context(self, number: int) -> Context:
         """The groups of ``number`` processes that share tokens, and which of them is this one's.
 
-        Neighbours in rank are one group, so that on machines with several devices they are near.
+        Neighbours in rank are one group, so that on machines with several devices they are near;
+        those that have a model's weights together are nearer still.
         """
-        if number == 1:
-            return Context(self.rank, self.size, True, None)
-        mesh = self._mesh(self.size // number, number, names=("data", "context"))
-        group = mesh["context"].get_group()
-        return Context(
-            mesh.get_local_rank("data"), mesh.size(0), mesh.get_local_rank("context") == 0, group
-        )
+        together = number * self.tensor
+        count = self.size // together
+        group = None
+        if number > 1:
+            mesh = self._mesh(count, number, self.tensor, names=("data", "context", "tensor"))
+            group = mesh["context"].get_group()
+        return Context(self.rank // together, count, self.rank % together == 0, group)
+
+    @cached_property
+    def _weights(self) -> DeviceMesh:
+        """Processes with other parts of a layer (a row), and with other shards of those."""
+        return self._mesh(self.size // self.tensor, self.tensor, names=("shards", "tensor"))
 
     def _mesh(self, *shape: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
         """All processes, whose groups wait no longer than the run does."""
@@ -161,7 +171,13 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def spread(self, model: nn.Module, how: str, blocks: Collection[str] = ()) -> nn.Module:
+    def spread(
+        self,
+        model: nn.Module,
+        how: str,
+        blocks: Collection[str] = (),
+        deal: Callable[[nn.Module, DeviceMesh], None] | None = None,
+    ) -> nn.Module:
         """``model`` to train: itself alone, a copy in every process, or a shard in each.
 
         What is in shards already stays so.
@@ -169,19 +185,28 @@ class World:
         if isinstance(model, FSDPModule):
             return model
         if self.size > 1 and how == "fsdp":
-            return self.sharded(model, blocks)
+            return self.sharded(model, blocks, deal)
         model.to(self.device)
         if self.size == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids)
 
-    def sharded(self, model: nn.Module, blocks: Collection[str]) -> nn.Module:
+    def sharded(
+        self,
+        model: nn.Module,
+        blocks: Collection[str],
+        deal: Callable[[nn.Module, DeviceMesh], None] | None = None,
+    ) -> nn.Module:
         """``model`` in shards, each module of a class in ``blocks`` by itself.
 
-        One after the other comes to the device, so that there need be no room for all of it.
+        One after the other comes to the device, so that there need be no room for all of it. What
+        ``deal`` leaves each of ``tensor`` processes of layers is in shards over the others.
         """
-        mesh = self._mesh(self.size)
+        mesh = self._mesh(self.size) if self.tensor == 1 else self._weights["shards"]
+        if self.tensor > 1:
+            assert deal is not None
+            deal(model, self._weights["tensor"])
         for module in model.modules():
             if type(module).__name__ in blocks:
                 fully_shard(module, mesh=mesh)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 if TYPE_CHECKING:  # what is found by name knows who finds it
     from skiparse.models.data.features import Batch, Coder
@@ -136,6 +137,12 @@ class Recipe(ABC):
         None ends that. It is called for every stage, after :meth:`prepare`.
         """
         raise NotImplementedError(f"{type(self).__name__} shares no tokens")
+
+    deals: ClassVar[bool] = False  # whether its layers can be dealt out to processes
+
+    def deal_out(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        """Leave each process of ``mesh`` its part of the weights, in place, as DTensors."""
+        raise NotImplementedError(f"{type(self).__name__} deals out no layers")
 
     def compiled(self, model: nn.Module) -> None:
         """Compile what ``compile: true`` means."""

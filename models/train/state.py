@@ -67,9 +67,9 @@ class State:
             average.get_parameter(name).requires_grad_(False).data = model.get_parameter(name).data
         ema = EMA(model, decay=config.ema, average=None if average is model else average)
         ema.model.eval()
-        net = world.spread(model.train(), config.parallel, recipe.blocks)
+        net = world.spread(model.train(), config.parallel, recipe.blocks, recipe.deal_out)
         if sharded and not isinstance(ema.model, FSDPModule):
-            world.sharded(ema.model, recipe.blocks)
+            world.sharded(ema.model, recipe.blocks, recipe.deal_out)
         if config.compile:
             recipe.compiled(bare(net))
         settings = config.optimizer
@@ -150,7 +150,7 @@ def _converted(model: nn.Module, stage: Stage, recipe: Recipe, world: World) -> 
     """What :meth:`Recipe.converted` says, with its tensors: whole, or shard by shard."""
     made, new = recipe.converted(model, stage)
     if isinstance(model, FSDPModule):
-        in_shards(model, world.sharded(made, recipe.blocks), new)
+        in_shards(model, world.sharded(made, recipe.blocks, recipe.deal_out), new)
     else:
         filled(made, model, new)
     return made.train(model.training)
