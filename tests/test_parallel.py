@@ -1,11 +1,13 @@
 """Several processes that share tokens are one, and send what the formula says."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from processes import lines, torchrun
+from torch.autograd.profiler import profile
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -198,7 +200,7 @@ def test_what_cannot_be_dealt_out_is_refused():
     ):
         model = SUV(**SUV.presets["tiny"] | changes)
         with pytest.raises(ValueError, match=words):
-            deal_out(model, mesh)
+            deal_out(model.stages[2][0], mesh)
         assert not any(isinstance(x, DTensor) for x in model.parameters())
 
 
@@ -267,6 +269,53 @@ def test_the_table_of_a_plan(capsys):
             arguments = [*arguments, "--context-parallel", "2"]
         assert main(["plan", *arguments]) != 0
         assert words in capsys.readouterr().err
+
+
+def most_alive(call):
+    """The most bytes that were there at once of those that a call made, and what it returned."""
+    with profile(profile_memory=True) as seen:
+        found = call()
+    events = [x for x in seen.kineto_results.events() if x.name() == "[memory]"]
+    held = itertools.accumulate(x.nbytes() for x in sorted(events, key=lambda x: x.start_ns()))
+    return max(held), found
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_no_process_makes_a_whole_model_to_begin_with_shards(rank):
+    """One of eight, the others of which are not there; with the weights that one alone has."""
+    from skiparse.models.data.buckets import Rule
+    from skiparse.models.suv.recipe import SUVConfig, SUVRecipe, SUVStage
+    from skiparse.models.train.parallel import World
+    from skiparse.models.train.state import entered
+
+    stage = SUVStage(
+        steps=1, learning_rate=1.0, global_batch=8, rule=Rule(size=(32, 32)),
+        linear_attention=(True, False, False, False, True),
+    )  # fmt: skip
+    sizes = {"timestep_channels": 8, "text_channels": 8, "pooled_channels": 8}
+    config = SUVConfig(
+        out="unused", preset="tiny", model=sizes, stages={"suv": stage}, cache="unused",
+        parallel="fsdp", device="cpu",
+    )  # fmt: skip
+    wanted = SUVRecipe().initial(config, stage)
+    whole = sum(x.numel() for x in wanted.parameters()) * 4
+    block = sum(x.numel() for x in wanted.stages[0][0].parameters()) * 4
+    others = whole - sum(x.numel() for x in wanted.stages.parameters()) * 4
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
+    try:
+        world = World(rank, 8, torch.device("cpu"))
+        most, state = most_alive(lambda: entered(None, stage, config, world))
+        for model in (state.model, state.ema.model):
+            for (name, x), (its, y) in zip(
+                model.named_parameters(), wanted.named_parameters(), strict=True
+            ):
+                assert name == its
+                parts = y.detach().chunk(8)
+                assert torch.equal(x.to_local(), parts[rank] if rank < len(parts) else y[:0])
+        held = sum(x.to_local().numel() for x in state.model.parameters()) * 4
+        assert most < 4 * held + others + 2.5 * block < 0.9 * whole
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_model_in_shards_gets_its_skips_without_sending_anything():

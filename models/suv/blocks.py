@@ -247,6 +247,7 @@ class SUVBlock(nn.Module):
         self.ff = Experts(width, experts, taken) if experts > 1 else FeedForward(width)
         self.text_ff = FeedForward(width) if double_ff and not last else None
         self.last = last
+        self._init_weights()
 
     def forward(
         self,
@@ -312,7 +313,7 @@ class SUVBlock(nn.Module):
         found = checkpoint(ff, x, use_reentrant=False) if again else ff(x)
         return found if isinstance(found, tuple) else (found,)
 
-    def init_weights(self) -> None:
+    def _init_weights(self) -> None:
         """Every matrix from N(0, 0.02), biases 0, as the release was initialised.
 
         The projection of a linear branch is 0.

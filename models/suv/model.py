@@ -185,9 +185,6 @@ class SUV(StrictModelMixin, caching.Hooked, ModelMixin, PeftAdapterMixin, CacheM
         self.norm_final = Norm(width, norm, eps)
         self.norm_out = OutputNorm(width, timestep_channels, norm, eps)
         self.proj_out = nn.Linear(width, pixels * out_channels)
-        for stage in cast(list[list[SUVBlock]], self.stages):
-            for block in stage:
-                block.init_weights()
         self.guide: Guide | None = None
         self.guide_embed: nn.Module | None = None
         if images is not None:

@@ -159,7 +159,8 @@ class SUVRecipe(Recipe):
                     f"{', '.join(stage.parts)}; train those first without lora"
                 )
             model, mixed = wanted, max(wanted.config.experts or (1,)) > 1
-            check_tensor_parallel(model, config.tensor_parallel)
+            for part in model.stages:
+                check_tensor_parallel(part[0], config.tensor_parallel)
             if stage.experts_per_token is not None and not mixed:
                 raise ValueError(
                     f"stages.{name}: experts_per_token={stage.experts_per_token} is of experts, "
@@ -198,10 +199,10 @@ class SUVRecipe(Recipe):
             OSError, ValueError: if the weights of ``config.init`` are not there, or of another
                 model.
         """
-        if config.init is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)
-                return self._extended(skeleton(config, stage), stage)
+        new = self.begun(config, stage)
+        if new is not None:
+            return self._extended(new, stage)
+        assert config.init is not None
         model = self.pretrained(config.init)
         if config.images is not None:
             model = self.told_of_images(model, config.images.paradigm, config.seed)
@@ -210,6 +211,16 @@ class SUVRecipe(Recipe):
                 model, sparsity=model.config.sparsity, skip_connection=stage.skip_connection
             )
         return self._extended(model, stage)
+
+    in_pieces = True
+
+    def begun(self, config: SUVConfig, stage: SUVStage) -> SUV | None:
+        """Each block draws its weights when it is made."""
+        if config.init is not None:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return skeleton(config, stage)
 
     takes_images = True
 
@@ -272,9 +283,9 @@ class SUVRecipe(Recipe):
 
     deals = True
 
-    def deal_out(self, model: Any, mesh: DeviceMesh) -> None:
+    def deal_out(self, block: Any, mesh: DeviceMesh) -> None:
         """By heads, and by columns of feed-forwards."""
-        deal_out(model, mesh)
+        deal_out(block, mesh)
 
     def compiled(self, model: Any) -> None:
         """Block by block."""

@@ -10,7 +10,7 @@ Source: Shoeybi et al., Megatron-LM, arXiv 1909.08053. Not yet run on GPUs.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from skiparse.models.suv.blocks import JointAttention, SUVBlock
-from skiparse.models.suv.model import SUV
+from skiparse.models.suv.experts import Experts
 
 
 class _Everywhere(ParallelStyle):
@@ -34,41 +34,41 @@ class _Everywhere(ParallelStyle):
         return distribute_module(module, device_mesh)
 
 
-def check_tensor_parallel(model: SUV, number: int) -> None:
+def check_tensor_parallel(block: SUVBlock, number: int) -> None:
     """Whether so many processes can have a part of the weights each.
 
     Raises:
         ValueError: with what does not let them.
     """
-    if model.config.num_heads % number:
+    heads = cast(JointAttention, block.attn).heads
+    if heads % number:
         raise ValueError(
-            f"tensor_parallel={number} must divide the heads of the model, "
-            f"{model.config.num_heads}, which it deals out"
+            f"tensor_parallel={number} must divide the heads of the model, {heads}, which it deals "
+            "out"
         )
-    if max(model.config.experts or (1,)) > 1:
+    if isinstance(block.ff, Experts):
         raise ValueError(
             f"tensor_parallel={number}: nothing deals out experts; leave it out, or experts"
         )
 
 
-def deal_out(model: SUV, mesh: DeviceMesh) -> None:
-    """Leave each process of ``mesh`` its part of the weights, in place, as DTensors.
+def deal_out(block: SUVBlock, mesh: DeviceMesh) -> None:
+    """Leave each process of ``mesh`` its part of a block's weights, in place, as DTensors.
 
-    They call the model with the same inputs, and each gets the whole output. All have the same
+    They call the block with the same inputs, and each gets the whole output. All have the same
     weights before; nothing is sent. Names of weights stay.
 
     Args:
-        model: on any device, also the meta device.
+        block: on any device, also the meta device.
         mesh: of one dimension.
 
     Raises:
         ValueError: as :func:`check_tensor_parallel`.
     """
-    check_tensor_parallel(model, mesh.size())
-    for stage in cast(Any, model.stages):
-        for block in stage:
-            parallelize_module(block, mesh, _plan(block), src_data_rank=None)
-            block.attn.heads //= mesh.size()
+    check_tensor_parallel(block, mesh.size())
+    parallelize_module(block, mesh, _plan(block), src_data_rank=None)
+    attention = cast(JointAttention, block.attn)
+    attention.heads //= mesh.size()
 
 
 def _plan(block: SUVBlock) -> dict[str, ParallelStyle]:

@@ -25,11 +25,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from skiparse.models import devices
 
 T = TypeVar("T")
+Deal = Callable[[nn.Module, DeviceMesh], None]  # of a block: leaves each process of a mesh its part
 TIMEOUT = 1800.0  # seconds to wait for another process, torch's own for gloo
 _NOTICE = 10.0  # seconds until those that wait have noticed it too; torchrun kills after 30
 
@@ -176,7 +178,7 @@ class World:
         model: nn.Module,
         how: str,
         blocks: Collection[str] = (),
-        deal: Callable[[nn.Module, DeviceMesh], None] | None = None,
+        deal: Deal | None = None,
     ) -> nn.Module:
         """``model`` to train: itself alone, a copy in every process, or a shard in each.
 
@@ -193,25 +195,45 @@ class World:
         return DistributedDataParallel(model, device_ids=ids)
 
     def sharded(
-        self,
-        model: nn.Module,
-        blocks: Collection[str],
-        deal: Callable[[nn.Module, DeviceMesh], None] | None = None,
+        self, model: nn.Module, blocks: Collection[str], deal: Deal | None = None
     ) -> nn.Module:
         """``model`` in shards, each module of a class in ``blocks`` by itself.
 
         One after the other comes to the device, so that there need be no room for all of it. What
-        ``deal`` leaves each of ``tensor`` processes of layers is in shards over the others.
+        ``deal`` leaves each of ``tensor`` processes of a block is in shards over the others.
         """
-        mesh = self._mesh(self.size) if self.tensor == 1 else self._weights["shards"]
-        if self.tensor > 1:
-            assert deal is not None
-            deal(model, self._weights["tensor"])
         for module in model.modules():
             if type(module).__name__ in blocks:
-                fully_shard(module, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+                self._cut(module, deal)
+        fully_shard(model, mesh=self._shards)
         return model
+
+    @contextmanager
+    def cutting(self, blocks: Collection[str], deal: Deal | None = None) -> Iterator[None]:
+        """Models that are made meanwhile have their blocks in shards as soon as each is made.
+
+        So there need be no room for all of a model. What is left of it is for :meth:`sharded`.
+        """
+
+        def cut(parent: nn.Module, name: str, module: Any) -> None:
+            if type(module).__name__ in blocks:
+                self._cut(module, deal)
+
+        hook = register_module_module_registration_hook(cut)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _cut(self, block: nn.Module, deal: Deal | None) -> None:
+        if self.tensor > 1:
+            assert deal is not None
+            deal(block, self._weights["tensor"])
+        fully_shard(block, mesh=self._shards)
+
+    @cached_property
+    def _shards(self) -> DeviceMesh:
+        return self._mesh(self.size) if self.tensor == 1 else self._weights["shards"]
 
 
 class _Average(torch.autograd.Function):

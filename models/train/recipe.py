@@ -138,10 +138,19 @@ class Recipe(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} shares no tokens")
 
+    in_pieces: ClassVar[bool] = False  # whether models are made block by block, none without memory
+
+    def begun(self, config: Any, stage: Any) -> nn.Module | None:
+        """What :meth:`initial` gives, before it is :meth:`converted`; None where weights are read.
+
+        For models that are made ``in_pieces``: each block may be in shards before the next is made.
+        """
+        raise NotImplementedError(f"{type(self).__name__} makes no models in pieces")
+
     deals: ClassVar[bool] = False  # whether its layers can be dealt out to processes
 
-    def deal_out(self, model: nn.Module, mesh: DeviceMesh) -> None:
-        """Leave each process of ``mesh`` its part of the weights, in place, as DTensors."""
+    def deal_out(self, block: nn.Module, mesh: DeviceMesh) -> None:
+        """Leave each process of ``mesh`` its part of a block's weights, in place, as DTensors."""
         raise NotImplementedError(f"{type(self).__name__} deals out no layers")
 
     def compiled(self, model: nn.Module) -> None:

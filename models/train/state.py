@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import AdamW
@@ -88,11 +90,8 @@ class State:
         Raises:
             ValueError: if what is not trained is not what it was.
         """
-        if config.lora is None:
-            model = recipe_of(config.recipe).remade(config, last.about["model"])
-        else:
-            model = _beside(config)
-        state = cls.made(model, model, config, world)
+        model, average = _remade(last.about["model"], config, world)
+        state = cls.made(model, average, config, world)
         if last.about.get("frozen") != state.frozen:
             raise ValueError(
                 f"{last.path} was trained around other weights, which are not in it; put back what "
@@ -126,12 +125,10 @@ def entered(state: State | None, stage: Stage, config: Config, world: World) -> 
     """
     recipe = recipe_of(config.recipe)
     if state is None:
-        if config.lora is None:
-            model = recipe.initial(config, stage)
-        else:
-            model = _beside(config)
+        model, average = _initial(stage, config, world)
+        if config.lora is not None:
             _refuse_changes(model, stage, recipe)
-        state = State.made(model, model, config, world)
+        state = State.made(model, average, config, world)
     elif config.lora is not None:
         _refuse_changes(state.model, stage, recipe)
     elif recipe.changes(state.model, stage):
@@ -144,6 +141,52 @@ def entered(state: State | None, stage: Stage, config: Config, world: World) -> 
     prepare(state, stage, config)
     state.clipper.reset()
     return state
+
+
+def _initial(stage: Stage, config: Config, world: World) -> tuple[nn.Module, nn.Module]:
+    """What the first stage starts with, and its average, which is the same or its copy."""
+    recipe = recipe_of(config.recipe)
+    if config.lora is not None:
+        model = _beside(config)
+        return model, model
+    if _in_pieces(config, world):
+        with world.cutting(recipe.blocks, recipe.deal_out):
+            begun = recipe.begun(config, stage)
+        if begun is not None:
+            model = world.sharded(begun, recipe.blocks, recipe.deal_out)
+            if recipe.changes(model, stage):
+                model = _converted(model, stage, recipe, world)
+            return model, _copied(model, config, world)
+    model = recipe.initial(config, stage)
+    return model, model
+
+
+def _remade(about: Mapping[str, Any], config: Config, world: World) -> tuple[nn.Module, nn.Module]:
+    """A model to be filled from a checkpoint, and its average, which is the same or its copy."""
+    recipe = recipe_of(config.recipe)
+    if config.lora is None and _in_pieces(config, world):
+        with world.cutting(recipe.blocks, recipe.deal_out):
+            model = recipe.remade(config, about)
+        world.sharded(model, recipe.blocks, recipe.deal_out)
+        return model, _copied(model, config, world)
+    model = recipe.remade(config, about) if config.lora is None else _beside(config)
+    return model, model
+
+
+def _in_pieces(config: Config, world: World) -> bool:
+    """Whether no process need have a whole model while it is made."""
+    in_pieces: bool = recipe_of(config.recipe).in_pieces
+    return world.size > 1 and config.parallel == "fsdp" and in_pieces
+
+
+def _copied(model: nn.Module, config: Config, world: World) -> nn.Module:
+    """Another one with the same shards."""
+    recipe = recipe_of(config.recipe)
+    with torch.device("meta"):
+        made = recipe.remade(config, recipe.about(model))
+    in_shards(model, world.sharded(made, recipe.blocks, recipe.deal_out), {})
+    copy: nn.Module = made.train(model.training)
+    return copy
 
 
 def _converted(model: nn.Module, stage: Stage, recipe: Recipe, world: World) -> nn.Module:
