@@ -46,7 +46,7 @@ def check_tensor_parallel(block: SUVBlock, number: int) -> None:
             f"tensor_parallel={number} must divide the heads of the model, {heads}, which it deals "
             "out"
         )
-    if isinstance(block.ff, Experts):
+    if number > 1 and isinstance(block.ff, Experts):
         raise ValueError(
             f"tensor_parallel={number}: nothing deals out experts; leave it out, or experts"
         )
