@@ -290,18 +290,17 @@ def high_pass(latents: Tensor, share: Tensor) -> Tensor:
 
     Source: FlashI2V.
     """
-    *_, h, w = latents.shape
-    down, across = (np.rint(np.fft.fftfreq(length) * length).astype(np.int64) for length in (h, w))
+    h, w = latents.shape[-2:]
+    down, across = (torch.arange(n, device=latents.device) for n in (h, w))
+    down, across = down.minimum(h - down), across.minimum(w - across)  # from frequency 0
     squares = down[:, None] ** 2 + across**2  # of radii, [h, w]
-    radii, ring = np.unique(squares, return_inverse=True)
-    rings = torch.from_numpy(ring.reshape(h, w)).to(latents.device)  # 0 in the middle
     spectrum = torch.fft.fft2(latents.float())
     magnitude = spectrum.abs().mean(1).flatten(2)  # [B, n, h * w]
-    sums = magnitude.new_zeros(*magnitude.shape[:2], len(radii))
-    reached = sums.index_add_(2, rings.flatten(), magnitude).cumsum(2)
+    sums = magnitude.new_zeros(*magnitude.shape[:2], (h // 2) ** 2 + (w // 2) ** 2 + 1)
+    reached = sums.index_add_(2, squares.flatten(), magnitude).cumsum(2)
     wanted = share.float()[:, None, None] * reached[:, :, -1:]
-    cut = (reached < wanted).sum(2)  # [B, n], the first ring that stays
-    kept = rings >= cut[:, None, :, None, None]
+    cut = (reached < wanted).sum(2)  # [B, n], the square of the least radius that stays
+    kept = squares >= cut[:, None, :, None, None]
     return torch.fft.ifft2(spectrum * kept).abs()
 
 

@@ -486,8 +486,13 @@ def test_the_page_shows_what_lies_at_each_border(scores: Path, tmp_path: Path) -
     assert set(named) == there
     assert {"motion-least-out-0.png", "motion-most-out-0.png", "aesthetic-least-out-0.png"} <= there
     with Image.open(tmp_path / "out" / "pictures" / "motion-least-out-0.png") as image:
-        assert image.size == (4 * 96, 48)
-    assert "nearest to least 4.75, dropped" in page
+        assert image.size == (4 * 96 + 3 * 2, 48)
+        pixels = np.asarray(image)
+    assert (pixels[:, [96, 97]] == 255).all()
+    assert not (pixels[:, [95, 98]] == 255).all()
+    assert "<h2>aesthetic: from 4.75</h2>" in page
+    assert "<h2>motion, once text at the edges is cropped away: from 0.001</h2>" in page
+    assert "<h3>dropped, nearest below the least, 4.75</h3>" in page
     assert re.search(r"<figcaption>(2\.9\d*|3(\.0\d*)?) b_dark\.mkv, from frame 0", page)
     told = json.loads((tmp_path / "out" / "filter.json").read_text())
     chart = next(each for each in told["histograms"] if each["score"] == "aesthetic")
@@ -509,6 +514,10 @@ def test_thresholds_of_ones_own(scores: Path, tmp_path: Path) -> None:
     file.write_text("min_side: 48\n")
     report = filtered(scores, tmp_path / "out", thresholds=Thresholds.read(file))
     assert report.dropped["smaller than min_side"] == 1
+    file.write_text("cut_captions: false\n")
+    report = filtered(scores, tmp_path / "out", thresholds=Thresholds.read(file))
+    assert [row["path"] for row in lines(tmp_path / "out")] == ["a_good.mkv", "d_titled.mkv"]
+    assert report.dropped["captions of the whole clip"] == 2
 
 
 @pytest.mark.parametrize(
@@ -522,6 +531,7 @@ def test_thresholds_of_ones_own(scores: Path, tmp_path: Path) -> None:
         ("aesthetic: [5, 4]", "aesthetic: 5 is more than 4"),
         ("min_side: 0", "min_side must be a whole number from 1, got 0"),
         ("min_frames: true", "min_frames must be a whole number from 1, got True"),
+        ("cut_captions: 0", "cut_captions must be true or false, got 0"),
         ("openings: [3]", "openings must be texts"),
         ("high_aesthetic: {above: x}", "high_aesthetic must be a number and a text"),
         ("high_aesthetic: {over: 1}", "high_aesthetic must have above and prefix"),

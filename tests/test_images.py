@@ -327,6 +327,15 @@ def test_the_shift_is_in_fp32_in_a_model_of_half_precision():
 
 
 @torch.no_grad()
+def test_what_goes_in_is_one_graph():
+    """Of whole models: tests/test_together.py."""
+    torch._dynamo.reset()
+    guide, (noisy, *_) = randomised(Guide("flash", C), 8), inputs()
+    compiled = torch.compile(guide, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(noisy, known()), guide(noisy, known()))
+
+
+@torch.no_grad()
 def test_tokens_in_any_order_get_their_own_frames():
     _, told = OfSUV.told("flash")
     for module in (told.guide, told.guide_embed):

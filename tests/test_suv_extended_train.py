@@ -117,25 +117,29 @@ def test_two_processes_equal_one(given, whole, tmp_path, how):
 
 
 def test_the_loss_has_the_imbalance(given, monkeypatch, tmp_path):
+    """Weighed; the log has it as it is, of all micro-batches."""
     seen, real = [], SUVRecipe.penalised
 
     def seeing(self, config, net, *batch):
         found = real(self, config, net, *batch)
-        seen.append(found[1].item())
+        seen.append(found[1]["imbalance"].value.item())
         return found
 
     monkeypatch.setattr(SUVRecipe, "penalised", seeing)
-    one = {"after": dataclasses.replace(given.stages["after"], steps=1)}
-    losses = {}
+    one = {"after": dataclasses.replace(given.stages["after"], steps=1, accumulate=2)}
+    logged = {}
     for weight in (None, 0.0, 1.0):
         out = tmp_path / str(weight)
         train(dataclasses.replace(given, out=str(out), stages=one, balance=weight))
-        losses[weight] = rows(out)[0]["loss"]
-    default, none, full = seen
-    assert none == 0
-    assert 0.9 < full < 1.5  # of three experts, two taken: 1 if even, 1.5 at most
-    assert default == pytest.approx(0.01 * full)
-    assert losses[1.0] - losses[0.0] == pytest.approx(full)
+        (logged[weight],) = rows(out)
+    assert seen[:2] == seen[2:4] == seen[4:]
+    assert seen[0] != seen[1]
+    mean = sum(seen[:2]) / 2
+    assert 0.9 < mean < 1.5  # of three experts, two taken: 1 if even, 1.5 at most
+    for weight, row in logged.items():
+        assert row["imbalance"] == pytest.approx(mean)
+        wanted = logged[0.0]["loss"] + (0.01 if weight is None else weight) * mean
+        assert row["loss"] == pytest.approx(wanted)
 
 
 def test_from_a_cache_and_exported(given, source, start, tmp_path):  # noqa: F811

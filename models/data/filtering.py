@@ -50,6 +50,7 @@ class Thresholds:
         aesthetic, technical, brightness: least and most; None leaves the score out.
         min_side: pixels of the shorter side.
         min_frames: of a piece.
+        cut_captions: whether pieces between two cuts stay, whose captions are of the whole clip.
         above: aesthetic score from which on captions get the prefix.
         prefix: put in front of them.
         openings: taken off the front of captions, without regard to case.
@@ -61,6 +62,7 @@ class Thresholds:
     brightness: Range | None
     min_side: int
     min_frames: int
+    cut_captions: bool
     above: float
     prefix: str
     openings: tuple[str, ...]
@@ -96,6 +98,10 @@ class Thresholds:
                 raise ValueError(
                     f"{where}: {name} must be a whole number from 1, got {found[name]!r}"
                 )
+        if type(found["cut_captions"]) is not bool:
+            raise ValueError(
+                f"{where}: cut_captions must be true or false, got {found['cut_captions']!r}"
+            )
         ranges = {
             name: _range(found[name], f"{where}: {name}")
             for name in ("aesthetic", "technical", "brightness")
@@ -105,6 +111,7 @@ class Thresholds:
             **ranges,
             min_side=found["min_side"],
             min_frames=found["min_frames"],
+            cut_captions=found["cut_captions"],
             above=float(high["above"]),
             prefix=high["prefix"],
             openings=tuple(texts),
@@ -324,6 +331,10 @@ def _why(
     image = manifest.is_video[table["row"].to_numpy()] == 0
     drop(table["error"].is_valid().to_numpy(), "cannot be read")
     drop(~image & (column["frames"] < asked.min_frames), "shorter than min_frames")
+    if not asked.cut_captions:
+        row = table["row"].to_numpy()
+        counted = manifest.is_video[row] == 1
+        drop(counted & (column["frames"] < manifest.frames[row]), "captions of the whole clip")
     for rule in rules:
         value = column[rule.score]
         asked_for = ~image if rule.score != "brightness" else np.ones(len(table), bool)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,12 +29,26 @@ PICTURES = "pictures"
 _BINS = 40
 _SIDE = 96  # pixels of the shorter side of a frame that is shown
 _SHOWN = 4  # frames of a piece
-_WIDTH, _HEIGHT = 640, 160  # of a histogram
+_GAP = 2  # white pixels between frames
+_WIDTH, _HEIGHT, _ROW = 640, 160, 18  # of a histogram, and of the text above and below it
 _STYLE = (
     "body{font:15px sans-serif;margin:2em;max-width:70em}"
-    "table{border-collapse:collapse}td{padding:2px 12px 2px 0}"
+    "table{border-collapse:collapse}td{padding:2px 12px 2px 0}td:first-child{text-align:right}"
     "figure{display:inline-block;margin:0 12px 12px 0}figcaption{font-size:12px}"
+    "svg{overflow:visible;font-size:12px}"
 )
+_CALLED = {"motion_cropped": "motion, once text at the edges is cropped away"}
+_SIDES = {  # of a threshold, by name and whether inside
+    ("least", True): "kept, nearest above the least, {}",
+    ("least", False): "dropped, nearest below the least, {}",
+    ("most", True): "kept, nearest below the most, {}",
+    ("most", False): "dropped, nearest above the most, {}",
+}
+_ORDER = (
+    "A piece is what lies between two cuts of a clip, or all of it. One that fails several "
+    "thresholds is counted for the first of them, in the order of this page."
+)
+_KEY = "Grey: all {} pieces that have this score. Blue: kept, by all scores together."
 
 
 @dataclass(frozen=True)
@@ -102,13 +117,13 @@ def write(
     folder.mkdir(exist_ok=True)
     rows = [(reason, count) for reason, count in report.dropped.items()]
     more = [(what, n) for what, n in report.more.items() if isinstance(n, int) and n]
-    parts = [
-        f"<p>{html.escape(report.line)}</p>",
-        _rows(rows),
-        _rows(more),
+    parts = [f"<p>{html.escape(report.line)}</p><p>{_ORDER}</p>"]
+    parts += [
+        f"<h2>{title}</h2>{_rows(x)}" for title, x in (("Dropped", rows), ("Also", more)) if x
     ]
     for chart in charts:
-        parts.append(f"<h2>{html.escape(chart.score)}</h2>{_histogram(chart.told())}")
+        title = html.escape(_CALLED.get(chart.score, chart.score))
+        parts.append(f"<h2>{title}: {_range(chart)}</h2>{_histogram(chart.told())}")
         for name, inside, places in chart.borders(shown):
             figures = []
             for rank, place in enumerate(places):
@@ -119,11 +134,11 @@ def write(
                     f'<figure><img src="{PICTURES}/{file.name}" alt="">'
                     f"<figcaption>{html.escape(said)}</figcaption></figure>"
                 )
-            limit = getattr(chart, name)
-            title = f"nearest to {name} {limit:g}, {'kept' if inside else 'dropped'}"
+            title = _SIDES[name, inside].format(f"{getattr(chart, name):g}")
             parts.append(f"<h3>{title}</h3>{''.join(figures) or '<p>none</p>'}")
     page = (
-        f'<!doctype html><meta charset="utf-8"><title>filter</title><style>{_STYLE}</style>'
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>What was kept</title>'
+        f"<style>{_STYLE}</style>"
         f"<h1>What was kept</h1>{''.join(parts)}\n"
     )
     with replacing(path) as temporary:
@@ -135,25 +150,53 @@ def _rows(pairs: Sequence[tuple[str, int]]) -> str:
     return f"<table>{''.join(cells)}</table>"
 
 
+def _range(chart: Chart) -> str:
+    """What is kept, in words."""
+    ends = [
+        f"{word} {limit:g}"
+        for word, limit in (("from", chart.least), ("to", chart.most))
+        if limit is not None
+    ]
+    return " ".join(ends) or "any"
+
+
 def _histogram(told: Mapping[str, Any]) -> str:
-    """Bars as SVG: pale for all pieces, dark for those kept, with lines at the thresholds."""
+    """Bars as SVG: pale for all pieces, dark for those kept, with lines at the thresholds.
+
+    Below are the ends of the scale, above the thresholds; those beyond an end are told there.
+    """
     edges, every, kept = told["edges"], told["pieces"], told["kept"]
-    unit, low, span = _WIDTH / len(every), edges[0], (edges[-1] - edges[0]) or 1.0
+    unit, low, high = _WIDTH / len(every), edges[0], edges[-1]
     tall = _HEIGHT / max(1, *every)
-    bars = [
-        f'<rect x="{n * unit:.1f}" y="{_HEIGHT - count * tall:.1f}" width="{unit:.1f}" '
+    base = _ROW + _HEIGHT
+    parts = [
+        f'<rect x="{n * unit:.1f}" y="{base - count * tall:.1f}" width="{unit:.1f}" '
         f'height="{count * tall:.1f}" fill="{colour}"/>'
         for counts, colour in ((every, "#bbb"), (kept, "#357"))
         for n, count in enumerate(counts)
     ]
-    for limit in (told["least"], told["most"]):
-        if limit is not None and edges[0] <= limit <= edges[-1]:
-            x = (limit - low) / span * _WIDTH
-            bars.append(f'<path d="M{x:.1f} 0V{_HEIGHT}" stroke="#c22"/>')
-    return (
-        f'<svg width="{_WIDTH}" height="{_HEIGHT}">{"".join(bars)}</svg>'
-        f"<p>{edges[0]:.4g} to {edges[-1]:.4g}; grey: all {sum(every)}, blue: kept</p>"
-    )
+    parts.append(f'<path d="M0 {base}H{_WIDTH}" stroke="#333"/>')
+    for name in ("least", "most"):
+        limit = told[name]
+        if limit is None:
+            continue
+        x, anchor, said = 0.0, "start", f"\u2190 {limit:g}"
+        if limit > high:
+            x, anchor, said = float(_WIDTH), "end", f"{limit:g} \u2192"
+        elif limit >= low:
+            x, anchor, said = (limit - low) / (high - low) * _WIDTH, "middle", f"{limit:g}"
+            parts.append(f'<path d="M{x:.1f} {_ROW}V{base}" stroke="#c22"/>')
+        parts.append(_label(x, _ROW - 5, anchor, said, "#c22"))
+    for x, anchor, value in ((0, "start", low), (_WIDTH, "end", high)):
+        parts.append(_label(x, base + _ROW - 4, anchor, f"{value:.4g}", "#333"))
+    most = f"{max(every)} in the tallest of {len(every)} bins"
+    parts.append(_label(_WIDTH / 2, base + _ROW - 4, "middle", most, "#333"))
+    size = f'width="{_WIDTH}" height="{base + _ROW}"'
+    return f"<svg {size}>{''.join(parts)}</svg><p>{_KEY.format(sum(every))}</p>"
+
+
+def _label(x: float, y: float, anchor: str, said: str, colour: str) -> str:
+    return f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}" fill="{colour}">{said}</text>'
 
 
 def _shown(file: Path, record: Record, piece: Mapping[str, Any], limits: Limits) -> str:
@@ -163,7 +206,8 @@ def _shown(file: Path, record: Record, piece: Mapping[str, Any], limits: Limits)
     except VideoError as error:  # gone since it was scored
         file.unlink(missing_ok=True)
         return printable(str(error))
-    write_image(file, torch.cat(list(frames), dim=1))
+    framed = F.pad(frames, (0, 0, 0, _GAP), value=255)  # at the right of each
+    write_image(file, torch.cat(list(framed), dim=1)[:, :-_GAP])
     return f"{printable(record.path)}, from frame {piece['start']}"
 
 

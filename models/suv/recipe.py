@@ -25,7 +25,7 @@ from skiparse.models.text import TextEncoders
 from skiparse.models.train.checkpoint import Checkpoint
 from skiparse.models.train.config import HOW, Config, Stage
 from skiparse.models.train.export import check_encoders, model_of
-from skiparse.models.train.recipe import Recipe
+from skiparse.models.train.recipe import Penalty, Recipe
 from skiparse.models.wfvae.model import WFVAE
 
 BALANCE = 0.01  # Fedus et al., Switch Transformer, arXiv 2101.03961
@@ -309,13 +309,13 @@ class SUVRecipe(Recipe):
 
     def penalised(
         self, config: SUVConfig, net: nn.Module, noisy: Tensor, levels: Tensor, batch: Batch
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Mapping[str, Penalty]]:
         """With how unevenly experts are used."""
         found = _answer(net, noisy, levels, batch)
         if found.imbalance is None:
-            return found.sample, None
+            return found.sample, {}
         weight = BALANCE if config.balance is None else config.balance
-        return found.sample, weight * found.imbalance.mean()
+        return found.sample, {"imbalance": Penalty(weight, found.imbalance.mean())}
 
     def pipeline(self, model: Any, coder: Encoders) -> SUVPipeline:
         """With the encoders it is trained with."""

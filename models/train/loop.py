@@ -109,9 +109,9 @@ class Denoising:
                     batch = next(batches).to(world.device)
                     keys += batch.keys
                     with local(state.net, last=micro == stage.accumulate - 1):
-                        part = loss_of(state.net, batch, seed, config) / stage.accumulate
-                        part.backward()
-                    parts.append(part.detach())
+                        loss, told = loss_of(state.net, batch, seed, config)
+                        (loss / stage.accumulate).backward()
+                    parts.append({"loss": loss.detach(), **told})
                 decision = state.clipper.clip_(parameters)
                 if decision.action == "stop":
                     self._give_up(step, decision, self._all(keys))
@@ -128,7 +128,7 @@ class Denoising:
                 state.optimizer.zero_grad()
                 row = {
                     "stage": name,
-                    "loss": torch.stack(parts).sum(),
+                    **{name: torch.stack([x[name] for x in parts]).mean() for name in parts[0]},
                     "learning_rate": rate,
                     "norm": decision.norm,
                     "threshold": decision.threshold,
@@ -205,10 +205,12 @@ class Denoising:
         )
 
 
-def loss_of(net: nn.Module, batch: Batch, seed: int, config: Config) -> Tensor:
-    """The flow-matching loss of a micro-batch, and what its recipe adds to it.
+def loss_of(
+    net: nn.Module, batch: Batch, seed: int, config: Config
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The flow-matching loss of a micro-batch with what its recipe adds to it, and that by name.
 
-    Noise and its level are each sample's own.
+    Noise and its level are each sample's own. What is told by name is not weighed, and detached.
     """
     recipe: Recipe = recipe_of(config.recipe)
     shape = batch.latents.shape[1:]
@@ -224,9 +226,11 @@ def loss_of(net: nn.Module, batch: Batch, seed: int, config: Config) -> Tensor:
     noisy = flow.add_noise(batch.latents, noises, levels)
     dtype = getattr(torch, config.dtype)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        velocity, penalty = recipe.penalised(config, net, noisy, levels, batch)
+        velocity, penalties = recipe.penalised(config, net, noisy, levels, batch)
     loss = flow.loss(velocity, flow.velocity(batch.latents, noises))
-    return loss if penalty is None else loss + penalty
+    for penalty in penalties.values():
+        loss = loss + penalty.weight * penalty.value
+    return loss, {name: penalty.value.detach() for name, penalty in penalties.items()}
 
 
 def data_of(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,13 @@ class Trainable(Protocol):
 
     def exported(self, last: Checkpoint, weights: str, **given: Any) -> Any:
         """A checkpoint as it is used, by ``save_pretrained``: see ``train/export.py``."""
+
+
+class Penalty(NamedTuple):
+    """What a loss has besides its error."""
+
+    weight: float
+    value: Tensor  # a number, whose gradient counts as often as it weighs
 
 
 class Recipe(ABC):
@@ -171,9 +178,9 @@ class Recipe(ABC):
 
     def penalised(
         self, config: Any, net: nn.Module, noisy: Tensor, levels: Tensor, batch: Batch
-    ) -> tuple[Tensor, Tensor | None]:
-        """:meth:`velocity`, and what the loss has besides its error, weighed; None for nothing."""
-        return self.velocity(net, noisy, levels, batch), None
+    ) -> tuple[Tensor, Mapping[str, Penalty]]:
+        """:meth:`velocity`, and what the loss has besides its error, by the names in the log."""
+        return self.velocity(net, noisy, levels, batch), {}
 
     def exported(self, last: Checkpoint, weights: str, **given: Any) -> Any:
         """What a checkpoint is used as, by ``save_pretrained``.
