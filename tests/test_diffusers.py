@@ -521,6 +521,11 @@ class TestCalls:
         asked = {**SIZE, "latents": noise, "output_type": "latent"}
         found = pipe("a cat", **asked, backend="reference").frames
         close(found, pipe("a cat", **asked).frames, FORWARD)
+        for stage in pipe.transformer.stages:
+            for block in stage:
+                block.attn.packs = True
+        with pytest.raises(ValueError, match="backend"):  # of text inside, without a mask
+            pipe("a cat", **asked, backend="nonsense", guidance_scale=1.0)
 
     def test_a_single_file_is_refused(self):
         for kind in (SUV, WFVAE):

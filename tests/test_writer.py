@@ -50,6 +50,8 @@ def test_pieces_are_written_one_by_one(tmp_path):
     sizes = iter([clip(), clip(96)])
     with pytest.raises(ValueError, match=r"is \[6, 96, 64, 3\] and the first \[6, 48, 64, 3\]"):
         writer.write_video(tmp_path / "c.mp4", sizes)
+    with pytest.raises(ValueError, match=r"pixels must be uint8 .* got torch\.float32"):
+        writer.write_video(tmp_path / "c.mp4", iter([clip(), clip().float()]))
     with pytest.raises(ValueError, match="path must end in"):
         writer.write_video(tmp_path / "c.avi", sizes)
     assert {file.name for file in tmp_path.iterdir()} == {"a.mp4", "b.mp4"}
