@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from skiparse.models.data.features import Batch
 from skiparse.models.images import of_other_images
 from skiparse.models.pipeline import SUVPipeline
 from skiparse.models.strict import WRITTEN_BY_DIFFUSERS
+from skiparse.models.suv.blocks import SUVBlock
 from skiparse.models.suv.encoders import Encoders, fingerprints
 from skiparse.models.suv.model import CHECKPOINTS, SUV, SUVOutput
 from skiparse.models.suv.tensor_parallel import check_tensor_parallel, deal_out
@@ -159,8 +160,8 @@ class SUVRecipe(Recipe):
                     f"{', '.join(stage.parts)}; train those first without lora"
                 )
             model, mixed = wanted, max(wanted.config.experts or (1,)) > 1
-            for part in model.stages:
-                check_tensor_parallel(part[0], config.tensor_parallel)
+            for blocks in cast(list[list[SUVBlock]], model.stages):
+                check_tensor_parallel(blocks[0], config.tensor_parallel)
             if stage.experts_per_token is not None and not mixed:
                 raise ValueError(
                     f"stages.{name}: experts_per_token={stage.experts_per_token} is of experts, "
