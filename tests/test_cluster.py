@@ -75,6 +75,8 @@ def test_a_step_by_hand():
     assert again.sharing == 4 * 4 * (both + more) / 1e11
     assert again.weights == 9 * 7 / 8 * 4e9 / 1e11
     assert estimate(context=1).sharing == 0
+    numbers = Context.of("tiny", (1, 64, 64), 16).route.sent * 8 + 16 * 3 * 15 + 2 * 15 * 6 * 4
+    assert Toy().sent(16) == numbers * 2 / 16
     many = Toy().sent(16) + Toy().sent_back(16, "none")
     assert estimate(context=16, accumulate=1).sharing == 64 * many / 1e10
 
