@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +159,7 @@ class SUVRecipe(Recipe):
                     f"{', '.join(stage.parts)}; train those first without lora"
                 )
             model, mixed = wanted, max(wanted.config.experts or (1,)) > 1
-            for part in model.stages:
+            for part in cast(list[Any], model.stages):
                 check_tensor_parallel(part[0], config.tensor_parallel)
             if stage.experts_per_token is not None and not mixed:
                 raise ValueError(

@@ -10,8 +10,6 @@ Source: Shoeybi et al., Megatron-LM, arXiv 1909.08053. Not yet run on GPUs.
 
 from __future__ import annotations
 
-from typing import cast
-
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, distribute_module
@@ -23,7 +21,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from skiparse.models.suv.blocks import JointAttention, SUVBlock
+from skiparse.models.suv.blocks import SUVBlock
 from skiparse.models.suv.experts import Experts
 
 
@@ -40,7 +38,7 @@ def check_tensor_parallel(block: SUVBlock, number: int) -> None:
     Raises:
         ValueError: with what does not let them.
     """
-    heads = cast(JointAttention, block.attn).heads
+    heads = block.attn.heads
     if heads % number:
         raise ValueError(
             f"tensor_parallel={number} must divide the heads of the model, {heads}, which it deals "
@@ -67,19 +65,17 @@ def deal_out(block: SUVBlock, mesh: DeviceMesh) -> None:
     """
     check_tensor_parallel(block, mesh.size())
     parallelize_module(block, mesh, _plan(block), src_data_rank=None)
-    attention = cast(JointAttention, block.attn)
-    attention.heads //= mesh.size()
+    block.attn.heads //= mesh.size()
 
 
 def _plan(block: SUVBlock) -> dict[str, ParallelStyle]:
     """How each part of a block is dealt out, by name."""
-    attention = cast(JointAttention, block.attn)
     # Video and text, whose gradients are summed once for q, k and v; and five arguments besides.
     layouts = (Replicate(), Replicate(), None, None, None, None, None)
     plan: dict[str, ParallelStyle] = {
         "attn": PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
     }
-    for name, module in attention.named_children():
+    for name, module in block.attn.named_children():
         if name.endswith(("to_q", "to_k", "to_v")):
             plan[f"attn.{name}"] = ColwiseParallel()
         elif name.endswith("to_out"):
