@@ -18,6 +18,7 @@ from skiparse.models.cluster import (
     Setting,
     SUVModel,
     WanModel,
+    _cell,
     kept_by,
 )
 from skiparse.models.planning import Context
@@ -74,6 +75,8 @@ def test_a_step_by_hand():
     assert again.sharing == 4 * 4 * (both + more) / 1e11
     assert again.weights == 9 * 7 / 8 * 4e9 / 1e11
     assert estimate(context=1).sharing == 0
+    numbers = Context.of("tiny", (1, 64, 64), 16).route.sent * 8 + 16 * 3 * 15 + 2 * 15 * 6 * 4
+    assert Toy().sent(16) == numbers * 2 / 16
     many = Toy().sent(16) + Toy().sent_back(16, "none")
     assert estimate(context=16, accumulate=1).sharing == 64 * many / 1e10
 
@@ -125,6 +128,15 @@ def test_shards_are_the_remedy_for_many_parameters():
     found = Estimate("wide", Wide(), Setting(8, 64, 1, 1, "block"), CLUSTER)
     assert not found.fits
     assert found.remedy() == "32 devices, which are more shards"
+
+
+def test_a_cell_of_the_table():
+    found = estimate()
+    cell = _cell(found)
+    assert cell == f"{found.seconds:.3g} s {found.bytes / 2**30:,.0f} GiB"
+    assert _cell(estimate(batch=640)).endswith(" GiB!")
+    for given in ({"devices": 3, "batch": 4}, {"batch": 60}):  # groups of two, samples among them
+        assert _cell(estimate(**given)) == "-"
 
 
 def test_operations_are_those_that_run():
@@ -209,6 +221,10 @@ def test_the_table(tmp_path, capsys):
     assert "first that does not fit: I1 on 8 devices" in said
     assert "Remedy: " in said
     shared = {name: line.split()[3] for name, line in rows.items()}
+    assert [shared[f"I{i}"] for i in range(1, 5)] == ["1"] * 4
     assert [shared[f"V{i}"] for i in range(1, 6)] == ["2", "2", "4", "4", "4"]
+    samples = {name: line.split()[2] for name, line in rows.items()}
+    assert samples["I1"] == "8,192"
+    assert samples["14B"] == "128"  # one for each four of 512 devices
     for line in rows.values():
         assert math.isfinite(float(line.split(" s ")[0].split()[-1]))

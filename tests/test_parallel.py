@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 from processes import lines, torchrun
 from torch.autograd.profiler import profile
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from skiparse import GridPattern, SkipPattern
 from skiparse.layout import Layout
@@ -202,6 +204,72 @@ def test_what_cannot_be_dealt_out_is_refused():
         with pytest.raises(ValueError, match=words):
             deal_out(model.stages[2][0], mesh)
         assert not any(isinstance(x, DTensor) for x in model.parameters())
+
+
+@pytest.mark.usefixtures("two")
+def test_diffusers_way_to_share_tokens(monkeypatch):
+    """What comes of it is compared with one process among all cases of an SUV."""
+    from diffusers import ContextParallelConfig, ParallelConfig, TensorParallelConfig
+
+    from skiparse.models import SUV
+
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)  # by which it divides
+    model = SUV(**SUV.presets["tiny"])
+    for config, kind, words in (
+        (ContextParallelConfig(ring_degree=2), ValueError, "got ring_degree=2"),
+        (ContextParallelConfig(ulysses_degree=3), RuntimeError, "size 2, but found 3 ranks"),
+        (TensorParallelConfig(tp_degree=2), ValueError, "SUV"),
+    ):
+        with pytest.raises(kind, match=words):
+            model.enable_parallelism(config=config)
+        assert model._sharing is None
+        model._parallel_config = None
+    whole = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=2))
+    for config in (ContextParallelConfig(ulysses_degree=2), whole):
+        model = SUV(**SUV.presets["tiny"])
+        model.enable_parallelism(config=config)
+        assert model._sharing.group.size() == 2
+        with pytest.raises(RuntimeError, match="cannot be"):
+            model.enable_parallelism(config=config)
+
+
+class Called(TorchDispatchMode):
+    """Names of operators, in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("two")
+def test_the_text_goes_on_while_the_video_is_on_its_way(monkeypatch):
+    """The tokens leave in front of the feed-forward of the text, and are waited for behind it."""
+    from skiparse.models.suv.blocks import SUVBlock
+    from skiparse.models.suv.plan import SharedLayer
+
+    block = SUVBlock(2, 16, 8, double_ff=True, last=False, norm="layer_norm", eps=1e-6)
+    table = torch.ones(N // 2, 8)
+    layer = SharedLayer(SkipPattern.single(4), SINGLE, GROUP, (table, table), dist.group.WORLD)
+    real = collectives.wait_tensor
+
+    def wait(x):
+        called.names.append("::wait_tensor")  # which is called below what sees operators
+        return real(x)
+
+    monkeypatch.setattr(collectives, "wait_tensor", wait)
+    with Called() as called, torch.no_grad():
+        video, text, told = torch.ones(1, N // 2, 32), torch.ones(1, 3, 32), torch.ones(1, 8)
+        block(video, text, told, layer.rotary, layer)
+    kinds = [name.partition("::")[2].partition(".")[0] for name in called.names]
+    leaves = kinds.index("all_to_all_single")
+    waits = kinds.index("wait_tensor", leaves)
+    assert kinds[leaves:waits].count("gelu") == 1  # the text's feed-forward, and nothing else's
+    assert kinds[:leaves].count("gelu") == 1
+    assert "gelu" not in kinds[waits:]
 
 
 @pytest.mark.usefixtures("two")
