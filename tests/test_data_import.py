@@ -20,7 +20,7 @@ Image = pytest.importorskip("PIL.Image")
 from pyarrow import parquet  # noqa: E402  # after the checks
 
 from skiparse.cli import main  # noqa: E402
-from skiparse.models.data import importing, lookup  # noqa: E402
+from skiparse.models.data import importing, lists, lookup  # noqa: E402
 from skiparse.models.data.buckets import Rule, assign  # noqa: E402
 from skiparse.models.data.content import Content  # noqa: E402
 from skiparse.models.data.dataset import Clips  # noqa: E402
@@ -376,6 +376,91 @@ def test_a_list_over_shards(tmp_path: Path) -> None:
     how = {"files": tmp_path / "in", "duplicates": "content"}
     report = bring("recap", source, tmp_path / "content", **how)  # whatever the list says of hashes
     assert (report.used, report.dropped) == (4, {"a row without a file": 1})
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.full)])
+def test_rows_of_a_list_are_made_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """By its row groups, to the same annotations; what is done is not made again."""
+    images(tmp_path / "in" / "0.tar", range(7))
+    numbers = (6, 9, 1, 2, 0, 8, 3)
+    rows = [{"url": f"http://host/{n}", "text": f"caption {n}"} for n in numbers]
+    (tmp_path / "lists").mkdir()
+    table(tmp_path / "lists" / "b.parquet", [{"url": "http://host/5", "text": "caption 5"}])
+    source = tmp_path / "lists" / "a.parquet"
+    parquet.write_table(pa.Table.from_pylist(rows), source, row_group_size=2)
+    given: dict[str, Any] = {"files": tmp_path / "in", "columns": ["width=", "height="]}
+    whole = bring("coyo", source.parent, tmp_path / "whole", **given)
+    found = ["6", "1", "2", "0", "3", "5"]
+    assert [row["cap"][0].split()[1] for row in lines(tmp_path / "whole")] == found
+    monkeypatch.setattr(lists, "_PIECE", 3)
+    out, seen, real = tmp_path / "out", [], importing._of_list
+
+    def stopped(piece: Any, *rest: Any) -> Any:
+        seen.append((piece.path.name, piece.first, piece.groups))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return real(piece, *rest)
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(importing, "_of_list", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            bring("coyo", source.parent, out, **given)
+    monkeypatch.setattr(lookup, "build", None)  # the index is there
+    report = bring("coyo", source.parent, out, workers=workers, **given)
+    assert seen == [("a.parquet", 0, (0, 1)), ("a.parquet", 4, (2, 3))]
+    assert (out / "clips.jsonl").read_bytes() == (tmp_path / "whole" / "clips.jsonl").read_bytes()
+    assert report.dropped == whole.dropped == {"a row without a file": 2}
+    named = [f"{source}[1]: http://host/9", f"{source}[5]: http://host/8"]
+    assert report.examples == whole.examples == {"a row without a file": named}
+    assert len(list((out / "parts").glob("rows-*.arrow"))) == 3
+    assert not list((out / "parts").glob("*.sqlite"))
+
+
+def test_one_more_file_in_a_folder_is_looked_at_with_few_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of a folder end where names say so, not where a number is reached."""
+    monkeypatch.setattr(importing, "_FILES", 4)
+    for n in range(40):
+        path = tmp_path / "in" / f"{n % 3}" / f"{n:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image(n))
+    rows = [{"id": f"{n % 3}/{n:03}", "text": f"caption {n}"} for n in range(41)]
+    source = table(tmp_path / "list.parquet", rows)
+    given = {"files": tmp_path / "in", "name": "{id}.png", "duplicates": "content"}
+    columns = ["width=", "height=", "url="]
+    seen, real = [], importing._of_files
+
+    def seeing(paths: list[Path], *rest: Any) -> Any:
+        seen.append(len(paths))
+        return real(paths, *rest)
+
+    monkeypatch.setattr(importing, "_of_files", seeing)
+    assert bring("coyo", source, tmp_path / "out", columns=columns, **given).used == 40
+    assert sum(seen) == 40
+    assert max(seen) <= 16
+    assert len(seen) >= 3
+    seen.clear()
+    (tmp_path / "in" / "1" / "000b.png").write_bytes(image(99))
+    (tmp_path / "in" / "1" / "040.png").write_bytes(image(98))
+    assert bring("coyo", source, tmp_path / "out", columns=columns, **given).used == 41
+    assert sum(seen) < 30
+
+
+def test_parts_are_read_a_piece_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of what was read before stays, mapped or not."""
+    monkeypatch.setattr(importing, "_ROWS", 1000)
+    part, empty = tmp_path / "rows-0.arrow", importing.Dropped()
+    row = {"line": "x" * 1000, "high": 0, "low": 0}
+    importing._write(part, importing._LINES, (row for _ in range(20_000)), empty)
+    before, most = pa.total_allocated_bytes(), 0
+    for batch in importing._batches(part):
+        most = max(most, pa.total_allocated_bytes() - before)
+        assert batch.num_rows <= 1000
+    assert 900_000 < most < 4_000_000  # of 20 MB; of a file that is mapped nothing is told
+    assert [len(x) for x in importing._first([part])[:1]] == [20_000]
 
 
 def test_addresses_of_one_hash_are_told_apart(
