@@ -51,6 +51,7 @@ CASES = {
     "5 heads": (sparse(4), 64, 5),
     "1 head": (sparse(2), 48, 1),
     "1 token": (sparse(2), 1, 4),
+    "2 tokens": (sparse(2), 2, 4),  # which the second process has one of, and none of, in turn
     "no tokens": (sparse(2), 0, 4),
 }
 FEW = ("k=4 ragged", "k changes", "p=2 ragged", "1 head", "1 token")
@@ -231,7 +232,7 @@ if __name__ == "__main__":
         compare(name, True, False, again=True)
     # Given layouts: each pattern's own, some process without tokens, and all layers in one.
     P = dist.get_world_size()
-    for name in ("k=4 ragged", "p=2 ragged", "p=2 chunks without tokens", "1 token"):
+    for name in ("k=4 ragged", "p=2 ragged", "p=2 chunks without tokens", "1 token", "2 tokens"):
         compare(name, True, True, layouts=own(name))
     for pattern, teams in ((SkipPattern.group(4), 1), (SkipPattern.single(4), P if P < 5 else 1)):
         patterns, N, _ = CASES["k=4 ragged"]

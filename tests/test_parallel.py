@@ -42,13 +42,13 @@ def check(found, number):
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_processes_are_one(processes):
-    check(lines("parallel_run.py", processes, "few"), 26)
+    check(lines("parallel_run.py", processes, "few"), 27)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("processes", [2, 3, 4, 6])
 def test_all_cases_in_processes(processes):
-    check(lines("parallel_run.py", processes), 66)
+    check(lines("parallel_run.py", processes), 71)
 
 
 def check_model(found, number):
