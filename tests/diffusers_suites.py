@@ -66,6 +66,16 @@ class Denoiser(SUV):
         return super().forward(*args, return_dict=return_dict, **options)
 
 
+class Louder(Denoiser):
+    """In which queries and keys count more, for tests of small changes to them."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)
+        weighed(self, 0.3)
+
+    __init__.__wrapped__ = SUV.__init__
+
+
 class Model(models.BaseModelTesterConfig):
     @property
     def pretrained_model_name_or_path(self) -> str:
@@ -257,6 +267,8 @@ def collected() -> dict[str, type]:
                 body: dict[str, object] = {"__module__": __name__}
                 if name.startswith("TorchAo"):
                     body["torch_dtype"] = torch.bfloat16
+                if name == "LoraHotSwappingForModel" and config is OfSUV:
+                    body["model_class"] = Louder
                 if name == "PyramidAttentionBroadcast":
                     places = bases[0].PAB_CONFIG | {"spatial_attention_block_identifiers": PLACES}
                     body["PAB_CONFIG"] = places
