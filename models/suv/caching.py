@@ -60,7 +60,7 @@ class Hooks(HookRegistry):  # type: ignore[misc]  # diffusers' are untyped
         super().register_hook(hook, name)
 
 
-class Hooked(nn.Module):
+class Hooked:
     """A module whose hooks of diffusers' are :class:`Hooks`."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -69,7 +69,7 @@ class Hooked(nn.Module):
         super().__setattr__(name, value)
 
 
-class NoBlock(Hooked, AttentionModuleMixin):  # type: ignore[misc]  # diffusers' are untyped
+class NoBlock(Hooked, nn.Module, AttentionModuleMixin):  # type: ignore[misc]  # diffusers' are untyped
     """What diffusers' own functions find where they look for a block, or for attention: a refusal.
 
     ``apply_first_block_cache(model, ...)`` and the others go by names and classes of diffusers',
