@@ -43,6 +43,27 @@ NEGATIVE_PROMPT = (
     "duplicate, sketch, monochrome, overexposed, underexposed, ugly"
 )
 
+# What diffusers' from_pretrained takes that has an effect on a folder; others it would ignore.
+LOADING = frozenset(
+    {
+        "custom_pipeline",
+        "device_map",
+        "disable_mmap",
+        "dtype",
+        "local_files_only",
+        "low_cpu_mem_usage",
+        "max_memory",
+        "offload_folder",
+        "offload_state_dict",
+        "quantization_config",
+        "torch_dtype",
+        "trust_remote_code",
+        "use_flashpack",
+        "use_safetensors",
+        "variant",
+    }
+)
+
 OUTPUT_TYPES = ("np", "pil", "pt", "uint8", "latent")
 
 Callback = Callable[["SUVPipeline", int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
@@ -153,6 +174,12 @@ class SUVPipeline(DiffusionPipeline, CogVideoXLoraLoaderMixin):  # type: ignore[
         index = folder / "model_index.json"
         if not index.is_file():
             raise FileNotFoundError(f"{index} is not there; give a folder with a saved pipeline")
+        unknown = sorted(kwargs.keys() - LOADING - set(cls._optional_components))
+        if unknown:
+            raise ValueError(
+                f"{', '.join(unknown)}: nothing that loading a folder takes; give components by "
+                f"name, or of {', '.join(sorted(LOADING))}"
+            )
         saved = json.loads(index.read_text(encoding="utf-8"))
         for name in ("text_encoder", "text_encoder_2"):
             library, kind = saved.get(name) or ("", "")

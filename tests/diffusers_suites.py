@@ -66,6 +66,16 @@ class Denoiser(SUV):
         return super().forward(*args, return_dict=return_dict, **options)
 
 
+class Louder(Denoiser):
+    """In which queries and keys count more, for tests of small changes to them."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)
+        weighed(self, 0.3)
+
+    __init__.__wrapped__ = SUV.__init__
+
+
 class Model(models.BaseModelTesterConfig):
     @property
     def pretrained_model_name_or_path(self) -> str:
@@ -83,6 +93,7 @@ def folder_of(config: type[Model]) -> str:
 class OfSUV(Model):
     model_class = Denoiser
     checkpointed = frozenset({"Stage"})
+    graphs = 6  # dense; single and group of two, and of four; and the last block
     main_input_name = cache_input_key = "latents"
     output_shape = input_shape = (4, 2, 16, 16)
 
@@ -101,6 +112,7 @@ class OfSUV(Model):
 class OfWan(Model):
     model_class = WanTransformer3DModel
     checkpointed = frozenset({"WanTransformer3DModel"})
+    graphs = 1
     main_input_name = "hidden_states"
     output_shape = input_shape = (4, 2, 16, 16)
 
@@ -226,6 +238,13 @@ class Applied:
         super().test_gradient_checkpointing_is_applied(set(self.checkpointed))
 
 
+class Graphs:
+    """That a block is compiled once for each way in which its tokens may lie, and no more often."""
+
+    def test_torch_compile_repeated_blocks(self) -> None:
+        super().test_torch_compile_repeated_blocks(recompile_limit=self.graphs)
+
+
 def collected() -> dict[str, type]:
     """A class of tests for each of ours, and of Wan's, and each mixin."""
     found = {}
@@ -239,6 +258,8 @@ def collected() -> dict[str, type]:
             mixins = {name: (getattr(module, f"{name}TesterMixin"),) for name in names}
             if "Training" in mixins:
                 mixins["Training"] = (Applied, *mixins["Training"])
+            if "TorchCompile" in mixins:
+                mixins["TorchCompile"] = (Graphs, *mixins["TorchCompile"])
             if names == CODED:
                 mixins["Autoencoder"] = (AutoencoderTesterMixin,)
             for name, bases in mixins.items():
@@ -246,6 +267,8 @@ def collected() -> dict[str, type]:
                 body: dict[str, object] = {"__module__": __name__}
                 if name.startswith("TorchAo"):
                     body["torch_dtype"] = torch.bfloat16
+                if name == "LoraHotSwappingForModel" and config is OfSUV:
+                    body["model_class"] = Louder
                 if name == "PyramidAttentionBroadcast":
                     places = bases[0].PAB_CONFIG | {"spatial_attention_block_identifiers": PLACES}
                     body["PAB_CONFIG"] = places

@@ -741,6 +741,9 @@ class TestLoading:
         again = SUVPipeline.from_pretrained(folder.parent / "again")
         assert type(again.scheduler) is UniPCMultistepScheduler
         assert again.text_encoder is again.vae is None
+        for wrong in ("torchdtype", "revision"):
+            with pytest.raises(ValueError, match=f"{wrong}: nothing that loading a folder takes"):
+                SUVPipeline.from_pretrained(folder, **{wrong: None})
 
     def test_a_folder_from_before_there_was_a_scheduler(self, folder):
         index = json.loads((folder / "model_index.json").read_text())
