@@ -312,6 +312,17 @@ def test_nothing_known_is_text_alone(of):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("paradigm", PARADIGMS)
+def test_what_is_not_known_is_not_seen(paradigm):
+    """Whatever stands there."""
+    guide, (noisy, *_), images = randomised(Guide(paradigm, C), 8), inputs(), known(paradigm)
+    there = torch.randn(images.latents.shape, generator=generator(7))
+    hidden = ~images.known[:, None, :, None, None] * there
+    whole = images._replace(latents=images.latents + hidden)
+    assert torch.equal(guide(noisy, whole), guide(noisy, images))
+
+
+@torch.no_grad()
 def test_the_shift_is_in_fp32_in_a_model_of_half_precision():
     _, told = OfSUV.told("flash")
     randomised(told.guide, 8)

@@ -200,8 +200,8 @@ def test_the_pipeline_of_an_suv(source, text_model):
     one, two = (sample(image=first, guidance_scale=3.0, sequential_cfg=way) for way in (0, 1))
     torch.testing.assert_close(one, two, rtol=0, atol=1e-4 * one.abs().max().item())
     several = sample(["a", "b"], image=[first, last], latents=torch.cat([noise, noise]),
-                     guidance_scale=1.0)  # fmt: skip
-    wanted = sample("b", image=last, guidance_scale=1.0)[0]
+                     guidance_scale=3.0)  # fmt: skip
+    wanted = sample("b", image=last, guidance_scale=3.0)[0]
     torch.testing.assert_close(several[1], wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
     assert sample(image=first, output_type="uint8").shape == (1, 9, 32, 48, 3)
 
@@ -340,6 +340,9 @@ def test_the_pipeline_of_a_wan(init):
         x = x + (after - sigma) * (uncond + 2.0 * (cond - uncond))
     torch.testing.assert_close(found, x, rtol=0, atol=1e-4 * x.abs().max().item())
     assert (pipe("a cat", **asked).frames - found).abs().max() > 0.01 * x.abs().max()
+    both = asked | {"latents": torch.cat([noise, noise])}
+    several = pipe(["a dog", "a cat"], image=[image.flip(0), image], **both).frames
+    torch.testing.assert_close(several[1:], found, rtol=0, atol=1e-4 * x.abs().max().item())
 
     with pytest.raises(ValueError, match="image is 32x48, but the video 32x32"):
         pipe("a cat", image=moving(1).frames[0], **asked)
