@@ -1,7 +1,9 @@
 """A run goes through its stages, is the same however often it stops, and survives what it must."""
 
 import dataclasses
+import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -688,16 +690,20 @@ def test_training_from_a_cache_is_training_on_line(source, tmp_path):
         train(dataclasses.replace(held, stages=other, out=str(tmp_path / "new")))
 
 
+def spoil(monkeypatch, value, when):
+    """Losses times ``value`` at the micro-batches, counted from 0, that ``when`` is true of."""
+    calls, real = itertools.count(), loop.loss_of
+
+    def loss_of(*arguments):
+        loss, told = real(*arguments)
+        return loss * (value if when(next(calls)) else 1), told
+
+    monkeypatch.setattr(loop, "loss_of", loss_of)
+
+
 @pytest.mark.parametrize("at", [0, 3])
 def test_a_step_that_is_not_finite_is_skipped(source, tmp_path, monkeypatch, at):
-    calls = iter(range(100))
-    real = loop.loss_of
-
-    def spoiling(*arguments):
-        loss = real(*arguments)
-        return loss * float("nan") if next(calls) == at else loss
-
-    monkeypatch.setattr(loop, "loss_of", spoiling)
+    spoil(monkeypatch, math.nan, lambda call: call == at)
     train(config(source, tmp_path, save_every=100))
     found = rows(tmp_path)
     assert [row["step"] for row in found if row["action"] == "skip"] == [at]
@@ -707,10 +713,7 @@ def test_a_step_that_is_not_finite_is_skipped(source, tmp_path, monkeypatch, at)
 
 
 def test_a_skipped_step_moves_nothing(source, tmp_path, monkeypatch):
-    calls, real = iter(range(100)), loop.loss_of
-    monkeypatch.setattr(
-        loop, "loss_of", lambda *a: real(*a) * (float("nan") if next(calls) == 3 else 1)
-    )
+    spoil(monkeypatch, math.nan, lambda call: call == 3)
     only = {"image": dataclasses.replace(stages()["image"], steps=2, accumulate=2)}
     train(config(source, tmp_path, stages=only, save_every=1))
     assert [row["action"] == "skip" for row in rows(tmp_path)] == [False, True]
@@ -724,8 +727,7 @@ def test_a_skipped_step_moves_nothing(source, tmp_path, monkeypatch):
 
 
 def test_fifty_of_them_stop_the_run(source, tmp_path, monkeypatch):
-    real = loop.loss_of
-    monkeypatch.setattr(loop, "loss_of", lambda *a: real(*a) * float("inf"))
+    spoil(monkeypatch, math.inf, lambda call: True)
     long = {"image": dataclasses.replace(stages()["image"], steps=60)}
     with pytest.raises(FloatingPointError, match=r"step 49 \(stage image\).*stopped.json"):
         train(config(source, tmp_path, stages=long, save_every=40))
@@ -737,10 +739,7 @@ def test_fifty_of_them_stop_the_run(source, tmp_path, monkeypatch):
 def test_what_the_advice_after_divergence_says_can_be_done(source, tmp_path, monkeypatch):
     """And the checkpoints from before the gradients went bad are still there."""
     monkeypatch.setattr(clip, "PATIENCE", 8)
-    calls, real = iter(range(10**6)), loop.loss_of
-    monkeypatch.setattr(
-        loop, "loss_of", lambda *a: real(*a) * (float("nan") if next(calls) >= 3 else 1)
-    )
+    spoil(monkeypatch, math.nan, lambda call: call >= 3)
     one = dataclasses.replace(stages()["image"], steps=20)
     given = config(source, tmp_path / "run", stages={"image": one}, save_every=1)
     with pytest.raises(
