@@ -101,14 +101,20 @@ def test_a_run_goes_on_as_if_nothing_had_happened(given, whole, tmp_path):
     assert_same(whole, tmp_path)
 
 
-@pytest.mark.full  # the model itself among processes: tests/test_parallel.py
 @pytest.mark.parametrize(
-    "how", [{"parallel": "fsdp"}, {"parallel": "ddp"}, {"context_parallel": 2}], ids=str
+    "how",
+    [
+        {"parallel": "fsdp"},
+        pytest.param({"parallel": "ddp"}, marks=pytest.mark.full),
+        pytest.param({"context_parallel": 2}, marks=pytest.mark.full),
+    ],
+    ids=str,
 )
 def test_two_processes_equal_one(given, whole, tmp_path, how):
     """Each sample is balanced by itself, so it does not matter who has it, or a part of it."""
     two = dataclasses.replace(given, out=str(tmp_path / "run"), **how)
-    launch(2, as_yaml(tmp_path / "config.yaml", two))
+    file = as_yaml(tmp_path / "config.yaml", two)
+    launch(2, file, shared="context_parallel" in how)
     for a, b in zip(rows(whole), rows(two.out), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
         assert a["norm"] == pytest.approx(b["norm"], rel=1e-4)
