@@ -332,6 +332,11 @@ def test_spoilt_text_and_frames_are_refused(pipe):
     embeds.text[0, 0, 3] = float("inf")
     with pytest.raises(FloatingPointError, match="the text embeddings are not finite"):
         pipe(prompt_embeds=embeds, **SIZE)
+    with pytest.raises(FloatingPointError, match="the text embeddings are not finite"):
+        pipe("a cat", negative_prompt_embeds=embeds, **SIZE)
+    spoilt = {"latents": torch.full((1, 4, 2, 4, 6), float("nan"))}
+    with pytest.raises(FloatingPointError, match="not finite after step 1 of 3"):
+        pipe("a cat", **SIZE, callback_on_step_end=lambda *_: spoilt)
     torch.nn.init.constant_(pipe.vae.mix.bias, float("nan"))
     with pytest.raises(FloatingPointError, match="the VAE gave frames that are not finite"):
         pipe("a bird", **SIZE)
