@@ -773,6 +773,13 @@ class TestSchedulers:
         with pytest.raises(ValueError, match="num_inference_steps must be at least 1, got 0"):
             pipe("a cat", **asked | {"num_inference_steps": 0})
 
+    def test_the_bar_counts_steps(self, pipe, capsys):
+        """Not calls of the model, of which Heun's method makes two a step."""
+        pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
+        pipe.set_progress_bar_config(disable=False)
+        pipe("a cat", **SIZE, output_type="latent", guidance_scale=1.0)
+        assert "4/4" in capsys.readouterr().err.rsplit("\r", 1)[-1]
+
     def test_one_that_draws_noise_draws_it_from_the_generator(self, pipe):
         asked = {**SIZE, "output_type": "latent", "guidance_scale": 1.0}
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(
@@ -802,6 +809,8 @@ class TestSchedulers:
         assert torch.equal(pipe("a cat", **asked).frames, by_call)
         again = FlowScheduler.from_config(FlowScheduler().config, shift=3.0)
         assert (again.config.shift, again.config.flow_shift) == (3.0, 3.0)
+        again.set_timesteps(4, schedule="linear_quadratic")  # which takes no shift
+        assert torch.equal(again.sigmas, flow.inference_sigmas(4, schedule="linear_quadratic"))
         with pytest.raises(ValueError, match=r"timestep 7\.0 is not the next"):
             pipe.scheduler.step(noise, torch.tensor(7.0), noise)
 
@@ -952,9 +961,13 @@ class TestAutoencoder:
         latents = vae.encode(x=VIDEO).latent_dist
         right = vae.decode(z=latents.mode()).sample
         assert torch.equal(vae(VIDEO).sample, right)
-        assert torch.equal(vae(sample=VIDEO, return_dict=False)[0], right)
-        assert torch.equal(vae.encode(VIDEO, return_dict=False)[0].mode(), latents.mode())
-        assert torch.equal(vae.decode(latents.mode(), return_dict=False)[0], right)
+        (coded,) = vae.encode(VIDEO, return_dict=False)
+        assert torch.equal(coded.mode(), latents.mode())
+        for (video,) in (
+            vae(sample=VIDEO, return_dict=False),
+            vae.decode(latents.mode(), return_dict=False),
+        ):
+            assert torch.equal(video, right)
         drawn = vae(VIDEO, sample_posterior=True, generator=seeded()).sample
         assert torch.equal(drawn, vae.decode(latents.sample(seeded())).sample)
         assert not torch.equal(drawn, right)
