@@ -457,6 +457,8 @@ class TestCalls:
         assert encoded[3:] == (None,) * 3
         with pytest.raises(ValueError, match=r"prompt_embeds of tensors need their pooled ones"):
             pipe(prompt_embeds=encoded[0], **asked)
+        with pytest.raises(ValueError, match="either negative_prompt or negative_prompt_embeds"):
+            pipe("a cat", "grey", negative_prompt_embeds=encoded[0], **asked)
         with pytest.raises(ValueError, match=r"the pooled ones \[B, P\], got .* and \[2, "):
             pipe(prompt_embeds=encoded[0], pooled_prompt_embeds=encoded[1].repeat(2, 1), **asked)
         with pytest.raises(ValueError, match=r"mask of prompt_embeds must be \[1, 512\], got"):
@@ -479,6 +481,7 @@ class TestCalls:
             FORWARD,
         )
         assert not torch.allclose(cut, right, rtol=1e-3)
+        assert torch.equal(pipe("a cat", **asked).frames, right)
         assert pipe.encode_prompt("a cat", max_sequence_length=16)[0].shape == (1, 16, 24)
         with pytest.raises(ValueError, match="max_sequence_length must be from 1 to 512"):
             pipe("a cat", **asked, max_sequence_length=1000)
@@ -664,6 +667,9 @@ class TestComponents:
         gc.collect()
         assert gone() is None
         assert torch.equal(pipe.text.encode("a cat").text, first.text)
+        clip, pipe.text_encoder_2 = pipe.text_encoder_2, None  # which somebody else still has
+        assert torch.equal(pipe.text.encode("a cat").pooled, first.pooled)
+        pipe.text_encoder_2 = clip
         with pytest.raises(ValueError, match="'a dog' was not encoded before"):
             pipe.text.encode("a dog")
         pipe.text_encoder = tiny_encoders()[1]
@@ -811,6 +817,9 @@ class TestSchedulers:
         assert (again.config.shift, again.config.flow_shift) == (3.0, 3.0)
         again.set_timesteps(4, schedule="linear_quadratic")  # which takes no shift
         assert torch.equal(again.sigmas, flow.inference_sigmas(4, schedule="linear_quadratic"))
+        (after,) = again.step(noise, again.timesteps[0], noise, return_dict=False)
+        again.set_timesteps(4, schedule="linear_quadratic")
+        assert torch.equal(again.step(noise, again.timesteps[0], noise).prev_sample, after)
         with pytest.raises(ValueError, match=r"timestep 7\.0 is not the next"):
             pipe.scheduler.step(noise, torch.tensor(7.0), noise)
 
@@ -1005,30 +1014,38 @@ class TestAutoencoder:
         video = torch.rand(2, 3, 9, 8, 640, dtype=torch.float64) * 2 - 1
         moments = vae.encode(video).latent_dist.parameters
         frames = vae.decode(moments[:, :2]).sample
-        seen = []
+        seen, coded = [], []
         vae.decoder.register_forward_pre_hook(lambda m, args: seen.append(tuple(args[0].shape)))
+        vae.encoder.register_forward_pre_hook(lambda m, args: coded.append(tuple(args[0].shape)))
 
         def same():
             seen.clear()
+            coded.clear()
             close(vae.encode(video).latent_dist.parameters, moments, 1e-12)
             close(vae.decode(moments[:, :2]).sample, frames, 1e-12)
 
         vae.use_framewise_decoding = vae.use_framewise_encoding = True
         same()
         assert {shape[2] for shape in seen} == {1}
-        vae.use_framewise_decoding = vae.use_framewise_encoding = False
+        assert {shape[2] for shape in coded} == {1, 8}
+        vae.use_framewise_decoding = False
+        same()
+        assert {shape[2] for shape in seen} == {2}
+        vae.use_framewise_encoding = False
         vae.enable_slicing()
         same()
-        assert {shape[0] for shape in seen} == {1}
+        assert {shape[0] for shape in seen} == {shape[0] for shape in coded} == {1}
         vae.disable_slicing()
         vae.enable_tiling()
         same()
         assert len(seen) > 2
+        assert len(coded) > 2
         vae.enable_tiling(512, 512, 256, 256)
         same()
+        assert max(shape[4] for shape in coded) == 512
         vae.disable_tiling()
         same()
-        assert len(seen) == 1
+        assert len(seen) == len(coded) == 1
         for wrong, message in (
             ((250,), "the same multiple of 8"),
             ((256, 512), "the same multiple of 8"),
@@ -1049,6 +1066,10 @@ class TestAutoencoder:
         levels = whole.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1)
         assert (levels.int() - frames.int()).abs().max() <= 1
         assert (levels == frames).float().mean() > 0.999
+        seen.clear()
+        pipe.vae.enable_tiling()
+        pipe._decode(latents, "uint8")
+        assert seen == [1] * 4
 
     @torch.no_grad()
     def test_tiles_with_weights_that_move(self, monkeypatch):
