@@ -57,6 +57,7 @@ from skiparse.models.pipeline import TEMPLATE, SUVPipeline
 from skiparse.models.scheduler import FlowScheduler
 from skiparse.models.suv.model import SUV
 from skiparse.models.suv.sparsity import attention_cost
+from skiparse.models.text import PARTS
 from skiparse.models.wfvae.model import WFVAE
 
 CPU = torch.device("cpu")
@@ -285,6 +286,29 @@ class TestAdapters:
         assert not torch.allclose(one, plain)
         assert not torch.allclose(half, one)
 
+    @torch.no_grad()
+    def test_beside_weights_in_eight_bits(self, tmp_path):
+        """One that was there before stays as it is; none comes later, when it would be rounded."""
+        model, call = suv()
+        added = lora(model, ["to_q"])
+        model.save_lora_adapter(tmp_path)
+        right = call()
+        model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+        assert {x.dtype for x in added.values()} == {torch.float32}
+        off = (call() - right).norm() / right.norm()
+        assert 0 < off < 0.01
+        before = set(model.state_dict())
+        for what, wrong in (
+            ("add an adapter", lambda: lora(model, ["to_k"], name="other")),
+            ("load an adapter", lambda: model.load_lora_adapter(tmp_path, prefix=None)),
+            ("fuse it", model.fuse_lora),
+            ("unfuse it", model.unfuse_lora),
+        ):
+            with pytest.raises(ValueError, match=f"{what} before enable_layerwise_casting"):
+                wrong()
+        assert set(model.state_dict()) == before
+        model.disable_adapters()
+
     def test_with_blocks_computed_again(self):
         """The gradients of the adapter alone, and to the bit."""
         model, call = suv()
@@ -423,10 +447,20 @@ class TestCalls:
         close(pipe(**short, **asked).frames, right, FORWARD)
         whole = {**encoded, "prompt_attention_mask": None}  # padding that is not hidden counts
         assert not torch.allclose(pipe(**whole, **asked).frames, right, rtol=1e-3)
+        assert all(map(torch.equal, pipe.encode_prompt(**encoded), encoded.values()))
+        two = pipe.encode_prompt("a cat", num_videos_per_prompt=2, dtype=torch.bfloat16)
+        assert [len(x) for x in two] == [2] * 6
+        assert two[0].dtype == two[4].dtype == torch.bfloat16
+        shown = {**encoded, "negative_prompt_attention_mask": None}
+        assert not torch.allclose(pipe(**shown, **asked).frames, right, rtol=1e-3)
         encoded = pipe.encode_prompt("a cat", do_classifier_free_guidance=False)
         assert encoded[3:] == (None,) * 3
         with pytest.raises(ValueError, match=r"prompt_embeds of tensors need their pooled ones"):
             pipe(prompt_embeds=encoded[0], **asked)
+        with pytest.raises(ValueError, match="either negative_prompt or negative_prompt_embeds"):
+            pipe("a cat", "grey", negative_prompt_embeds=encoded[0], **asked)
+        with pytest.raises(ValueError, match=r"the pooled ones \[B, P\], got .* and \[2, "):
+            pipe(prompt_embeds=encoded[0], pooled_prompt_embeds=encoded[1].repeat(2, 1), **asked)
         with pytest.raises(ValueError, match=r"mask of prompt_embeds must be \[1, 512\], got"):
             pipe(
                 prompt_embeds=encoded[0], pooled_prompt_embeds=encoded[1],
@@ -447,6 +481,7 @@ class TestCalls:
             FORWARD,
         )
         assert not torch.allclose(cut, right, rtol=1e-3)
+        assert torch.equal(pipe("a cat", **asked).frames, right)
         assert pipe.encode_prompt("a cat", max_sequence_length=16)[0].shape == (1, 16, 24)
         with pytest.raises(ValueError, match="max_sequence_length must be from 1 to 512"):
             pipe("a cat", **asked, max_sequence_length=1000)
@@ -486,6 +521,19 @@ class TestCalls:
         assert pipe.guidance_scale == 0
         assert not pipe.do_classifier_free_guidance
 
+        branches, found = [], []
+        pipe.transformer.register_forward_hook(lambda m, x, out: branches.append(out[0].chunk(2)))
+
+        def weaker(pipeline, step, timestep, tensors):
+            pipeline._guidance_scale = 3.0
+            found.append(tensors["velocity"])
+            return {}
+
+        pipe("a cat", **SIZE, callback_on_step_end=weaker,
+             callback_on_step_end_tensor_inputs=["velocity"])  # fmt: skip
+        for both, velocity, scale in zip(branches, found, (7.0, 3.0, 3.0, 3.0), strict=True):
+            assert torch.equal(velocity, flow.guide(*both, scale=scale, rescale=0.7))
+
         def begin(pipeline, *_):
             pipeline._guidance_scale = 3.0
             return {}
@@ -508,6 +556,16 @@ class TestCalls:
         ).frames  # fmt: skip
         assert not torch.equal(changed, pipe("a cat", **asked).frames)
         assert not torch.equal(changed, right)
+        texts = []
+        pipe.transformer.register_forward_pre_hook(lambda m, x: texts.append(x[2]))
+        pipe(
+            "a cat", **asked,
+            callback_on_step_end=lambda p, i, t, x: {n: y + 1 for n, y in x.items()},
+            callback_on_step_end_tensor_inputs=["negative_prompt_embeds"],
+        )  # fmt: skip
+        (negative, positive), (changed, same) = texts[:2]
+        assert torch.equal(changed, negative + 1)
+        assert torch.equal(same, positive)
         with pytest.raises(ValueError, match=r"gave prompt_embeds of \[1, 3, 24\]; it must stay"):
             pipe(
                 "a cat", **asked,
@@ -558,6 +616,7 @@ class TestCalls:
         pipe.load_lora_weights(tmp_path, adapter_name="kite")
         close(pipe("a cat", **asked).frames, adapted, FORWARD)
         close(pipe("a cat", **asked, attention_kwargs={"scale": 0}).frames, plain, FORWARD)
+        assert pipe.attention_kwargs == {"scale": 0}
         pipe.set_adapters("kite", 0.0)
         close(pipe("a cat", **asked).frames, plain, FORWARD)
         pipe.set_adapters("kite", 1.0)
@@ -588,6 +647,19 @@ class TestComponents:
         assert not torch.equal(pipe.text.encode("a cat").text, first.text)
         assert torch.equal(pipe.text.encode("a cat").pooled, first.pooled)
 
+    def test_what_others_encoded_is_forgotten(self, pipe):
+        """Where any of the four is another; where they are the same it is kept."""
+        calls = []
+        pipe.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+        for name in PARTS:
+            pipe.text.encode("a cat")
+            calls.clear()
+            pipe.text.encode("a cat")
+            assert not calls
+            setattr(pipe, name, copy.deepcopy(getattr(pipe, name)))
+            pipe.text.encode("a cat")
+            assert calls, name
+
     def test_none_frees_the_memory_and_keeps_what_was_encoded(self, pipe):
         first = pipe.text.encode("a cat")
         gone = weakref.ref(pipe.text_encoder)
@@ -595,6 +667,9 @@ class TestComponents:
         gc.collect()
         assert gone() is None
         assert torch.equal(pipe.text.encode("a cat").text, first.text)
+        clip, pipe.text_encoder_2 = pipe.text_encoder_2, None  # which somebody else still has
+        assert torch.equal(pipe.text.encode("a cat").pooled, first.pooled)
+        pipe.text_encoder_2 = clip
         with pytest.raises(ValueError, match="'a dog' was not encoded before"):
             pipe.text.encode("a dog")
         pipe.text_encoder = tiny_encoders()[1]
@@ -626,6 +701,17 @@ class TestComponents:
             video = vae.decode(latents * 2 + 0.1).sample
         right = video.add(1).div(2).clamp(0, 1).movedim(1, -1).numpy()
         assert np.abs(pipe("a cat", **asked).frames - right).max() < 1e-5
+
+    def test_weights_that_were_brought_go_again(self, pipe, monkeypatch):
+        """Else what an offloaded pipeline used last would stay, or what it let go."""
+        times = []
+        monkeypatch.setattr(pipe, "maybe_free_model_hooks", lambda: times.append(1))
+        latents = pipe("a cat", **SIZE, output_type="latent").frames
+        assert len(times) == 1
+        list(pipe.frames_of(latents[0]))
+        assert len(times) == 2
+        pipe.free_text_encoders()
+        assert len(times) == 3
 
     @torch.no_grad()
     def test_all_weights_may_come_and_go(self, pipe):
@@ -685,16 +771,41 @@ class TestSchedulers:
         assert abs(float(times[len(times) // 2]) - middle) < 10
         moved = (right - noise).norm()
         assert 0 < (found - right).norm() < 0.05 * moved
-        with pytest.raises(ValueError, match=f"shift=3.0 is a setting of our own.*{kind.__name__}"):
-            pipe("a cat", **asked, shift=3.0)
+        assert pipe.num_timesteps == len(times)  # Heun's method calls the model twice a step
+        for name, value in (("shift", 3.0), ("schedule", "linear")):
+            wrong = f"{name}={value!r} is a setting of our own.*{kind.__name__}"
+            with pytest.raises(ValueError, match=wrong):
+                pipe("a cat", **asked, **{name: value})
+        with pytest.raises(ValueError, match="num_inference_steps must be at least 1, got 0"):
+            pipe("a cat", **asked | {"num_inference_steps": 0})
+
+    def test_the_bar_counts_steps(self, pipe, capsys):
+        """Not calls of the model, of which Heun's method makes two a step."""
+        pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
+        pipe.set_progress_bar_config(disable=False)
+        pipe("a cat", **SIZE, output_type="latent", guidance_scale=1.0)
+        assert "4/4" in capsys.readouterr().err.rsplit("\r", 1)[-1]
+
+    def test_one_that_draws_noise_draws_it_from_the_generator(self, pipe):
+        asked = {**SIZE, "output_type": "latent", "guidance_scale": 1.0}
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(
+            pipe.scheduler.config, algorithm_type="sde-dpmsolver++"
+        )
+        first, again = (pipe("a cat", **asked, generator=seeded()).frames for _ in range(2))
+        assert torch.equal(first, again)
 
     def test_one_that_does_not_flow_is_refused(self, pipe):
         pipe.transformer.forward = None
-        pipe.scheduler = UniPCMultistepScheduler()
-        with pytest.raises(
-            ValueError, match=r"UniPCMultistepScheduler is not set to flow matching"
+        for wrong in (
+            {},
+            {"use_flow_sigmas": True, "prediction_type": "epsilon"},
+            {"prediction_type": "flow_prediction"},
         ):
-            pipe("a cat", **SIZE)
+            pipe.scheduler = UniPCMultistepScheduler(**wrong)
+            with pytest.raises(
+                ValueError, match=r"UniPCMultistepScheduler is not set to flow matching"
+            ):
+                pipe("a cat", **SIZE)
 
     def test_settings_of_ours(self, pipe):
         noise = torch.randn(1, 4, 2, 4, 6)
@@ -704,6 +815,11 @@ class TestSchedulers:
         assert torch.equal(pipe("a cat", **asked).frames, by_call)
         again = FlowScheduler.from_config(FlowScheduler().config, shift=3.0)
         assert (again.config.shift, again.config.flow_shift) == (3.0, 3.0)
+        again.set_timesteps(4, schedule="linear_quadratic")  # which takes no shift
+        assert torch.equal(again.sigmas, flow.inference_sigmas(4, schedule="linear_quadratic"))
+        (after,) = again.step(noise, again.timesteps[0], noise, return_dict=False)
+        again.set_timesteps(4, schedule="linear_quadratic")
+        assert torch.equal(again.step(noise, again.timesteps[0], noise).prev_sample, after)
         with pytest.raises(ValueError, match=r"timestep 7\.0 is not the next"):
             pipe.scheduler.step(noise, torch.tensor(7.0), noise)
 
@@ -854,7 +970,13 @@ class TestAutoencoder:
         latents = vae.encode(x=VIDEO).latent_dist
         right = vae.decode(z=latents.mode()).sample
         assert torch.equal(vae(VIDEO).sample, right)
-        assert torch.equal(vae(sample=VIDEO, return_dict=False)[0], right)
+        (coded,) = vae.encode(VIDEO, return_dict=False)
+        assert torch.equal(coded.mode(), latents.mode())
+        for (video,) in (
+            vae(sample=VIDEO, return_dict=False),
+            vae.decode(latents.mode(), return_dict=False),
+        ):
+            assert torch.equal(video, right)
         drawn = vae(VIDEO, sample_posterior=True, generator=seeded()).sample
         assert torch.equal(drawn, vae.decode(latents.sample(seeded())).sample)
         assert not torch.equal(drawn, right)
@@ -892,30 +1014,38 @@ class TestAutoencoder:
         video = torch.rand(2, 3, 9, 8, 640, dtype=torch.float64) * 2 - 1
         moments = vae.encode(video).latent_dist.parameters
         frames = vae.decode(moments[:, :2]).sample
-        seen = []
+        seen, coded = [], []
         vae.decoder.register_forward_pre_hook(lambda m, args: seen.append(tuple(args[0].shape)))
+        vae.encoder.register_forward_pre_hook(lambda m, args: coded.append(tuple(args[0].shape)))
 
         def same():
             seen.clear()
+            coded.clear()
             close(vae.encode(video).latent_dist.parameters, moments, 1e-12)
             close(vae.decode(moments[:, :2]).sample, frames, 1e-12)
 
         vae.use_framewise_decoding = vae.use_framewise_encoding = True
         same()
         assert {shape[2] for shape in seen} == {1}
-        vae.use_framewise_decoding = vae.use_framewise_encoding = False
+        assert {shape[2] for shape in coded} == {1, 8}
+        vae.use_framewise_decoding = False
+        same()
+        assert {shape[2] for shape in seen} == {2}
+        vae.use_framewise_encoding = False
         vae.enable_slicing()
         same()
-        assert {shape[0] for shape in seen} == {1}
+        assert {shape[0] for shape in seen} == {shape[0] for shape in coded} == {1}
         vae.disable_slicing()
         vae.enable_tiling()
         same()
         assert len(seen) > 2
+        assert len(coded) > 2
         vae.enable_tiling(512, 512, 256, 256)
         same()
+        assert max(shape[4] for shape in coded) == 512
         vae.disable_tiling()
         same()
-        assert len(seen) == 1
+        assert len(seen) == len(coded) == 1
         for wrong, message in (
             ((250,), "the same multiple of 8"),
             ((256, 512), "the same multiple of 8"),
@@ -936,6 +1066,10 @@ class TestAutoencoder:
         levels = whole.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1)
         assert (levels.int() - frames.int()).abs().max() <= 1
         assert (levels == frames).float().mean() > 0.999
+        seen.clear()
+        pipe.vae.enable_tiling()
+        pipe._decode(latents, "uint8")
+        assert seen == [1] * 4
 
     @torch.no_grad()
     def test_tiles_with_weights_that_move(self, monkeypatch):

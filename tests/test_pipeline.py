@@ -248,7 +248,7 @@ def test_without_guidance_there_is_no_negative_prompt(pipe, caplog):
     assert sizes == [2] * 3
     plain = pipe("a cat", **SIZE, guidance_scale=1.0, generator=generator()).frames
     with caplog.at_level(logging.WARNING):
-        asked = {"guidance_scale": 0.0, "negative_prompt": "blur"}  # as user interfaces send it
+        asked = {"guidance_scale": 0.5, "negative_prompt": "blur"}  # as user interfaces send it
         found = pipe("a cat", **SIZE, **asked, generator=generator()).frames
     assert "a negative prompt does nothing" in caplog.text
     assert np.array_equal(found, plain)
@@ -332,6 +332,11 @@ def test_spoilt_text_and_frames_are_refused(pipe):
     embeds.text[0, 0, 3] = float("inf")
     with pytest.raises(FloatingPointError, match="the text embeddings are not finite"):
         pipe(prompt_embeds=embeds, **SIZE)
+    with pytest.raises(FloatingPointError, match="the text embeddings are not finite"):
+        pipe("a cat", negative_prompt_embeds=embeds, **SIZE)
+    spoilt = {"latents": torch.full((1, 4, 2, 4, 6), float("nan"))}
+    with pytest.raises(FloatingPointError, match="not finite after step 1 of 3"):
+        pipe("a cat", **SIZE, callback_on_step_end=lambda *_: spoilt)
     torch.nn.init.constant_(pipe.vae.mix.bias, float("nan"))
     with pytest.raises(FloatingPointError, match="the VAE gave frames that are not finite"):
         pipe("a bird", **SIZE)

@@ -561,6 +561,39 @@ class SUV(StrictModelMixin, caching.Hooked, ModelMixin, PeftAdapterMixin, CacheM
         self._cache_config = caching.apply(self, config)
         HookRegistry.check_if_exists_or_initialize(self).invalidate_child_registries_cache()
 
+    def add_adapter(self, *arguments: Any, **options: Any) -> None:
+        """As of any model of diffusers; ValueError under layerwise casting."""
+        self._check_not_cast("add an adapter")
+        super().add_adapter(*arguments, **options)
+
+    def load_lora_adapter(self, *arguments: Any, **options: Any) -> Any:
+        """As of any model of diffusers; ValueError under layerwise casting."""
+        self._check_not_cast("load an adapter")
+        return super().load_lora_adapter(*arguments, **options)
+
+    def fuse_lora(self, *arguments: Any, **options: Any) -> None:
+        """As of any model of diffusers; ValueError under layerwise casting."""
+        self._check_not_cast("fuse it")
+        super().fuse_lora(*arguments, **options)
+
+    def unfuse_lora(self, *arguments: Any, **options: Any) -> None:
+        """As of any model of diffusers; ValueError under layerwise casting."""
+        self._check_not_cast("unfuse it")
+        super().unfuse_lora(*arguments, **options)
+
+    def _check_not_cast(self, what: str) -> None:
+        """ValueError if layers keep their weights in a type that nothing is computed in.
+
+        PEFT would make an adapter of that type, and fail when it is called.
+        """
+        for module in self.modules():
+            hooks = getattr(module, "_diffusers_hook", None)
+            if hooks is not None and hooks.get_hook("layerwise_casting") is not None:
+                raise ValueError(
+                    f"layerwise casting is on, which keeps weights in {module.weight.dtype}: "
+                    f"{what} before enable_layerwise_casting()"
+                )
+
     def enable_group_offload(self, *arguments: Any, **options: Any) -> None:
         """As of any model of diffusers."""
         with caching.row_aside(self):
