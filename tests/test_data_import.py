@@ -26,6 +26,7 @@ from skiparse.models.data.content import Content  # noqa: E402
 from skiparse.models.data.dataset import Clips  # noqa: E402
 from skiparse.models.data.draws import Place  # noqa: E402
 from skiparse.models.data.importing import bring  # noqa: E402
+from skiparse.models.data.limits import Limits  # noqa: E402
 from skiparse.models.data.manifest import DataError, Manifest  # noqa: E402
 from skiparse.models.data.span import Span, address, parted  # noqa: E402
 from skiparse.models.data.video import VideoError, probe, read_video  # noqa: E402
@@ -348,6 +349,83 @@ def test_duplicates(tmp_path: Path) -> None:
         assert "".join(row["cap"][0] for row in lines(tmp_path / "out")) == kept
         assert report.dropped == ({} if how == "keep" else {"a duplicate": 2})
         assert report.more == ({} if how == "keep" else {"without a hash": 0})
+
+
+def test_the_first_of_its_hash_stays(tmp_path: Path) -> None:
+    """Of several parts; both halves count, and what has none is never the same."""
+    halves = [(1, 1), (1, 2), (0, 0), (2, 2), (0, 0)], [(1, 1), (0, 5), (0, 0), (2, 2)]
+    parts = []
+    for number, some in enumerate(halves):
+        parts.append(tmp_path / f"rows-{number}.arrow")
+        rows = ({"line": "", "high": high, "low": low} for high, low in some)
+        importing._write(parts[-1], importing._LINES, rows, importing.Dropped())
+    first, none = importing._first(parts)
+    assert first.tolist() == [True] * 5 + [False, True, True, False]
+    assert none == 3
+
+
+def test_of_each_reason_twenty_are_named(tmp_path: Path) -> None:
+    """However many shards have some."""
+    dropped = importing.Dropped()
+    for n in range(25):
+        dropped.add("lost", str(n))
+    assert dropped.examples["lost"] == [str(n) for n in range(20)]
+    for n, count in enumerate((15, 12)):
+        files = {f"{n}-{i}.txt": b"x" for i in range(count)}
+        shard(tmp_path / "in" / f"{n}.tar", files | {f"{n}.png": image(n), f"{n}.txt": b"x"})
+    report = bring("webdataset", tmp_path / "in", tmp_path / "out")
+    assert report.dropped == {"a key without a clip": 27}
+    assert len(report.examples["a key without a clip"]) == 20
+
+
+def test_what_is_asked_otherwise_is_made_anew(tmp_path: Path) -> None:
+    """From the same parts, and to the same folder: of shards, and of a list."""
+    images(tmp_path / "in" / "0.tar", [1, 2], caption="other")
+    out = tmp_path / "shards"
+    for columns, caption in (((), "caption 1"), (["captions=caption"], "other")):
+        bring("webdataset", tmp_path / "in", out, columns=columns)
+        assert lines(out)[0]["cap"] == [caption]
+    path = shard(tmp_path / "film" / "0.tar", {"a.mkv": video(2), "a.txt": b"a", "b.png": image(),
+                                               "b.txt": b"b", "b.json": about(1)})  # fmt: skip
+    for how, used in (({}, 2), ({"check": "listed"}, 1)):
+        assert bring("webdataset", path, tmp_path / "film", **how).used == used
+    assert bring("webdataset", path, tmp_path / "film").used == 2
+    with pytest.raises(DataError, match="2 cannot be opened"):
+        bring("webdataset", path, tmp_path / "film", limits=Limits(max_pixels=47 * 64))
+
+    out, source = tmp_path / "out", tmp_path / "list.parquet"
+    row = {"url": "http://host/1", "text": "a", "alt": "b", "id": "000000001", "to": "000000002"}
+    table(source, [row])
+    given: dict[str, Any] = {"files": tmp_path / "in", "duplicates": "keep"}
+    columns = ["width=", "height="]
+    for more, name, caption, key in (
+        ([], None, "a", 1), (["captions=alt"], None, "b", 1), ([], "{id}", "a", 1),
+        ([], "{to}", "a", 2),
+    ):  # fmt: skip
+        bring("coyo", source, out, columns=[*columns, *more], name=name, **given)
+        (line,) = lines(out)
+        assert line["cap"] == [caption]
+        assert line["path"].endswith(f"{key:09}.png")
+    with pytest.raises(DataError, match="smaller than --min-side"):
+        bring("coyo", source, out, columns=columns, name="{to}", min_side=49, **given)
+    table(source, [{**row, "text": "c"}])
+    bring("coyo", source, out, columns=columns, name="{to}", **given)
+    assert lines(out)[0]["cap"] == ["c"]
+
+
+def test_of_two_files_of_one_address_a_list_gets_the_first(tmp_path: Path) -> None:
+    for n in (1, 2):
+        images(tmp_path / "in" / f"{n}.tar", [n], url="http://host/1")
+    source = table(tmp_path / "list.parquet", [{"url": "http://host/1", "text": "x"}])
+    columns = ["width=", "height="]
+    bring("coyo", source, tmp_path / "out", files=tmp_path / "in", columns=columns)
+    assert [row["path"].partition("!")[0] for row in lines(tmp_path / "out")] == ["1.tar"]
+
+
+def test_a_text_that_is_too_long_is_not_read(tmp_path: Path) -> None:
+    files = {"a.png": image(), "a.txt": b"x" * (2**20 + 1), "b.png": image(), "b.txt": b"x" * 2**20}
+    report = bring("webdataset", shard(tmp_path / "0.tar", files), tmp_path / "out")
+    assert report.dropped == {"a text that is too long": 1, "no caption": 1}
 
 
 # Lists.

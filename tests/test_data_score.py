@@ -9,6 +9,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from skiparse.cli import main  # noqa: E402
-from skiparse.models.data import scoring  # noqa: E402
+from skiparse.models.data import filtering, scoring  # noqa: E402
 from skiparse.models.data.buckets import Rule, assign  # noqa: E402
 from skiparse.models.data.dataset import Clips  # noqa: E402
 from skiparse.models.data.draws import Place  # noqa: E402
@@ -520,6 +521,41 @@ def test_thresholds_of_ones_own(scores: Path, tmp_path: Path) -> None:
     assert report.dropped["captions of the whole clip"] == 2
 
 
+def test_thresholds_are_kept_themselves(scores: Path, tmp_path: Path) -> None:
+    """Whole ranges, ends included; above is above; once cropped, motion is asked for its least."""
+    part = parquet.read_table(scores / "parts" / "000001.parquet").to_pylist()
+    titled = next(piece for piece in part if piece["cropped"])
+    assert titled["motion"] < titled["motion_cropped"]
+    only, same = "d_titled.mkv", (titled["brightness"], titled["brightness"])
+    own = {"aesthetic": None, "technical": None, "above": titled["aesthetic"]}
+    for changes in (
+        {"motion": {"lpips": None}, "brightness": same},
+        {"motion": {"lpips": (titled["motion"], titled["motion"])}},
+    ):
+        asked = replace(Thresholds.read(), **own | changes)
+        filtered(scores, tmp_path / "out", thresholds=asked, shown=0)
+        assert [(row["path"], row["cap"]) for row in lines(tmp_path / "out")] == [
+            (only, ["D_titled."])
+        ]
+
+
+def test_an_estimate_of_the_length_makes_no_piece(scores: Path) -> None:
+    """Whose captions would be of a longer clip."""
+    part = parquet.read_table(scores / "parts" / "000000.parquet")
+    asked = replace(Thresholds.read(), cut_captions=False)
+    for kind, reason in ((1, "captions of the whole clip"), (2, None)):
+        rows = SimpleNamespace(is_video=np.full(3, kind), frames=np.full(3, 31))
+        assert filtering._why(part, rows, asked, []) == [reason] * 3
+
+
+def test_threads_are_as_before() -> None:
+    torch.set_num_threads(2)
+    with scoring._one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -552,6 +588,8 @@ def test_the_published_thresholds() -> None:
     assert found.motion["lpips"] == (0.001, 0.3)
     assert (found.aesthetic, found.technical, found.brightness) == ((4.75, None), (0, None), None)
     assert (found.above, found.prefix) == (6.25, "A high-aesthetic scene, ")
+    assert found.motion["flow"] == (0.0005, 0.1)  # ours, as what follows
+    assert (found.min_side, found.min_frames, found.cut_captions) == (1, 1, True)
     assert scoring.MOST_CROP == 0.2
     assert {"The video shows ", "The video depicts ", "In the video, "} <= set(found.openings)
 

@@ -11,7 +11,8 @@ pytest.importorskip("diffusers")
 from diffusers import WanTransformer3DModel
 
 from skiparse.models import flow
-from skiparse.models.data.draws import Use, numbers
+from skiparse.models.data.draws import Place, Use, numbers
+from skiparse.models.data.features import Features, collate
 from skiparse.models.image_wan import ImageWan
 from skiparse.models.images import (
     KINDS,
@@ -257,6 +258,47 @@ def test_it_begins_as_the_model_of_text_to_the_bit(of, paradigm):
     assert len(zero) == (2 if paradigm == "flash" else 1)
     assert all(new[name].grad.abs().max() > 0 for name in zero)
     assert own < {name for name, _ in told.named_parameters()}
+
+
+def begun(kind, seed, dtype=torch.float32):
+    """A model in evaluation that was just told of images; nothing else draws numbers then."""
+    made = (suv if kind == "suv" else wan)().to(dtype).eval()
+    before = torch.get_rng_state()
+    if kind == "suv":
+        made.take_images("flash", seed=seed)
+    else:
+        made.register_to_config(skiparse={"kept": 1})
+        made = ImageWan.of(made, "flash", seed=seed)
+        assert made.config.skiparse == {"kept": 1}
+    assert torch.equal(torch.get_rng_state(), before)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["suv", "wan"])
+def test_new_weights_follow_their_seed(kind):
+    """They are of the model's dtype, and in its mode."""
+    one, same, other = (begun(kind, seed) for seed in (3, 3, 4))
+    for name, x in one.guide.named_parameters():
+        assert torch.equal(same.guide.get_parameter(name), x)
+        assert torch.equal(other.guide.get_parameter(name), x) == (not x.any())
+    half = begun(kind, 3, torch.bfloat16)
+    assert {x.dtype for x in half.parameters()} == {torch.bfloat16}
+    assert not any(module.training for module in half.modules())
+
+
+def test_what_is_known_follows_the_seed_and_the_place():
+    """As the numbers that are for it alone."""
+    images = Images(paradigm="mask", kinds={"some": 1.0})
+    latents = torch.randn(C, 9, 2, 2, generator=generator())
+    text = {"pooled": torch.zeros(3)}
+    places = [Place(*x, 0) for x in ((0, 0), (0, 1), (1, 0), (7, 3))]
+    every = [Features(latents, latents, (text,), text, "k", place) for place in places]
+    for seed in (0, 5):
+        found = collate(every, seed=seed, drop=0.0, images=images).images
+        for number, (step, index, _) in enumerate(places):
+            wanted = drawn(images, latents, None, numbers(seed, step, index, Use.IMAGES))
+            for x, its in zip(found, wanted, strict=True):
+                assert torch.equal(x[number], its)
 
 
 @torch.no_grad()

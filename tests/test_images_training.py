@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from skiparse.models.data import cache
 from skiparse.models.data.dataset import Clip
 from skiparse.models.data.draws import Place
 from skiparse.models.data.features import collate
+from skiparse.models.data.image import read_image
+from skiparse.models.data.limits import Limits
 from skiparse.models.data.manifest import Manifest
 from skiparse.models.data.video import probe
 from skiparse.models.image_wan import ImageWan, ImageWanPipeline
@@ -34,11 +37,14 @@ from skiparse.models.pipeline import NEGATIVE_PROMPT, TEMPLATE, SUVPipeline
 from skiparse.models.retrofit import Retrofit, retrofit
 from skiparse.models.suv import encoders as suv_encoders
 from skiparse.models.suv.model import SUV
+from skiparse.models.suv.recipe import SUVRecipe
 from skiparse.models.train.config import Lora, Samples
 from skiparse.models.train.core import train
 from skiparse.models.train.export import export
+from skiparse.models.train.lora import beside
+from skiparse.models.train.samples import make_samples
 from skiparse.models.wan import encoders as wan_encoders
-from skiparse.models.wan.recipe import Sparse
+from skiparse.models.wan.recipe import Sparse, WanRecipe
 
 FLASH = Images(kinds={"first": 0.5, "ends": 0.5})
 MASK = Images(paradigm="mask", kinds={"none": 0.1, "first": 0.3, "ends": 0.2, "start": 0.2,
@@ -212,6 +218,90 @@ def test_the_pipeline_of_an_suv(source, text_model):
     pipe.transformer = SUV.from_pretrained(text_model)
     with pytest.raises(ValueError, match="image: this transformer is told of text alone"):
         sample(image=first)
+
+
+def test_samples_get_the_image_of_their_prompt(picture, tmp_path):
+    """Cut and scaled to the size of the video; none where there are none."""
+    given = []
+
+    def pipeline(prompt, **told):
+        given.append((prompt, told.get("image")))
+        return SimpleNamespace(frames=torch.zeros(1, 1, 3, *SIZE))
+
+    pipeline.set_progress_bar_config = lambda disable: None
+    other = tmp_path / "other.png"
+    Image.new("RGB", (96, 64), (9, 8, 7)).save(other)
+    files = (str(other), str(picture))
+    for images in (files, ()):
+        samples = Samples(every=1, prompts=("a", "b"), images=images, shape=(1, *SIZE))
+        config = SimpleNamespace(samples=samples, out=tmp_path, seed=0, limits=Limits())
+        make_samples(config, None, 1, pipeline)
+    assert [prompt for prompt, _ in given] == ["a", "b"] * 2
+    for (_, found), file in zip(given, files, strict=False):
+        assert torch.equal(found, read_image(file, size=SIZE)[0])
+    assert [image for _, image in given[2:]] == [None, None]
+
+
+def test_new_weights_follow_the_seed_of_the_run(source, text_model, init, wan_source, tmp_path):
+    """From weights of text, alone or with a LoRA beside them."""
+    given = {"images": FLASH, "seed": 5}
+    config = suv_config(source, tmp_path, text_model, **given)
+    wanted = SUV.from_pretrained(text_model)
+    wanted.take_images("flash", seed=5)
+    models = [
+        SUVRecipe().initial(config, config.stages["video"]),
+        beside(SUVRecipe(), str(text_model), Lora(rank=2), 5, FLASH),
+    ]
+    for model in models:
+        assert torch.equal(model.guide.shift[0].weight, wanted.guide.shift[0].weight)
+    config = wan_config(init, wan_source, tmp_path, **given)
+    told = WanRecipe().initial(config, None)
+    wanted = ImageWan.of(of_wan.tiny_transformer(), "flash", seed=5)
+    assert torch.equal(told.guide.shift[0].weight, wanted.guide.shift[0].weight)
+
+
+HOW = [{"parallel": "ddp"}, {"parallel": "fsdp"}, {"context_parallel": 2}]
+
+
+def assert_equals_one(one, two, launched):
+    """Losses and norms of a run by one process and by two; guides have learnt, and are told."""
+    train(one)
+    of_wan.launch(2, of_wan.as_yaml(launched, two), shared=two.context_parallel > 1)
+    ours, theirs = of_suv.rows(one.out), of_suv.rows(two.out)
+    assert len(ours) == 3
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["norm"] == pytest.approx(b["norm"], rel=1e-4)
+    found, wanted = (of_suv.tensors(x.out) for x in (two, one))
+    assert {n: x.shape for n, x in found.items()} == {n: x.shape for n, x in wanted.items()}
+    guides = {name for name in wanted if name.startswith("model.guide")}
+    assert guides
+    for name in guides:
+        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-3)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_two_processes_equal_one(source, text_model, tmp_path, how):
+    """An SUV; each process draws what is known of its samples, and of shared ones the same."""
+    one, two = (
+        suv_config(source, tmp_path / out, text_model, steps=3, images=FLASH, **more)
+        for out, more in (("one", {}), ("two", how))
+    )
+    assert_equals_one(one, two, tmp_path / "two.yaml")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", HOW[1:], ids=str)
+@pytest.mark.parametrize("images", [FLASH, MASK], ids=["flash", "mask"])
+def test_two_processes_with_a_wan_equal_one(init, wan_source, tmp_path, images, how):
+    """Retrofitted, as tokens are shared."""
+    stages = of_wan.stages(Sparse(ratio=2), steps=3)
+    one, two = (
+        wan_config(init, wan_source, tmp_path / out, images=images, stages=stages, **more)
+        for out, more in (("one", {}), ("two", how))
+    )
+    assert_equals_one(one, two, tmp_path / "two.yaml")
 
 
 def test_images_come_from_a_cache(source, text_model, tmp_path, capsys):

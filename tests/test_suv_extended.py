@@ -258,6 +258,24 @@ def test_autocast_decides_the_dtype_of_experts(monkeypatch):
     assert len(seen) == 2
 
 
+@pytest.mark.full
+def test_experts_in_fp32_are_one_graph():
+    """Forward and backward, whatever the tokens are, though each product's size is a number."""
+    torch._dynamo.reset()
+    made = mixture(2).float()
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+    for tokens in (7, 9, 5):
+        x, found = torch.randn(2, tokens, 16), []
+        for its in (made, compiled):
+            given = x.clone().requires_grad_()
+            out, load = its(given)
+            (out.square().sum() + load.square().sum()).backward()
+            found.append([out, given.grad, *(p.grad.clone() for p in made.parameters())])
+            made.zero_grad()
+        for one, its in zip(*found, strict=True):
+            torch.testing.assert_close(one, its)
+
+
 def test_how_unevenly():
     """1 if all are taken alike; E / k if always the same k; between samples nothing is shared."""
     even = torch.tensor([[10.0] * 4, [5.0] * 4])

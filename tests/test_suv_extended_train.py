@@ -118,6 +118,8 @@ def test_two_processes_equal_one(given, whole, tmp_path, how):
     for a, b in zip(rows(whole), rows(two.out), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
         assert a["norm"] == pytest.approx(b["norm"], rel=1e-4)
+        assert a.get("imbalance") == pytest.approx(b.get("imbalance"), rel=1e-6)
+    assert "imbalance" in a
     one, found = tensors(whole), tensors(two.out)
     assert {name: x.shape for name, x in one.items()} == {n: x.shape for n, x in found.items()}
 

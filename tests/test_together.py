@@ -99,14 +99,15 @@ def test_a_branch_is_a_part_of_attention_that_is_left_out(config):
 
 @pytest.mark.full
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("paradigm", ["flash", "mask"])
-def test_it_is_one_graph(paradigm):
-    """In bf16, of which torch has a product of groups; and exported."""
+def test_it_is_one_graph(paradigm, dtype):
+    """Also in fp32, in which a product for each expert depends on the numbers; and exported."""
     torch._dynamo.reset()
     model, _ = all_of_it(paradigm)
-    model.to(torch.bfloat16)
+    model.to(dtype)
     noisy, times, *text = inputs()
-    given, images = (noisy, times, *(x.bfloat16() for x in text)), known(paradigm)
+    given, images = (noisy, times, *(x.to(dtype) for x in text)), known(paradigm)
     right = model(*given, images=images)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*given, images=images), right, rtol=0, atol=0.02)
