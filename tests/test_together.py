@@ -103,6 +103,7 @@ def test_a_branch_is_a_part_of_attention_that_is_left_out(config):
 @pytest.mark.parametrize("paradigm", ["flash", "mask"])
 def test_it_is_one_graph(paradigm, dtype):
     """Also in fp32, in which a product for each expert depends on the numbers; and exported."""
+    near = {"rtol": 0, "atol": 0 if dtype == torch.bfloat16 else 1e-6}  # sums in another order
     torch._dynamo.reset()
     model, _ = all_of_it(paradigm)
     model.to(dtype)
@@ -110,10 +111,10 @@ def test_it_is_one_graph(paradigm, dtype):
     given, images = (noisy, times, *(x.to(dtype) for x in text)), known(paradigm)
     right = model(*given, images=images)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(*given, images=images), right, rtol=0, atol=0.02)
+    torch.testing.assert_close(compiled(*given, images=images), right, **near)
     exported = torch.export.export(model, given, {"images": images}, strict=False)
     found = exported.module()(*given, images=images)
-    torch.testing.assert_close(found, right, rtol=0, atol=0.02)
+    torch.testing.assert_close(found, right, **near)
 
 
 @pytest.mark.full

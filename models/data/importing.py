@@ -277,7 +277,8 @@ def _indexed(shards: list[Path], look: _Look, folder: Path, workers: int) -> lis
             if not made[-1].exists():
                 yield piece, made[-1]
 
-    _each(partial(_index, look=look), jobs(), workers, "looking at files")
+    todo = list(jobs()) if shards else jobs()  # of a folder not all at once
+    _each(partial(_index, look=look), todo, workers, "looking at files")
     return made
 
 
@@ -303,7 +304,8 @@ _Job = TypeVar("_Job")
 
 def _each(work: Callable[[_Job], None], jobs: Iterable[_Job], workers: int, what: str) -> None:
     """Do all jobs, here or in so many processes; few are made ahead, as they may be large."""
-    with tqdm(None, what, unit="part", disable=None) as bar:
+    total = len(jobs) if isinstance(jobs, list) else None
+    with tqdm(None, what, total, unit="part", disable=None) as bar:
         if not workers:
             for job in jobs:
                 work(job)
