@@ -278,7 +278,7 @@ def assert_equals_one(one, two, launched):
     guides = {name for name in wanted if name.startswith(told)}
     assert guides
     for name in guides:
-        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-3)
+        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.full
